@@ -1,0 +1,126 @@
+"""Everything that can go wrong, as one tree.
+
+    HortatorError
+    ├── BadRequest                  the job can never run: fix it and send it again
+    │   ├── PromptTooLong
+    │   └── IdempotencyConflict     same key, other body
+    ├── UnknownModel                no group has ever served this model
+    ├── UnknownJob                  never issued, of another tenant, or expired (`gone` tells)
+    ├── QueueFull                   try again after `retry_after_s`
+    ├── StoreUnavailable            Redis is away, full or slow; nothing was written
+    ├── StoreUnsuitable             Redis is too old, or set to evict: refused at start
+    ├── JobFailed                   the job ended without a result
+    │   ├── JobCancelled
+    │   └── JobExpired              its deadline passed
+    ├── ConfigError                 a setting, file or model directory cannot work
+    └── GroupFailed                 a rank died, hung or disagreed: the whole group is down
+
+Each carries a stable `code` (what clients may match on) and, where there is one, the `job_id` that it concerns.
+"""
+
+from typing import ClassVar
+
+
+class HortatorError(Exception):
+    """Root of all errors that hortator raises on purpose."""
+
+    code: ClassVar[str] = "error"
+
+    def __init__(self, message: str, *, job_id: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.job_id = job_id
+
+
+class BadRequest(HortatorError):
+    """The job can never run as it is."""
+
+    code = "bad_request"
+
+
+class PromptTooLong(BadRequest):
+    """Prompt and max_tokens do not fit the model or the KV pool."""
+
+    code = "prompt_too_long"
+
+
+class IdempotencyConflict(BadRequest):
+    """The idempotency key was used with another body."""
+
+    code = "idempotency_conflict"
+
+
+class UnknownModel(HortatorError):
+    """No group has ever served this model."""
+
+    code = "unknown_model"
+
+
+class UnknownJob(HortatorError):
+    """The id was never issued, or is another tenant's (`gone` false), or its record has expired (`gone` true)."""
+
+    code = "unknown_job"
+
+    def __init__(self, message: str, *, job_id: str | None = None, gone: bool = False) -> None:
+        super().__init__(message, job_id=job_id)
+        self.gone = gone
+
+
+class QueueFull(HortatorError):
+    """The model's or the tenant's queue is at its limit; nothing was written."""
+
+    code = "queue_full"
+
+    def __init__(self, message: str, *, retry_after_s: float, job_id: str | None = None) -> None:
+        super().__init__(message, job_id=job_id)
+        self.retry_after_s = retry_after_s
+
+
+class StoreUnavailable(HortatorError):
+    """Redis did not take the call; nothing was half-written."""
+
+    code = "store_unavailable"
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class StoreUnsuitable(HortatorError):
+    """This Redis would lose jobs: wrong version or an eviction policy."""
+
+    code = "store_unsuitable"
+
+
+class JobFailed(HortatorError):
+    """The job ended without a result; `reason` is the code in its record."""
+
+    code = "job_failed"
+
+    def __init__(self, message: str, *, job_id: str | None = None, reason: str = "failed") -> None:
+        super().__init__(message, job_id=job_id)
+        self.reason = reason
+
+
+class JobCancelled(JobFailed):
+    """Somebody cancelled the job."""
+
+    code = "cancelled"
+
+
+class JobExpired(JobFailed):
+    """The job's deadline passed before it was finished."""
+
+    code = "expired"
+
+
+class ConfigError(HortatorError):
+    """A setting, a file or a model directory cannot work."""
+
+    code = "config_error"
+
+
+class GroupFailed(HortatorError):
+    """A rank died, hung or disagreed; the group is one unit of failure."""
+
+    code = "group_failed"

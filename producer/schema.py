@@ -1,0 +1,170 @@
+"""The wire: what travels between producers, Redis, workers and clients.
+
+Everything here is frozen and versioned.  Readers ignore optional fields they do not know (a newer minor), and leave a
+job with another major version on the queue for a worker that speaks it.
+"""
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+SCHEMA_VERSION = 1
+TASK_NAME = "llm.generate"
+
+MAX_PROMPT_CHARS = 8_000_000
+MAX_TOKENS = 1_000_000
+MAX_STOPS = 16
+
+ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")]
+JobId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")]
+Tenant = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class Wire(BaseModel):
+    """Base of everything on the wire."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class State(StrEnum):
+    """queued -> running -> one of the terminal four.  Terminal is written once."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+    @property
+    def terminal(self) -> bool:
+        return self not in (State.QUEUED, State.RUNNING)
+
+
+class Priority(StrEnum):
+    """Classes share a queue by weight; none starves.  The Celery priority steps are 0, 3 and 6."""
+
+    INTERACTIVE = "interactive"
+    STANDARD = "standard"
+    BATCH = "batch"
+
+
+class Sampling(Wire):
+    """How tokens are chosen.  The default is greedy: the same prompt gives the same text."""
+
+    max_tokens: int = Field(default=256, ge=1, le=MAX_TOKENS)
+    temperature: float = Field(default=0.0, ge=0.0, le=100.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int = Field(default=0, ge=0, lt=2**31, description="0: no limit")
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    seed: int | None = Field(default=None, ge=0, lt=2**63, description="None: derived from the job's id")
+    stop: tuple[Annotated[str, StringConstraints(min_length=1, max_length=256)], ...] = Field(
+        default=(), max_length=MAX_STOPS
+    )
+    stop_token_ids: tuple[TokenId, ...] = Field(default=(), max_length=64)
+    ignore_eos: bool = False
+    logprobs: bool = Field(default=False, description="report the log-probability of each chosen token")
+
+
+class Message(Wire):
+    """One turn of a chat."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str = Field(max_length=MAX_PROMPT_CHARS)
+
+
+class Job(Wire):
+    """One prompt with its sampling parameters.  Exactly one of prompt, token_ids, messages is given."""
+
+    version: Literal[1] = 1
+    model: ModelName
+    prompt: Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT_CHARS)] | None = None
+    token_ids: tuple[TokenId, ...] | None = Field(default=None, min_length=1, max_length=MAX_TOKENS)
+    messages: tuple[Message, ...] | None = Field(default=None, min_length=1, max_length=1024)
+    sampling: Sampling = Sampling()
+    priority: Priority = Priority.STANDARD
+    deadline_s: float | None = Field(default=None, gt=0, le=30 * 86400, description="seconds from acceptance")
+    idempotency_key: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
+    tenant: Tenant = "default"
+    metadata: dict[
+        Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]
+    ] = Field(default_factory=dict, max_length=16)
+
+    @model_validator(mode="after")
+    def _one_input(self) -> Self:
+        given = [name for name in ("prompt", "token_ids", "messages") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of prompt, token_ids, messages; got {given or 'none'}")
+        return self
+
+
+class FinishReason(StrEnum):
+    """Why generation ended: an end-of-sequence, stop token or stop string; or max_tokens / the context's end."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class Usage(Wire):
+    """Token counts; completion_tokens includes an end-of-sequence token if one was generated."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Timings(Wire):
+    """Milliseconds since 1970 on Redis's clock; None while the thing has not happened."""
+
+    enqueued_ms: int | None = None
+    claimed_ms: int | None = None
+    first_token_ms: int | None = None
+    finished_ms: int | None = None
+
+
+class Result(Wire):
+    """The one visible result of a job."""
+
+    version: Literal[1] = 1
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    logprobs: tuple[float, ...] | None = None
+
+
+class Failure(Wire):
+    """Why a job ended without a result."""
+
+    code: str
+    message: str
+
+
+class Status(Wire):
+    """What a client sees of a job."""
+
+    id: str
+    model: str
+    tenant: str
+    state: State
+    attempt: int = Field(description="0 while it was never claimed")
+    num_tokens: int = Field(default=0, description="tokens accepted so far")
+    timings: Timings = Timings()
+    metadata: dict[str, str] = Field(default_factory=dict)
+    result: Result | None = None
+    failure: Failure | None = None
+
+
+class Chunk(Wire):
+    """Tokens `index .. index + len(token_ids)` of a job's output.  `text` may be empty while a character is incomplete."""
+
+    index: int
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[float, ...] | None = None
+
+
+def dump(model: BaseModel) -> dict[str, Any]:
+    """The JSON-ready dict that goes on the wire: unset optional fields left out."""
+    return model.model_dump(mode="json", exclude_none=True, exclude_defaults=False)

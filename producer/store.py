@@ -1,0 +1,208 @@
+"""The Store seam: every promise about queues, leases and results is kept behind these calls.
+
+Two parts keep it: `redis_store.RedisStore` (one Lua call each) and `memory.MemoryStore` (the shipped test twin).
+Job states: queued -> running -> succeeded | failed | cancelled | expired; terminal is written once.
+All times are Redis's clock.  Methods raise `StoreUnavailable` when Redis does not answer; nothing is then half-written.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+from hortator.producer.schema import Chunk, Failure, Job, Result, State, Status
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The time-limited right to finish one job.  `attempt` is the fencing token."""
+
+    job_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """One job taken off the queue, lease recorded in the same call."""
+
+    lease: Lease
+    message: bytes  # the Celery protocol-2 message as it was pushed
+    tenant: str
+    enqueued_ms: int
+    deadline_ms: int | None
+    journal: tuple[Chunk, ...] = ()  # tokens accepted by earlier attempts, in order
+
+
+class ClaimMode(StrEnum):
+    """How the claimed jobs must be run, see docs/decisions on poison jobs."""
+
+    TOGETHER = "together"  # batch freely
+    ALONE = "alone"  # exactly one suspect: run it with nothing beside it until it is cleared or done
+    DRAIN = "drain"  # a suspect waits for this group: claim no more, finish what runs, then claim again
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The reply of one claim call."""
+
+    mode: ClaimMode
+    jobs: tuple[Claimed, ...]
+    now_ms: int
+    full_run_alone: bool = False  # with ALONE: the suspect was involved in two crashes and stays alone to its end
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """Tokens to add to a job's journal: chunk.index must equal the number of tokens already there."""
+
+    lease: Lease
+    chunk: Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Signals:
+    """What the store tells a leader about its live jobs."""
+
+    cancelled: frozenset[str] = frozenset()
+    lost: frozenset[str] = frozenset()  # no longer ours: stop at once, a commit would be FENCED
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one attempt ended.  state is terminal; a result goes with SUCCEEDED, a failure with the other three."""
+
+    lease: Lease
+    state: State
+    result: Result | None = None
+    failure: Failure | None = None
+
+
+class Verdict(StrEnum):
+    """What the store made of a commit."""
+
+    COMMITTED = "committed"
+    FENCED = "fenced"  # another attempt owns the job, or it is terminal already: nothing was changed
+
+
+class ReleaseReason(StrEnum):
+    """Why a leader hands a job back before it is done."""
+
+    DRAINED = "drained"  # shutdown or rejection: attempt not charged, no suspicion
+    CRASHED = "crashed"  # the group died while the engine held the job: it becomes a suspect
+
+
+@dataclass(frozen=True, slots=True)
+class SweepReport:
+    """What one sweep did."""
+
+    requeued: tuple[str, ...] = ()
+    expired: tuple[str, ...] = ()
+    poisoned: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """An accepted job: durable when this is returned.  `duplicate`: the idempotency key was known, nothing was added."""
+
+    job_id: str
+    duplicate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GroupBeat:
+    """What a group says of itself every second; `info` is a small JSON-ready dict for people."""
+
+    group: str
+    model: str
+    running: int
+    capacity: int
+    epoch: int
+    state: str  # starting | ready | draining | down
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class QueueInfo:
+    """One model's queue."""
+
+    model: str
+    depth: int
+    oldest_age_s: float | None
+    running: int
+    suspects: int
+    groups: tuple[GroupBeat, ...]  # only those alive
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A message that can never run, or a job that took groups down."""
+
+    letter_id: str
+    model: str
+    job_id: str | None
+    reason: str
+    message: bytes
+    buried_ms: int
+
+
+class Store(Protocol):
+    """What producers, leaders and the API ask of the store."""
+
+    # producers
+    def enqueue(self, jobs: Sequence[Job], *, job_ids: Sequence[str] | None = None) -> list[Receipt]:
+        """Accept all jobs (one round trip per few hundred) or raise; order is kept.
+
+        Raises QueueFull, UnknownModel, IdempotencyConflict, StoreUnavailable.  A call that raises wrote nothing of the
+        batch (round trip) that it concerns; `job_id` of the error names the first refused job.
+        """
+
+    def cancel(self, job_ids: Sequence[str], *, tenant: str | None = None) -> list[State | None]:
+        """Ask for cancellation: queued jobs end at once, running ones within a renewal.  The state after the call;
+        None for ids that are unknown (or of another tenant; tenant None sees all)."""
+
+    def statuses(self, job_ids: Sequence[str], *, tenant: str | None = None) -> list[Status | None]:
+        """One call for many ids.  A queued or abandoned job past its deadline reads as expired (and is written so)."""
+
+    def chunks(self, job_id: str, *, after: int = 0) -> list[Chunk]:
+        """Journal from token `after` on, without waiting.  A chunk that straddles `after` is cut to start there."""
+
+    # leaders
+    def claim(self, model: str, *, owner: str, limit: int, lease_s: float, idle: bool) -> Claim:
+        """Pop up to `limit` jobs and record their leases, atomically.  `idle`: the group runs nothing now."""
+
+    def append(self, appends: Sequence[Append]) -> Signals:
+        """Journal the tokens of one step for all jobs.  Appends with a stale attempt change nothing and come back lost."""
+
+    def renew(self, leases: Sequence[Lease], *, owner: str, lease_s: float) -> Signals:
+        """Extend all leases in one call."""
+
+    def commit(self, outcomes: Sequence[Outcome]) -> list[Verdict]:
+        """End attempts: record, Celery result, lease and publication in one fenced call."""
+
+    def release(self, leases: Sequence[Lease], *, reason: ReleaseReason) -> None:
+        """Hand jobs back to the head of the queue at once (journal kept)."""
+
+    def clear(self, lease: Lease) -> None:
+        """The suspect got past the point where its group died: it may be batched again."""
+
+    def beat(self, beat: GroupBeat) -> None:
+        """Say that the group is alive; makes the model known."""
+
+    # anybody
+    def sweep(self, *, limit: int = 1000) -> SweepReport:
+        """Return expired leases to the queue, end jobs past their deadline."""
+
+    def queues(self) -> list[QueueInfo]:
+        """Every known model's queue."""
+
+    def bury(self, model: str, message: bytes, *, reason: str, job_id: str | None = None) -> str:
+        """Put a message to the dead letters; returns the letter's id."""
+
+    def dead_letters(self, *, limit: int = 100, before: str | None = None) -> list[DeadLetter]:
+        """Newest first."""
+
+    def replay(self, letter_ids: Sequence[str]) -> list[str]:
+        """Send dead letters to their queue again with a clean record; the job ids.  Unknown letters raise UnknownJob."""
+
+    def check(self) -> None:
+        """Raise StoreUnsuitable with the reason unless this server is safe to queue on; StoreUnavailable if away."""

@@ -1,0 +1,91 @@
+"""Settings of one model group, read once at the edge: keyword > environment (HORTATOR_*) > TOML file (HORTATOR_CONFIG)."""
+
+import os
+import socket
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from hortator.producer.schema import ModelName
+
+
+class WorkerSettings(BaseSettings):
+    """One model group.  Names are the field's standard ones; times are in seconds, sizes in tokens unless they say."""
+
+    model_config = SettingsConfigDict(env_prefix="HORTATOR_", frozen=True, extra="ignore")
+
+    # the store
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    namespace: str = Field(default="", description="prefix of every key; the same as Celery's global_keyprefix")
+    result_ttl_s: int = Field(default=86_400, ge=60)
+
+    # the model
+    model: ModelName | None = Field(default=None, description="queue name; default: the directory's name")
+    model_path: Path | None = None
+    engine: Literal["paged", "echo"] = "paged"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    tensor_parallel_size: int = Field(default=1, ge=1, le=1024)
+    pipeline_parallel_size: int = Field(default=1, ge=1, le=1024)
+    max_num_seqs: int = Field(default=64, ge=1, le=65_536)
+    max_model_len: int | None = Field(default=None, ge=1, description="default: the model's own")
+    max_num_batched_tokens: int = Field(default=2048, ge=16, description="token budget of one step")
+    block_size: int = Field(default=16, ge=1, le=1024, description="tokens in one KV block")
+    kv_cache_bytes: int | None = Field(default=None, ge=1, description="per rank; default: from free memory")
+    echo_latency_s: float = Field(default=0.0, ge=0, description="engine=echo: time until a job's first token")
+
+    # the group
+    group: str = Field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")
+    control_host: str = "127.0.0.1"
+    control_port: int = Field(default=0, ge=0, le=65_535, description="0: any free port")
+    heartbeat_s: float = Field(default=1.0, gt=0)
+    heartbeat_timeout_s: float = Field(default=3.0, gt=0, description="a silent rank is dead after this")
+    stall_timeout_s: float = Field(default=5.0, gt=0, description="a busy rank without progress is hung after this")
+    start_timeout_s: float = Field(default=600.0, gt=0)
+    restart_backoff_s: float = Field(default=0.5, gt=0, description="doubles up to 30 s while starts fail")
+    collective_timeout_s: float = Field(default=1800.0, gt=0)
+
+    # the queue
+    lease_s: float = Field(default=15.0, ge=1.0)
+    grace_s: float = Field(default=30.0, ge=0, description="SIGTERM: time to finish what runs")
+    probation_tokens: int = Field(default=8, ge=1, description="a suspect that gets this far is batched again")
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        if self.engine == "paged" and self.model_path is None:
+            raise ValueError("model_path is not set: give --model, HORTATOR_MODEL_PATH or model_path in the TOML file")
+        if self.model is None and self.model_path is None:
+            raise ValueError("engine=echo needs a queue name: set HORTATOR_MODEL")
+        return self
+
+    @property
+    def queue(self) -> str:
+        """The queue that this group serves."""
+        if self.model is not None:
+            return self.model
+        assert self.model_path is not None
+        return self.model_path.resolve().name
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        toml = os.environ.get("HORTATOR_CONFIG")
+        files = (TomlConfigSettingsSource(settings_cls, toml_file=Path(toml)),) if toml else ()
+        return (init_settings, env_settings, *files)
