@@ -1,0 +1,130 @@
+"""The faults of the contract (docs/07-promises.md) against real processes: what dies, what must still be true."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from tests.together.fleet import Fleet, alive, assert_all_right, wait_for
+
+LONG = 150  # tokens of a job that is killed in its middle: about 3 s of generation
+PROMPTS = [f"prompt number {i} is not like the others;" for i in range(8)]
+
+
+def ask(fleet: Fleet, prompts: list[str] = PROMPTS, max_tokens: int = LONG) -> dict[str, str]:
+    """Enqueue and remember which id asked what."""
+    return dict(zip(fleet.enqueue(prompts, max_tokens=max_tokens), prompts, strict=True))
+
+
+def test_a_killed_leader_loses_no_job_when_another_group_serves_the_model(fleet: Fleet) -> None:
+    first = fleet.worker("one").ready()
+    asked = ask(fleet)
+    fleet.progressed(list(asked))
+    second = fleet.worker("two").ready()
+    journals = {job_id: fleet.store.chunks(job_id) for job_id in asked}
+    ranks = first.ranks()
+    os.kill(first.pid, signal.SIGKILL)
+    killed = time.monotonic()
+    wait_for("ranks of the killed leader gone", lambda: not any(map(alive, ranks)), 2.0)
+    done = fleet.finished(list(asked))
+    assert_all_right(done, asked, LONG)
+    for job_id, before in journals.items():
+        after = fleet.store.chunks(job_id)
+        seen = [t for c in before for t in c.token_ids]
+        assert [t for c in after for t in c.token_ids][: len(seen)] == seen, "the accepted prefix never changes"
+        assert done[job_id].attempt == 2
+    assert second.process.poll() is None
+    assert time.monotonic() - killed < 60
+
+
+def test_a_killed_leader_that_comes_back_finishes_its_jobs(fleet: Fleet) -> None:
+    first = fleet.worker("one").ready()
+    asked = ask(fleet)
+    fleet.progressed(list(asked))
+    os.kill(first.pid, signal.SIGKILL)
+    fleet.worker("one-again").ready()
+    assert_all_right(fleet.finished(list(asked)), asked, LONG)
+
+
+def test_a_job_that_arrives_at_a_stopped_leader_outlives_its_death(fleet: Fleet) -> None:
+    leader = fleet.worker("one").ready()
+    time.sleep(0.5)
+    leader.signal(signal.SIGSTOP)
+    asked = ask(fleet, PROMPTS[:1], 20)
+    time.sleep(0.5)
+    leader.signal(signal.SIGKILL)
+    fleet.worker("two").ready()
+    assert_all_right(fleet.finished(list(asked)), asked, 20)
+
+
+def test_a_killed_peer_takes_its_group_down_and_up_again(fleet: Fleet) -> None:
+    leader = fleet.worker("one").ready()
+    epoch = leader.epoch()
+    asked = ask(fleet)
+    fleet.progressed(list(asked))
+    before = leader.ranks()
+    os.kill(before[1], signal.SIGKILL)
+    wait_for("all ranks of the old epoch gone", lambda: not any(map(alive, before)), 2.0)
+    leader.ready(after_epoch=epoch)
+    assert_all_right(fleet.finished(list(asked)), asked, LONG)
+    assert leader.process.poll() is None
+
+
+def test_a_stopped_peer_is_noticed_within_seconds(fleet: Fleet) -> None:
+    leader = fleet.worker("one").ready()
+    epoch = leader.epoch()
+    asked = ask(fleet)
+    fleet.progressed(list(asked))
+    before = leader.ranks()
+    os.kill(before[1], signal.SIGSTOP)
+    wait_for("all ranks of the old epoch gone", lambda: not any(map(alive, before)), 6.0)
+    leader.ready(after_epoch=epoch)
+    assert_all_right(fleet.finished(list(asked)), asked, LONG)
+
+
+def test_no_rank_outlives_its_front(fleet: Fleet) -> None:
+    leader = fleet.worker("one").ready()
+    ranks = leader.ranks()
+    assert len(ranks) == 2
+    leader.signal(signal.SIGKILL)
+    wait_for("no orphan", lambda: not any(map(alive, ranks)), 2.0)
+
+
+def test_sigterm_finishes_what_fits_into_the_grace(fleet: Fleet) -> None:
+    leader = fleet.worker("one", grace_s=30).ready()
+    asked = ask(fleet)
+    fleet.progressed(list(asked))
+    leader.signal(signal.SIGTERM)
+    assert leader.wait() == 0
+    assert_all_right(fleet.finished(list(asked), timeout_s=1.0), asked, LONG)
+
+
+def test_sigterm_hands_the_rest_back_uncharged(fleet: Fleet) -> None:
+    leader = fleet.worker("one", grace_s=0.5).ready()
+    asked = ask(fleet)
+    fleet.progressed(list(asked))
+    leader.signal(signal.SIGTERM)
+    leader.wait()
+    assert all(fleet.status(job_id).attempt == 0 for job_id in asked)
+    fleet.worker("two").ready()
+    done = fleet.finished(list(asked))
+    assert_all_right(done, asked, LONG)
+    assert {status.attempt for status in done.values()} == {1}
+
+
+def test_a_second_sigterm_means_now(fleet: Fleet) -> None:
+    leader = fleet.worker("one", grace_s=60).ready()
+    asked = ask(fleet, max_tokens=2000)
+    fleet.progressed(list(asked))
+    leader.signal(signal.SIGTERM)
+    time.sleep(0.5)
+    leader.signal(signal.SIGTERM)
+    leader.wait(8)
+    assert all(fleet.status(job_id).state == "queued" for job_id in asked)
+
+
+def test_a_rank_with_other_weights_is_refused_by_name(fleet: Fleet, tmp_path: Path) -> None:
+    leader = fleet.worker("one", engine="tests.together.engines:other_weights")
+    assert leader.wait() != 0
+    assert "rank 1" in leader.tail()
+    assert "weights" in leader.tail()
