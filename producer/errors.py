@@ -30,6 +30,7 @@ class HortatorError(Exception):
         super().__init__(message)
         self.message = message
         self.job_id = job_id
+        self.accepted: tuple[str, ...] = ()  # of a long enqueue: ids of the round trips before the refused one
 
 
 class BadRequest(HortatorError):

@@ -98,6 +98,7 @@ class SweepReport:
     requeued: tuple[str, ...] = ()
     expired: tuple[str, ...] = ()
     poisoned: tuple[str, ...] = ()
+    now_ms: int = 0  # when, on the store's clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +164,12 @@ class Store(Protocol):
     def statuses(self, job_ids: Sequence[str], *, tenant: str | None = None) -> list[Status | None]:
         """One call for many ids.  A queued or abandoned job past its deadline reads as expired (and is written so)."""
 
+    def issued(self, job_id: str, *, tenant: str) -> bool:
+        """True when the id was issued to this tenant, whether or not its record still exists: tells gone from unknown."""
+
     def chunks(self, job_id: str, *, after: int = 0) -> list[Chunk]:
-        """Journal from token `after` on, without waiting.  A chunk that straddles `after` is cut to start there."""
+        """Journal from token `after` on, without waiting.  A chunk that straddles `after` is cut to start there (its
+        text stays whole)."""
 
     # leaders
     def claim(self, model: str, *, owner: str, limit: int, lease_s: float, idle: bool) -> Claim:
@@ -189,8 +194,9 @@ class Store(Protocol):
         """Say that the group is alive; makes the model known."""
 
     # anybody
-    def sweep(self, *, limit: int = 1000) -> SweepReport:
-        """Return expired leases to the queue, end jobs past their deadline."""
+    def sweep(self, *, limit: int = 1000, expired_before_ms: int | None = None) -> SweepReport:
+        """Return expired leases to the queue, end jobs past their deadline.  Only leases that ended before
+        `expired_before_ms` (default: now) count as expired; see `sweeper.Sweeper` for who may say so."""
 
     def queues(self) -> list[QueueInfo]:
         """Every known model's queue."""

@@ -1,4 +1,4 @@
-"""Settings of one model group, read once at the edge: keyword > environment (HORTATOR_*) > TOML file (HORTATOR_CONFIG)."""
+"""Settings of one model group, read once at the edge: keyword > environment (HORTATOR_*) > TOML (HORTATOR_CONFIG)."""
 
 import os
 import socket
@@ -29,7 +29,11 @@ class WorkerSettings(BaseSettings):
     # the model
     model: ModelName | None = Field(default=None, description="queue name; default: the directory's name")
     model_path: Path | None = None
-    engine: Literal["paged", "echo"] = "paged"
+    engine: str = Field(
+        default="paged",
+        pattern=r"^(paged|echo|[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*)$",
+        description="paged, echo, or module:factory, called as factory(RankConfig, Mesh) -> Engine on every rank",
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     tensor_parallel_size: int = Field(default=1, ge=1, le=1024)
@@ -45,6 +49,7 @@ class WorkerSettings(BaseSettings):
     group: str = Field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")
     control_host: str = "127.0.0.1"
     control_port: int = Field(default=0, ge=0, le=65_535, description="0: any free port")
+    store_port: int = Field(default=0, ge=0, le=65_535, description="where ranks meet; 0: any free port")
     heartbeat_s: float = Field(default=1.0, gt=0)
     heartbeat_timeout_s: float = Field(default=3.0, gt=0, description="a silent rank is dead after this")
     stall_timeout_s: float = Field(default=5.0, gt=0, description="a busy rank without progress is hung after this")
@@ -62,7 +67,7 @@ class WorkerSettings(BaseSettings):
         if self.engine == "paged" and self.model_path is None:
             raise ValueError("model_path is not set: give --model, HORTATOR_MODEL_PATH or model_path in the TOML file")
         if self.model is None and self.model_path is None:
-            raise ValueError("engine=echo needs a queue name: set HORTATOR_MODEL")
+            raise ValueError(f"engine={self.engine} needs a queue name: set HORTATOR_MODEL")
         return self
 
     @property

@@ -1,0 +1,246 @@
+"""The asyncio client: `client.Client` with the same names, as coroutines."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
+from itertools import islice
+from typing import Any, Protocol, Self
+
+from hortator.producer.client import MANY, settings_for
+from hortator.producer.errors import HortatorError, StoreUnavailable, UnknownJob
+from hortator.producer.job import Follower, Pace, Patience, new_job, outcome_of, result_of, unknown
+from hortator.producer.redis_store import AsyncRedisStore
+from hortator.producer.schema import Chunk, Job, Priority, Result, Sampling, State, Status
+from hortator.producer.store import QueueInfo, Receipt
+
+
+class AsyncProducerStore(Protocol):
+    """What the client needs of a store: the producers' calls of `store.Store` as coroutines."""
+
+    async def enqueue(self, jobs: Sequence[Job], *, job_ids: Sequence[str] | None = None) -> list[Receipt]: ...
+
+    async def cancel(self, job_ids: Sequence[str], *, tenant: str | None = None) -> list[State | None]: ...
+
+    async def statuses(self, job_ids: Sequence[str], *, tenant: str | None = None) -> list[Status | None]: ...
+
+    async def issued(self, job_id: str, *, tenant: str) -> bool: ...
+
+    async def chunks(self, job_id: str, *, after: int = 0) -> list[Chunk]: ...
+
+    async def queues(self) -> list[QueueInfo]: ...
+
+
+class AsyncJobHandle:
+    """One accepted job.  `duplicate`: the idempotency key was known, and this is the job that has it."""
+
+    def __init__(self, client: "AsyncClient", job_id: str, *, tenant: str, duplicate: bool = False) -> None:
+        self.id = job_id
+        self.tenant = tenant
+        self.duplicate = duplicate
+        self._client = client
+        self._end: Status | UnknownJob | None = None
+
+    def __repr__(self) -> str:
+        return f"AsyncJobHandle({self.id!r})"
+
+    async def status(self) -> Status:
+        """Where the job stands now.  Raises UnknownJob if its record has expired."""
+        status = (await self._client.store.statuses([self.id], tenant=self.tenant))[0]
+        if status is None:
+            raise await self._client.unknown(self)
+        return status
+
+    async def result(self, *, timeout_s: float | None = None) -> Result:
+        """Wait for the result.  Raises JobFailed (JobCancelled, JobExpired), UnknownJob, or TimeoutError."""
+        if self._end is None:
+            async for _ in self._client.as_completed([self], timeout_s=timeout_s):
+                pass
+        if isinstance(self._end, UnknownJob):
+            raise self._end
+        assert self._end is not None
+        return result_of(self._end)
+
+    def stream(self, *, after: int = 0, timeout_s: float | None = None) -> AsyncIterator[Chunk]:
+        """Chunks from token `after` on, as they are accepted, until the job ends; then raises as `result` does unless it
+        succeeded.  A crash of the leader or a restart of Redis only makes it wait."""
+        return self._client.stream(self, after=after, timeout_s=timeout_s)
+
+    async def cancel(self) -> State:
+        """Ask for cancellation; the state after that.  A running job ends within a lease renewal."""
+        state = (await self._client.store.cancel([self.id], tenant=self.tenant))[0]
+        if state is None:
+            raise await self._client.unknown(self)
+        return state
+
+    def finish(self, end: Status | UnknownJob) -> None:
+        """Remember how the job ended, which never changes."""
+        self._end = end
+
+
+class AsyncClient:
+    """Talks to one store, in one event loop.
+
+    `where` is a Redis URL, a store (AsyncMemoryStore in tests), or None for the environment (HORTATOR_REDIS_URL ...).
+    `tenant` owns the jobs that name none.  Waiting calls bear with an unavailable store for `patience_s`.
+    """
+
+    def __init__(
+        self,
+        where: str | AsyncProducerStore | None = None,
+        *,
+        namespace: str | None = None,
+        tenant: str = "default",
+        require_known_model: bool | None = None,
+        timeout_s: float | None = None,
+        patience_s: float = 30.0,
+    ) -> None:
+        self.tenant = tenant
+        self._patience_s = patience_s
+        if where is None or isinstance(where, str):
+            self.store: AsyncProducerStore = settings_for(
+                where, namespace, require_known_model, timeout_s
+            ).async_store()
+        else:
+            self.store = where
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        if isinstance(self.store, AsyncRedisStore):
+            await self.store.aclose()
+
+    async def enqueue(
+        self,
+        prompt: str | None = None,
+        *,
+        model: str,
+        messages: Sequence[Any] | None = None,
+        token_ids: Sequence[int] | None = None,
+        sampling: Sampling | None = None,
+        priority: Priority | str = Priority.STANDARD,
+        deadline_s: float | None = None,
+        idempotency_key: str | None = None,
+        tenant: str | None = None,
+        metadata: dict[str, str] | None = None,
+    ) -> AsyncJobHandle:
+        """Accept one job: exactly one of prompt, messages, token_ids.
+
+        Raises BadRequest, UnknownModel, QueueFull, IdempotencyConflict, StoreUnavailable.
+        """
+        job = new_job(
+            prompt,
+            model=model,
+            messages=messages,
+            token_ids=token_ids,
+            sampling=sampling,
+            priority=priority,
+            deadline_s=deadline_s,
+            idempotency_key=idempotency_key,
+            tenant=tenant or self.tenant,
+            metadata=metadata,
+        )
+        return (await self.enqueue_many([job]))[0]
+
+    async def enqueue_many(self, jobs: Iterable[Job]) -> list[AsyncJobHandle]:
+        """Accept many jobs, one round trip per few hundred.  An error's `accepted` names those that are in already."""
+        handles: list[AsyncJobHandle] = []
+        remaining = iter(jobs)
+        while some := list(islice(remaining, MANY)):
+            try:
+                receipts = await self.store.enqueue(some)
+            except HortatorError as error:
+                error.accepted = (*(handle.id for handle in handles), *error.accepted)
+                raise
+            handles += [
+                AsyncJobHandle(self, receipt.job_id, tenant=job.tenant, duplicate=receipt.duplicate)
+                for job, receipt in zip(some, receipts, strict=True)
+            ]
+        return handles
+
+    def job(self, job_id: str, *, tenant: str | None = None) -> AsyncJobHandle:
+        """A handle on a job that was enqueued earlier or elsewhere; nothing is asked yet."""
+        return AsyncJobHandle(self, job_id, tenant=tenant or self.tenant)
+
+    async def statuses(self, job_ids: Sequence[str]) -> list[Status | None]:
+        """One call for many; None where there is no such job of this tenant."""
+        return await self.store.statuses(job_ids, tenant=self.tenant)
+
+    async def results(self, job_ids: Sequence[str]) -> list[Result | HortatorError | None]:
+        """One call for many, without waiting: a result, the error that stands in its place, or None while not done."""
+        return [
+            await self.unknown(self.job(job_id)) if status is None else outcome_of(status)
+            for job_id, status in zip(job_ids, await self.statuses(job_ids), strict=True)
+        ]
+
+    async def queues(self) -> list[QueueInfo]:
+        """Depth, age, running jobs and groups of every known model."""
+        return await self.store.queues()
+
+    async def as_completed(
+        self, handles: Iterable[AsyncJobHandle], *, timeout_s: float | None = None
+    ) -> AsyncIterator[AsyncJobHandle]:
+        """Each handle once, as its job ends (however it ends): `result()` of it does not wait.  All are watched by one call
+        at a time.  Raises TimeoutError when the time is up."""
+        waiting = {handle.id: handle for handle in handles}
+        pace, patience = Pace(timeout_s), Patience(self._patience_s)
+        while waiting:
+            pace.asking()
+            done: list[AsyncJobHandle] = []
+            try:
+                done = await self._finished(list(waiting.values()))
+                patience.good()
+            except StoreUnavailable as error:
+                patience.bear(error)
+            for handle in done:
+                del waiting[handle.id]
+                yield handle
+            if waiting:
+                await self._wait(pace, progress=bool(done), waiting_for=f"{len(waiting)} jobs")
+
+    async def stream(self, handle: AsyncJobHandle, *, after: int, timeout_s: float | None) -> AsyncIterator[Chunk]:
+        """What AsyncJobHandle.stream says."""
+        reader = Follower(handle.id, after)
+        pace, patience = Pace(timeout_s), Patience(self._patience_s)
+        while True:
+            pace.asking()
+            status, chunks = None, []
+            try:
+                status = await handle.status()  # before the chunks: what is terminal now has its whole journal already
+                chunks = await self.store.chunks(handle.id, after=reader.after) if reader.behind(status) else []
+                patience.good()
+            except StoreUnavailable as error:
+                patience.bear(error)
+                status = None
+            for chunk in reader.take(chunks):
+                yield chunk
+            if status is not None and status.state.terminal:
+                for chunk in reader.rest(result_of(status)):
+                    yield chunk
+                return
+            await self._wait(pace, progress=bool(chunks), waiting_for=f"job {handle.id}")
+
+    async def unknown(self, handle: AsyncJobHandle) -> UnknownJob:
+        """UnknownJob, telling gone from never issued."""
+        return unknown(handle.id, gone=await self.store.issued(handle.id, tenant=handle.tenant))
+
+    async def _finished(self, handles: list[AsyncJobHandle]) -> list[AsyncJobHandle]:
+        done: list[AsyncJobHandle] = []
+        for tenant in {handle.tenant for handle in handles}:
+            asked = [handle for handle in handles if handle.tenant == tenant]
+            statuses = await self.store.statuses([handle.id for handle in asked], tenant=tenant)
+            for handle, status in zip(asked, statuses, strict=True):
+                if status is None or status.state.terminal:
+                    handle.finish(await self.unknown(handle) if status is None else status)
+                    done.append(handle)
+        return done
+
+    @staticmethod
+    async def _wait(pace: Pace, *, progress: bool, waiting_for: str) -> None:
+        delay = pace.delay(progress=progress)
+        if delay is None:
+            raise TimeoutError(f"time is up, still waiting for {waiting_for}")
+        await asyncio.sleep(delay)

@@ -1,0 +1,107 @@
+"""The application: its layers, routes and the two tasks that run beside them."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from hortator import __version__
+from hortator.producer.api.body import BodyLimit
+from hortator.producer.api.failures import BadField, describe, error_response, refusal
+from hortator.producer.api.fleet import FleetRoutes
+from hortator.producer.api.jobs import JobRoutes
+from hortator.producer.api.keys import KeyGate
+from hortator.producer.api.metrics import Meter, Metrics
+from hortator.producer.api.seam import AsyncStore
+from hortator.producer.api.settings import ApiSettings
+from hortator.producer.api.watch import Watcher
+from hortator.producer.errors import HortatorError, StoreUnavailable
+
+log = logging.getLogger(__name__)
+
+HTTP_CODES = {404: "no_such_route", 405: "method_not_allowed"}
+
+
+def create_app(store: AsyncStore, *, api_settings: ApiSettings) -> FastAPI:
+    """The API on a store, which stays the caller's to close.
+
+    `app.state.watcher.drain()` ends all waiting; call it when the process is told to stop (`serve` does).
+    """
+    metrics = Metrics()
+    watcher = Watcher(store, poll_s=api_settings.poll_s, max_waiters=api_settings.max_waiters)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        tasks = [
+            asyncio.create_task(watcher.run(), name="watcher"),
+            asyncio.create_task(sweep(store, metrics, every_s=api_settings.sweep_s), name="sweeper"),
+        ]
+        try:
+            yield
+        finally:
+            watcher.drain()
+            for task in tasks:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
+
+    app = FastAPI(title="hortator", version=__version__, lifespan=lifespan, redirect_slashes=False)
+    app.state.watcher = watcher
+    app.include_router(JobRoutes(store, watcher, api_settings).router())
+    app.include_router(FleetRoutes(store, watcher, metrics, api_settings).router())
+    for kind, handler in HANDLERS.items():
+        app.add_exception_handler(kind, handler)
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimit, max_bytes=api_settings.max_body_bytes, timeout_s=api_settings.body_timeout_s)
+    app.add_middleware(KeyGate, ring=api_settings.key_ring(), open_paths=api_settings.open_paths)
+    app.add_middleware(Meter, metrics=metrics)
+    return app
+
+
+async def sweep(store: AsyncStore, metrics: Metrics, *, every_s: float) -> None:
+    """Deadlines and lost leases end here even when no worker is alive.  Any number of processes may do it."""
+    while True:
+        try:
+            report = await store.sweep()
+            for what in ("requeued", "expired", "poisoned"):
+                metrics.swept.labels(what).inc(len(getattr(report, what)))
+        except StoreUnavailable:
+            pass  # readyz says so; the next round may find it back
+        except Exception:
+            log.exception("a sweep failed; the next one comes in %g s", every_s)
+        await asyncio.sleep(every_s)
+
+
+async def on_hortator_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HortatorError)
+    return refusal(error)
+
+
+async def on_bad_parameter(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return refusal(BadField(describe(error.errors())))
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = HTTP_CODES.get(error.status_code, "http_error")
+    return error_response(error.status_code, code, str(error.detail), headers=error.headers)
+
+
+async def on_bug(request: Request, error: Exception) -> Response:
+    """The log has the traceback; the client learns nothing of our insides."""
+    return error_response(500, "internal", "this is a bug of the server; its log says more")
+
+
+HANDLERS = {
+    HortatorError: on_hortator_error,
+    RequestValidationError: on_bad_parameter,
+    HTTPException: on_http_error,
+    Exception: on_bug,
+}

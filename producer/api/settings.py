@@ -1,0 +1,43 @@
+"""Settings of the API, read once at the edge: keyword > environment (HORTATOR_API_*)."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from hortator.producer.api.keys import KeyRing
+
+
+class ApiSettings(BaseSettings):
+    """Sizes in bytes, times in seconds."""
+
+    model_config = SettingsConfigDict(env_prefix="HORTATOR_API_", frozen=True, extra="ignore")
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8080, ge=0, le=65_535, description="0: any free port")
+
+    keys: tuple[str, ...] = Field(default=(), description="lines as `hortator keys new` prints them")
+    keys_file: Path | None = Field(default=None, description="the same lines in a file")
+    open_paths: frozenset[Literal["/metrics", "/docs", "/openapi.json", "/v1/queues"]] = Field(
+        default=frozenset(), description="paths that need no key, beside /healthz and /readyz"
+    )
+
+    max_body_bytes: int = Field(default=16 * 2**20, ge=1024)
+    max_json_depth: int = Field(default=16, ge=4)
+    max_json_containers: int = Field(default=4096, ge=16, description="objects and arrays in one body")
+    body_timeout_s: float = Field(default=30.0, gt=0, description="a body must be complete after this")
+    send_timeout_s: float = Field(default=30.0, gt=0, description="a stream that nobody reads ends after this")
+    store_timeout_s: float = Field(default=0.25, gt=0, description="longest wait for one call of the store")
+
+    max_ids: int = Field(default=500, ge=1, description="ids in one POST /v1/jobs:status")
+    max_wait_s: float = Field(default=60.0, ge=0, description="longest long poll")
+    max_waiters: int = Field(default=1000, ge=1, description="long polls and streams at a time")
+    poll_s: float = Field(default=0.02, gt=0, description="how often awaited jobs are looked at")
+    keep_alive_s: float = Field(default=10.0, gt=0, description="a silent stream gets a comment after this")
+    sweep_s: float = Field(default=1.0, gt=0, description="how often deadlines and leases are looked at")
+    drain_s: float = Field(default=10.0, gt=0, description="SIGTERM: time for answers under way")
+
+    def key_ring(self) -> KeyRing:
+        """The keys of both sources.  Raises ConfigError naming the line that is wrong."""
+        return KeyRing.read(self.keys, file=self.keys_file)

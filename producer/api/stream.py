@@ -1,0 +1,100 @@
+"""A job's tokens as server-sent events.
+
+The journal in Redis is the source, so a stream can be taken up again at any token, after a disconnect of the client as
+after a crash of the group that computes them: the event id is the number of tokens so far, and `Last-Event-ID` resumes.
+"""
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from starlette.responses import StreamingResponse
+from starlette.types import Message, Receive, Scope, Send
+
+from hortator.producer.api.failures import Malformed
+from hortator.producer.api.seam import AsyncStore
+from hortator.producer.api.watch import Watch, Watcher
+from hortator.producer.errors import HortatorError, StoreUnavailable
+from hortator.producer.schema import Status
+
+DONE_ID = "done"  # a browser that comes back with it has read everything
+RETRY_MS = 1000  # what browsers wait before they come back
+STORE_RETRY_S = 0.25
+_DIGITS = re.compile(r"[0-9]{1,9}", re.ASCII)
+
+
+def position(last_event_id: str | None, after: int) -> int | None:
+    """The token to go on from; None if everything was read.  The header wins: a browser repeats the first URL."""
+    if last_event_id is None:
+        return after
+    if last_event_id == DONE_ID:
+        return None
+    if not _DIGITS.fullmatch(last_event_id):
+        raise Malformed("Last-Event-ID is not an id of this stream: a number of tokens")
+    return int(last_event_id)
+
+
+async def token_events(
+    store: AsyncStore, watcher: Watcher, watch: Watch, *, after: int, keep_alive_s: float
+) -> AsyncGenerator[bytes, None]:
+    """Chunks from token `after` on, then the final status.  Ends early, to be resumed, when the process drains."""
+    yield f"retry: {RETRY_MS}\n\n".encode()
+    job_id, seen = watch.status.id, after
+    while not watcher.draining:
+        status = watch.status  # before the chunks are read: a terminal status comes after the last token
+        if status.num_tokens > seen or status.state.terminal:
+            try:
+                chunks = await store.chunks(job_id, after=seen)
+            except StoreUnavailable:
+                await asyncio.sleep(STORE_RETRY_S)
+                yield comment("the store is away")
+                continue
+            for chunk in chunks:
+                seen = chunk.index + len(chunk.token_ids)
+                yield event(chunk.model_dump_json(exclude_none=True), event_id=str(seen))
+        if status.state.terminal:
+            yield done(status)
+            return
+        try:
+            if not await watch.changed(keep_alive_s):
+                yield comment("still here")
+        except HortatorError as error:  # the record expired under the reader
+            yield event(f'{{"code":"{error.code}"}}', kind="error")
+            return
+
+
+def event(data: str, *, event_id: str | None = None, kind: str | None = None) -> bytes:
+    """One event; JSON holds no line break, so one data line is enough."""
+    fields = (("id", event_id), ("event", kind), ("data", data))
+    return "".join(f"{name}: {value}\n" for name, value in fields if value is not None).encode() + b"\n"
+
+
+def comment(text: str) -> bytes:
+    return f": {text}\n\n".encode()
+
+
+def done(status: Status) -> bytes:
+    return event(status.model_dump_json(exclude_none=True), event_id=DONE_ID, kind="done")
+
+
+class EventStream(StreamingResponse):
+    """Sends events until they end, the client leaves, or it has stopped reading for too long."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None], watch: Watch, *, send_timeout_s: float) -> None:
+        super().__init__(events, headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+        self._events, self._watch, self._send_timeout_s = events, watch, send_timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._watch:
+            await super().__call__(scope, receive, send)
+
+    async def stream_response(self, send: Send) -> None:
+        async def timed(message: Message) -> None:
+            async with asyncio.timeout(self._send_timeout_s):
+                await send(message)
+
+        async with aclosing(self._events):
+            await super().stream_response(timed)

@@ -1,0 +1,221 @@
+-- claim: take jobs off one model's queue; pop and lease are one call, so a dead claimer never takes a job with it.
+--
+-- | key                          | type   | here                                                     |
+-- |------------------------------|--------|----------------------------------------------------------|
+-- | {model}, {model}\6\22{step}  | list   | RPOP; LPUSH of messages for newer workers                |
+-- | suspects:{model}             | list   | RPOP of one, for an idle group                           |
+-- | alone:{model}                | string | who drains itself for the next suspect                   |
+-- | turn:{model}                 | string | the round of priority classes goes on where it stood     |
+-- | job:{id}                     | hash   | becomes running; made for foreign messages               |
+-- | message:{id}                 | string | the message while it is in no list                       |
+-- | journal:{id}                 | stream | read: tokens of earlier attempts                         |
+-- | leases:{model}               | zset   | the new leases                                           |
+-- | depth:{model}                | hash   | one less for the tenant                                  |
+-- | claimed:{owner}              | string | this reply's leases, until the next call proves it seen  |
+-- | pace:{model}                 | hash   | claims per second                                        |
+-- | models                       | hash   | so that the sweeper finds the leases                     |
+-- | letters                      | stream | messages that can never run                              |
+-- | celery-task-meta-{id}        | string | the failure of a refused foreign message with an id      |
+--
+-- args: model owner token seen limit lease_ms idle max_message_bytes version
+-- `token` names this reply; `seen` is the token of the last reply that arrived: if it is not the last one that was sent,
+-- that one was lost on the way and is sent again.
+-- reply: mode, full_run_alone, now, token, then each job as {id attempt message tenant enqueued deadline journal}
+local model, owner, token, seen = arg(1), arg(2), arg(3), arg(4)
+local limit, lease_ms, idle = tonumber(arg(5)), tonumber(arg(6)), arg(7) == '1'
+local max_bytes, version = tonumber(arg(8)), tonumber(arg(9))
+local ROUND = {1, 2, 1, 3, 1, 2, 1, 4, 1, 2, 1, 3, 1, 2, 1} -- eight, four, two and one turn for the four steps
+local MAX_ENVELOPE_BYTES = 65536
+local MAX_REFUSED = 256 -- bad, dead or duplicate messages thrown out in one call
+
+even_when_full()
+local leases, claimed_key = own .. 'leases:' .. model, own .. 'claimed:' .. owner
+local suspects, alone_key = own .. 'suspects:' .. model, own .. 'alone:' .. model
+local jobs, leased = {}, {}
+
+local function tell(id, attempt, message, tenant, enqueued, deadline, tokens)
+  local journal = {}
+  if tokens > 0 then
+    for _, entry in ipairs(redis.call('XRANGE', own .. 'journal:' .. id, '-', '+')) do
+      if entry[2][1] == 'c' then journal[#journal + 1] = entry[2][2] end
+    end
+  end
+  jobs[#jobs + 1] = {id, attempt, message, tenant, enqueued, deadline or '', journal}
+end
+
+local function reply(mode, full, name)
+  return {mode, full and 1 or 0, now, name, unpack(jobs)}
+end
+
+local function lost_reply()
+  local sent = redis.call('GET', claimed_key)
+  if not sent then return nil end
+  local name, mode, full, rest = sent:match('^(%S+) (%S+) (%S+) (.*)$')
+  if name == seen then return nil end
+  for id, attempt in rest:gmatch('(%S+) (%d+)') do
+    local job = read(id)
+    if job and job.state == 'running' and job.attempt == tonumber(attempt) then
+      redis.call('ZADD', leases, now + lease_ms, id)
+      tell(id, job.attempt, redis.call('GET', own .. 'message:' .. id), job.tenant, job.enqueued, job.deadline, job.tokens)
+    end
+  end
+  return #jobs > 0 and reply(mode, full == '1', name) or nil
+end
+
+local function lease(id, job, message, step, alone)
+  local key, attempt = own .. 'job:' .. id, job.attempt + 1
+  redis.call('HSET', key, 'state', 'running', 'attempt', attempt, 'owner', owner, 'step', step, 'alone', alone and 1 or 0)
+  redis.call('HSETNX', key, 'claimed', now)
+  redis.call('ZADD', leases, now + lease_ms, id)
+  leased[#leased + 1] = id .. ' ' .. attempt
+  tell(id, attempt, message, job.tenant, job.enqueued, job.deadline, job.tokens)
+end
+
+local function remember(mode, full)
+  if #leased == 0 then return end
+  redis.call('SET', claimed_key, token .. ' ' .. mode .. ' ' .. (full and 1 or 0) .. ' ' .. table.concat(leased, ' '),
+    'PX', lease_ms)
+  redis.call('HSETNX', own .. 'models', model, 0)
+  local pace_key = own .. 'pace:' .. model
+  local pace = redis.call('HMGET', pace_key, 'since', 'count')
+  local since, count = tonumber(pace[1] or now), tonumber(pace[2] or 0) + #leased
+  if now - since >= 5000 then
+    redis.call('HSET', pace_key, 'since', now, 'count', 0, 'rate', string.format('%.3f', 1000 * count / (now - since)))
+  else
+    redis.call('HSET', pace_key, 'since', since, 'count', count)
+  end
+end
+
+-- One suspect for a group that runs nothing; a busy group may reserve the turn and run dry.
+local function suspect_first()
+  while redis.call('LLEN', suspects) > 0 do
+    if not idle then
+      local holder = redis.call('GET', alone_key)
+      if holder and holder ~= owner then return nil end
+      redis.call('SET', alone_key, owner, 'PX', lease_ms)
+      return reply('drain', false, token)
+    end
+    local id = redis.call('RPOP', suspects)
+    local job = read(id)
+    if job and job.state == 'queued' then
+      if overdue(job) then
+        redis.call('RPUSH', suspects, id)
+        expired(id, job)
+      else
+        if redis.call('GET', alone_key) == owner then redis.call('DEL', alone_key) end
+        count_queued(model, job.tenant, -1)
+        local full = job.suspicion >= 2
+        lease(id, job, redis.call('GET', own .. 'message:' .. id), job.step, true)
+        remember('alone', full)
+        return reply('alone', full, token)
+      end
+    end
+  end
+  return nil
+end
+
+-- What the envelope says: the job's id if it has a sound one, and what is wrong with it.  The body is base64, so what
+-- stands between its quotes is cut out instead of decoded.
+local function open(raw)
+  if #raw > max_bytes then return nil, 'too large: ' .. #raw .. ' bytes, the limit is ' .. max_bytes end
+  local json = raw
+  local _, start = raw:find('"body"%s*:%s*"')
+  local stop = start and raw:find('"', start + 1, true)
+  if stop then json = raw:sub(1, start) .. raw:sub(stop) end
+  if #json > MAX_ENVELOPE_BYTES then return nil, 'its envelope is larger than ' .. MAX_ENVELOPE_BYTES .. ' bytes' end
+  local ok, m = pcall(cjson.decode, json)
+  if not ok or type(m) ~= 'table' or raw:match('^%s*(.)') ~= '{' then return nil, 'not a JSON object' end
+  local headers = m['headers']
+  if type(headers) ~= 'table' then return nil, 'no headers: not a Celery protocol 2 message' end
+  local id = headers['id']
+  if type(id) ~= 'string' or #id > 128 or not id:match('^[A-Za-z0-9][A-Za-z0-9._:-]*$') then
+    return nil, 'no usable id in its headers'
+  end
+  if m['content-type'] ~= 'application/json' then return id, 'its content type is not application/json' end
+  if type(m['body']) ~= 'string' then return id, 'no body' end
+  if type(m['properties']) ~= 'table' then return id, 'no properties: not a Celery protocol 2 message' end
+  local mark = headers['hortator']
+  if type(mark) ~= 'table' then return id, nil, nil, false end
+  return id, nil, mark['version'], mark['record'] == true
+end
+
+local function refuse(id, problem, raw, step)
+  bury(model, id or '', 'default', step, problem, raw)
+  local job = id and read(id)
+  if id and not job then
+    redis.call('HSET', own .. 'job:' .. id, 'model', model, 'tenant', 'default', 'attempt', 0, 'enqueued', now)
+    finish(id, {state = 'new', model = model, tenant = 'default', tokens = 0}, 'failed', 'malformed', problem)
+  elseif job and job.state == 'queued' then -- a replayed letter that is still bad
+    finish(id, job, 'failed', 'malformed', problem)
+    count_queued(job.model, '!dead', -1)
+  end
+end
+
+-- True when the message became a leased job.
+local function take(raw, step)
+  local id, problem, spoken, recorded = open(raw)
+  if problem then
+    refuse(id, problem, raw, step)
+    return false
+  end
+  if spoken and spoken ~= version then
+    redis.call('LPUSH', queue(model, step), raw) -- last in line, for a worker that speaks it
+    return false
+  end
+  local job = read(id)
+  if not job and recorded then
+    bury(model, id, 'default', step, 'its record is gone: expired, or a late duplicate', raw)
+    return false
+  end
+  if not job then
+    job = {state = 'queued', model = model, tenant = 'default', attempt = 0, tokens = 0, suspicion = 0, enqueued = now}
+    redis.call('HSET', own .. 'job:' .. id, 'state', 'queued', 'model', model, 'tenant', 'default', 'attempt', 0,
+      'enqueued', now)
+  elseif is_terminal(job.state) then
+    count_queued(model, '!dead', -1)
+    return false
+  elseif job.state == 'running' or job.model ~= model
+    or (job.suspicion > 0 and redis.call('EXISTS', own .. 'message:' .. id) == 1) then
+    return false -- a duplicate: the job runs, or waits elsewhere
+  elseif overdue(job) then
+    expired(id, job)
+    count_queued(model, '!dead', -1)
+    return false
+  else
+    count_queued(model, job.tenant, -1)
+  end
+  redis.call('SET', own .. 'message:' .. id, raw)
+  lease(id, job, raw, step, false)
+  return true
+end
+
+local lost = lost_reply()
+if lost then return lost end
+local special = suspect_first()
+if special then return special end
+if redis.call('GET', alone_key) == owner then redis.call('DEL', alone_key) end
+
+local left, total = {}, 0
+for i, step in ipairs(STEPS) do
+  left[i] = redis.call('LLEN', queue(model, step))
+  total = total + left[i]
+end
+if total == 0 then
+  redis.call('HDEL', own .. 'depth:' .. model, '!dead')
+  return reply('together', false, token)
+end
+
+local turn_key = own .. 'turn:' .. model
+local turn, examined = tonumber(redis.call('GET', turn_key) or 0), 0
+while total > 0 and #jobs < limit and examined < limit + MAX_REFUSED do
+  local class = ROUND[turn % #ROUND + 1]
+  turn = turn + 1
+  if left[class] > 0 then
+    left[class], total, examined = left[class] - 1, total - 1, examined + 1
+    local raw = redis.call('RPOP', queue(model, STEPS[class]))
+    if raw then take(raw, STEPS[class]) end
+  end
+end
+redis.call('SET', turn_key, turn % #ROUND)
+remember('together', false)
+return reply('together', false, token)

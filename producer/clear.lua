@@ -1,0 +1,12 @@
+-- clear: a suspect got past the point where its group died; a later crash finds it one of many again.
+--
+-- | key      | type | here                        |
+-- |----------|------|-----------------------------|
+-- | job:{id} | hash | fence read; `alone` dropped |
+--
+-- args: id attempt
+even_when_full()
+local key = own .. 'job:' .. arg(1)
+local v = redis.call('HMGET', key, 'state', 'attempt')
+if v[1] == 'running' and v[2] == arg(2) then redis.call('HDEL', key, 'alone') end
+return 1

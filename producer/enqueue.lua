@@ -1,0 +1,110 @@
+-- enqueue: accept all jobs of one call, or none.
+--
+-- | key                          | type   | here                                            |
+-- |------------------------------|--------|-------------------------------------------------|
+-- | {model}, {model}\6\22{step}  | list   | LPUSH of the Celery message                     |
+-- | job:{id}                     | hash   | the new record                                  |
+-- | idempotency:{tenant}:{hash}  | string | read; "digest id" of a new job                  |
+-- | deadlines                    | zset   | the job's deadline, if it has one               |
+-- | depth:{model}                | hash   | read for the limits; one more for the tenant    |
+-- | suspects:{model}             | list   | read for the limits                             |
+-- | models                       | hash   | read: is the model known                        |
+-- | pace:{model}                 | hash   | read: when to try again                         |
+--
+-- args: require_known max_per_model max_per_tenant headroom idempotency_ttl_ms, then for each job:
+--       id model tenant step message deadline_s metadata idempotency_key digest   ('' where there is none)
+-- Everything is checked before the first write; replies name the first refused job by its index from 0.
+local REQUIRE_KNOWN = arg(1) == '1'
+local MAX_PER_MODEL, MAX_PER_TENANT, HEADROOM = tonumber(arg(2)), tonumber(arg(3)), tonumber(arg(4))
+local IDEMPOTENCY_TTL_MS = arg(5)
+local WIDTH = 9
+
+local function depth_of(model)
+  local depth = redis.call('LLEN', own .. 'suspects:' .. model)
+  for _, step in ipairs(STEPS) do depth = depth + redis.call('LLEN', queue(model, step)) end
+  return depth - tonumber(redis.call('HGET', own .. 'depth:' .. model, '!dead') or 0)
+end
+
+local function retry_after_ms(model, excess)
+  local rate = tonumber(redis.call('HGET', own .. 'pace:' .. model, 'rate') or 0)
+  if rate <= 0 then return 5000 end
+  return math.max(1000, math.min(60000, math.ceil(1000 * excess / rate)))
+end
+
+local memory = redis.call('INFO', 'memory')
+local used, most = tonumber(memory:match('used_memory:(%d+)')), tonumber(memory:match('maxmemory:(%d+)'))
+if most > 0 and used > most * (1 - HEADROOM) then return {'full_memory', used, most} end
+
+local models, tenants, by_key, taken, duplicates, fresh = {}, {}, {}, {}, {}, {}
+for i = 0, (num_args - 5) / WIDTH - 1 do
+  local at = 5 + i * WIDTH
+  local id, model, tenant, key, digest = arg(at + 1), arg(at + 2), arg(at + 3), arg(at + 8), arg(at + 9)
+
+  local m = models[model]
+  if not m then
+    local beaten = redis.call('HGET', own .. 'models', model)
+    if REQUIRE_KNOWN and (not beaten or beaten == '0') then
+      local known = redis.call('HGETALL', own .. 'models')
+      local reply = {'unknown_model', i}
+      for n = 1, #known, 2 do if known[n + 1] ~= '0' then reply[#reply + 1] = known[n] end end
+      return reply
+    end
+    m = {depth = depth_of(model), known = beaten}
+    models[model] = m
+  end
+
+  local first = nil -- the id that this job already has
+  if key ~= '' then
+    local seen = by_key[key] or redis.call('GET', key)
+    if seen then
+      local old_digest, old_id = seen:match('^(%S+) (%S+)$')
+      if old_digest ~= digest then return {'conflict', i} end
+      first = old_id
+    end
+  end
+  if not first then
+    local owner = taken[id] or redis.call('HGET', own .. 'job:' .. id, 'tenant')
+    if owner and owner ~= tenant then return {'taken', i} end
+    if owner then first = id end -- the same call again, its first reply was lost
+  end
+
+  if first then
+    duplicates[#duplicates + 1] = i
+    duplicates[#duplicates + 1] = first
+  else
+    m.depth = m.depth + 1
+    if m.depth > MAX_PER_MODEL then
+      return {'full_model', i, MAX_PER_MODEL, retry_after_ms(model, m.depth - MAX_PER_MODEL)}
+    end
+    local t = model .. '\n' .. tenant
+    tenants[t] = (tenants[t] or tonumber(redis.call('HGET', own .. 'depth:' .. model, tenant) or 0)) + 1
+    if tenants[t] > MAX_PER_TENANT then
+      return {'full_tenant', i, MAX_PER_TENANT, retry_after_ms(model, tenants[t] - MAX_PER_TENANT)}
+    end
+    if key ~= '' then by_key[key] = digest .. ' ' .. id end
+    taken[id] = tenant
+    fresh[#fresh + 1] = at
+  end
+end
+
+-- from here on only writes; if Redis is over maxmemory the first one is refused and nothing has been written
+for _, at in ipairs(fresh) do
+  local id, model, tenant, step = arg(at + 1), arg(at + 2), arg(at + 3), arg(at + 4)
+  local message, deadline_s, metadata, key = arg(at + 5), arg(at + 6), arg(at + 7), arg(at + 8)
+  local record = {'state', 'queued', 'model', model, 'tenant', tenant, 'attempt', 0, 'enqueued', now}
+  if deadline_s ~= '' then
+    local deadline = now + math.ceil(tonumber(deadline_s) * 1000)
+    record[#record + 1], record[#record + 2] = 'deadline', deadline
+    redis.call('ZADD', own .. 'deadlines', deadline, id)
+  end
+  if metadata ~= '' then record[#record + 1], record[#record + 2] = 'metadata', metadata end
+  redis.call('HSET', own .. 'job:' .. id, unpack(record))
+  redis.call('LPUSH', queue(model, step), message)
+  redis.call('HINCRBY', own .. 'depth:' .. model, tenant, 1)
+  if key ~= '' then redis.call('SET', key, by_key[key], 'PX', IDEMPOTENCY_TTL_MS) end
+  if not models[model].known then
+    redis.call('HSETNX', own .. 'models', model, 0)
+    models[model].known = '0'
+  end
+end
+return {'ok', unpack(duplicates)}

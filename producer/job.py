@@ -1,0 +1,167 @@
+"""From what a caller says to a job, and from a status to what a caller gets; shared by both clients."""
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from hortator.producer.errors import BadRequest, HortatorError, JobCancelled, JobExpired, JobFailed, UnknownJob
+from hortator.producer.schema import Chunk, Job, Priority, Result, Sampling, State, Status
+
+MIN_POLL_S = 0.005
+MAX_POLL_S = 0.25
+POLL_SHARE = 0.2  # at most this share of the time goes into asking
+
+
+def new_job(
+    prompt: str | None,
+    *,
+    model: str,
+    messages: Sequence[Any] | None = None,
+    token_ids: Sequence[int] | None = None,
+    sampling: Sampling | None = None,
+    priority: Priority | str = Priority.STANDARD,
+    deadline_s: float | None = None,
+    idempotency_key: str | None = None,
+    tenant: str = "default",
+    metadata: dict[str, str] | None = None,
+) -> Job:
+    """The job, or BadRequest naming every wrong field (and never repeating the prompt)."""
+    fields = {
+        "model": model,
+        "prompt": prompt,
+        "messages": messages,
+        "token_ids": token_ids,
+        "sampling": sampling or Sampling(),
+        "priority": priority,
+        "deadline_s": deadline_s,
+        "idempotency_key": idempotency_key,
+        "tenant": tenant,
+        "metadata": metadata or {},
+    }
+    try:
+        return Job.model_validate(fields)
+    except ValidationError as error:
+        raise BadRequest(describe(error)) from None
+
+
+def describe(error: ValidationError) -> str:
+    """`sampling.max_tokens: Input should be ...`, at most eight fields, without their values."""
+    problems = error.errors(include_url=False, include_context=False, include_input=False)
+    lines = [f"{'.'.join(str(part) for part in problem['loc']) or 'job'}: {problem['msg']}" for problem in problems]
+    return "; ".join(lines[:8]) + (f"; and {len(lines) - 8} more" if len(lines) > 8 else "")
+
+
+def failure_of(status: Status) -> JobFailed | None:
+    """What to raise for a job that ended without a result."""
+    if status.result is not None or not status.state.terminal:
+        return None
+    kind = {State.CANCELLED: JobCancelled, State.EXPIRED: JobExpired}.get(status.state, JobFailed)
+    code, text = (
+        ("failed", "no reason was recorded")
+        if status.failure is None
+        else (
+            status.failure.code,
+            status.failure.message,
+        )
+    )
+    return kind(f"job {status.id} {status.state.value} ({code}): {text}", job_id=status.id, reason=code)
+
+
+def result_of(status: Status) -> Result:
+    """The result of a terminal job, or what stands in its place, raised."""
+    failure = failure_of(status)
+    if failure is not None:
+        raise failure
+    assert status.result is not None
+    return status.result
+
+
+def outcome_of(status: Status) -> Result | JobFailed | None:
+    """As a value: the result, the error, or None while the job is not done."""
+    return status.result or failure_of(status)
+
+
+def unknown(job_id: str, *, gone: bool) -> UnknownJob:
+    text = "its record has expired" if gone else "no such job was issued to this tenant"
+    return UnknownJob(f"job {job_id!r:.140}: {text}", job_id=job_id, gone=gone)
+
+
+class Pace:
+    """How long to wait between two questions: short while things move, longer while nothing does."""
+
+    def __init__(self, timeout_s: float | None = None) -> None:
+        self._give_up = None if timeout_s is None else time.monotonic() + timeout_s
+        self._delay = MIN_POLL_S
+        self._asked = 0.0
+
+    def asking(self) -> None:
+        self._asked = time.monotonic()
+
+    def delay(self, *, progress: bool) -> float | None:
+        """Seconds to wait before asking again; None when the time is up."""
+        now = time.monotonic()
+        self._delay = MIN_POLL_S if progress else min(self._delay * 1.5, MAX_POLL_S)
+        delay = max(self._delay, (now - self._asked) * (1 / POLL_SHARE - 1))
+        if self._give_up is None:
+            return delay
+        left = self._give_up - now
+        return min(delay, left) if left > 0 else None
+
+
+class Patience:
+    """Store errors that a waiting call bears with: Redis restarts, and waiting goes on."""
+
+    def __init__(self, patience_s: float) -> None:
+        self._patience_s = patience_s
+        self._since: float | None = None
+
+    def good(self) -> None:
+        self._since = None
+
+    def bear(self, error: HortatorError) -> None:
+        """Raise the error if the store has been away for too long."""
+        now = time.monotonic()
+        self._since = now if self._since is None else self._since
+        if now - self._since > self._patience_s:
+            raise error
+
+
+class Follower:
+    """Where one reader of a job's stream stands."""
+
+    def __init__(self, job_id: str, after: int) -> None:
+        self.job_id = job_id
+        self.after = after
+        self._from_start = after == 0
+        self._chars = 0
+
+    def behind(self, status: Status) -> bool:
+        return status.num_tokens > self.after
+
+    def take(self, chunks: Iterable[Chunk]) -> list[Chunk]:
+        """The chunks, counted as read."""
+        taken = list(chunks)
+        for chunk in taken:
+            self.after = chunk.index + len(chunk.token_ids)
+            self._chars += len(chunk.text)
+        return taken
+
+    def rest(self, result: Result) -> list[Chunk]:
+        """What the journal does not hold any more, out of the result; whoever comes late without the text so far gets
+        UnknownJob, for a text cannot be cut at tokens."""
+        if len(result.token_ids) <= self.after:
+            return []
+        if not self._from_start:
+            raise UnknownJob(
+                f"job {self.job_id}: its journal has expired; read its result", job_id=self.job_id, gone=True
+            )
+        logprobs = None if result.logprobs is None else result.logprobs[self.after :]
+        chunk = Chunk(
+            index=self.after,
+            token_ids=result.token_ids[self.after :],
+            text=result.text[self._chars :],
+            logprobs=logprobs,
+        )
+        return self.take([chunk])

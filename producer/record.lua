@@ -1,0 +1,157 @@
+-- record: what every script shares; it is put in front of each of them.
+--
+-- | key                  | type   | here                                              |
+-- |----------------------|--------|---------------------------------------------------|
+-- | job:{id}             | hash   | read, ended, handed back                          |
+-- | message:{id}         | string | dropped with the job's end, pushed back by drained|
+-- | journal:{id}         | stream | closed with the job's end                         |
+-- | celery-task-meta-{id}| string | written and published with the job's end          |
+-- | leases:{model}       | zset   | left at the end of an attempt                     |
+-- | deadlines            | zset   | left at the job's end                             |
+-- | suspects:{model}     | list   | joined after a crash, left at the job's end       |
+-- | depth:{model}        | hash   | kept in step with the queue                       |
+-- | letters              | stream | poison jobs and bad messages                      |
+--
+-- ARGV 1..7 are the same for all scripts; arg(i) is the i-th of the script's own.
+local namespace = ARGV[1]
+local own = namespace .. 'hortator:'
+local RESULT_TTL_MS, JOURNAL_TTL_MS = tonumber(ARGV[2]), tonumber(ARGV[3])
+local DATE_DONE = ARGV[4]
+local MAX_ATTEMPTS, GRACE_MS, MAX_LETTERS = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
+local STEPS = {'0', '3', '6', '9'}
+
+local function arg(i) return ARGV[7 + i] end
+local num_args = #ARGV - 7
+
+local clock = redis.call('TIME')
+local now = tonumber(clock[1]) * 1000 + math.floor(tonumber(clock[2]) / 1000)
+
+local function queue(model, step)
+  if step == '0' then return namespace .. model end
+  return namespace .. model .. '\6\22' .. step
+end
+
+-- Redis refuses a script that grows memory while it is over maxmemory, but only at the script's first write.  All
+-- scripts except enqueue begin with a write that cannot grow it: what was accepted must be able to end even then.
+local function even_when_full() redis.call('DEL', own .. 'nothing') end
+
+local function read(id)
+  local v = redis.call('HMGET', own .. 'job:' .. id, 'state', 'model', 'tenant', 'attempt', 'free', 'tokens',
+    'suspicion', 'alone', 'cancel', 'deadline', 'step', 'enqueued')
+  if not v[1] then return nil end
+  return {state = v[1], model = v[2], tenant = v[3], attempt = tonumber(v[4]), free = tonumber(v[5] or 0),
+    tokens = tonumber(v[6] or 0), suspicion = tonumber(v[7] or 0), alone = v[8] == '1', cancel = v[9] == '1',
+    deadline = v[10] and tonumber(v[10]), step = v[11] or '0', enqueued = v[12]}
+end
+
+local function is_terminal(state) return state ~= 'queued' and state ~= 'running' end
+
+local function count_queued(model, tenant, by)
+  if redis.call('HINCRBY', own .. 'depth:' .. model, tenant, by) <= 0 then
+    redis.call('HDEL', own .. 'depth:' .. model, tenant)
+  end
+end
+
+local function bury(model, id, tenant, step, reason, message)
+  return redis.call('XADD', own .. 'letters', 'MAXLEN', MAX_LETTERS, '*', 'model', model, 'job', id,
+    'tenant', tenant, 'step', step, 'reason', reason, 'message', message, 'at', now)
+end
+
+-- Celery's own JSON; cjson is used for free text only, so that empty lists stay lists.
+local function celery_result(id, state, code, text, result)
+  local status, value = 'SUCCESS', result
+  if state == 'failed' then
+    status = 'FAILURE'
+    value = '{"exc_type": "JobFailed", "exc_message": [' .. cjson.encode(code .. ': ' .. text)
+      .. '], "exc_module": "hortator.producer.errors"}'
+  elseif state ~= 'succeeded' then
+    status = 'REVOKED'
+    value = '{"exc_type": "TaskRevokedError", "exc_message": [' .. cjson.encode(text)
+      .. '], "exc_module": "celery.exceptions"}'
+  end
+  return '{"status": "' .. status .. '", "result": ' .. value .. ', "traceback": null, "children": [], "date_done": "'
+    .. DATE_DONE .. '", "task_id": "' .. id .. '"}'
+end
+
+-- Write a terminal state, once: callers have checked that `job.state` is not terminal.
+local function finish(id, job, state, code, text, result, seal)
+  redis.call('DEL', own .. 'message:' .. id)
+  if job.state == 'running' then
+    redis.call('ZREM', own .. 'leases:' .. job.model, id)
+  elseif job.state == 'queued' then
+    count_queued(job.model, job.tenant, -1)
+    if redis.call('LREM', own .. 'suspects:' .. job.model, 1, id) == 0 then
+      redis.call('HINCRBY', own .. 'depth:' .. job.model, '!dead', 1) -- its message stays in the list until popped
+    end
+  end
+  if job.deadline then redis.call('ZREM', own .. 'deadlines', id) end
+  local key = own .. 'job:' .. id
+  redis.call('HDEL', key, 'owner', 'alone', 'cancel', 'step', 'suspicion')
+  if state == 'succeeded' then
+    redis.call('HSET', key, 'state', state, 'finished', now, 'seal', seal or '')
+  else
+    redis.call('HSET', key, 'state', state, 'finished', now, 'seal', seal or '', 'code', code, 'error', text)
+  end
+  redis.call('PEXPIRE', key, RESULT_TTL_MS)
+  redis.call('XADD', own .. 'journal:' .. id, job.tokens .. '-1', 'state', state)
+  redis.call('PEXPIRE', own .. 'journal:' .. id, JOURNAL_TTL_MS)
+  local announced = namespace .. 'celery-task-meta-' .. id
+  local meta = celery_result(id, state, code, text, result)
+  redis.call('SET', announced, meta, 'PX', RESULT_TTL_MS)
+  redis.call('PUBLISH', announced, meta)
+  job.state = state
+end
+
+local function cancelled(id, job) finish(id, job, 'cancelled', 'cancelled', 'the job was cancelled') end
+
+local function expired(id, job)
+  finish(id, job, 'expired', 'expired', 'its deadline passed while it was ' .. job.state)
+end
+
+-- Past its deadline and nobody is going to end it: queued, or running past the grace that its leader has.
+local function overdue(job)
+  if not job.deadline then return false end
+  return (job.state == 'queued' and now >= job.deadline) or (job.state == 'running' and now >= job.deadline + GRACE_MS)
+end
+
+local function back_in_queue(id, job)
+  redis.call('ZREM', own .. 'leases:' .. job.model, id)
+  count_queued(job.model, job.tenant, 1)
+  job.state = 'queued'
+end
+
+-- The group died while it ran the job: next time alone, and if it was alone, never again.  Says what became of it.
+local function crashed(id, job)
+  even_when_full()
+  if job.cancel then
+    cancelled(id, job)
+    return 'cancelled'
+  end
+  if job.alone or job.attempt - job.free >= MAX_ATTEMPTS then
+    local code, text = 'too_many_attempts', 'gave up after ' .. (job.attempt - job.free) .. ' attempts'
+    if job.alone then code, text = 'poison', 'its group died twice while it ran, the last time with nothing beside it' end
+    bury(job.model, id, job.tenant, job.step, code, redis.call('GET', own .. 'message:' .. id) or '')
+    finish(id, job, 'failed', code, text)
+    return 'poison'
+  end
+  back_in_queue(id, job)
+  redis.call('HINCRBY', own .. 'job:' .. id, 'suspicion', 1)
+  redis.call('HSET', own .. 'job:' .. id, 'state', 'queued')
+  redis.call('LPUSH', own .. 'suspects:' .. job.model, id)
+  return 'suspect'
+end
+
+-- Handed back unfinished and without blame: served next, attempt not charged.  A suspect stays one.
+local function drained(id, job)
+  even_when_full()
+  if job.cancel then return cancelled(id, job) end
+  back_in_queue(id, job)
+  redis.call('HSET', own .. 'job:' .. id, 'state', 'queued', 'free', job.free + 1)
+  if job.alone then
+    redis.call('RPUSH', own .. 'suspects:' .. job.model, id)
+    return
+  end
+  local message = redis.call('GET', own .. 'message:' .. id)
+  redis.call('RPUSH', queue(job.model, job.step), message)
+  redis.call('DEL', own .. 'message:' .. id)
+end

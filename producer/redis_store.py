@@ -1,0 +1,314 @@
+"""The store on Redis: one Lua call for each method (a few for very long lists), blocking or with asyncio."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any, Self, TypeVar
+
+import redis
+import redis.asyncio
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError, RedisError
+from redis.retry import Retry
+
+from hortator.producer.calls import Call, Calls, naming_accepted, refuse_unsuitable, script, translate
+from hortator.producer.errors import ConfigError
+from hortator.producer.ids import Mint, new_secret
+from hortator.producer.names import Names
+from hortator.producer.rules import Rules
+from hortator.producer.schema import Chunk, Job, State, Status
+from hortator.producer.store import (
+    Append,
+    Claim,
+    DeadLetter,
+    GroupBeat,
+    Lease,
+    Outcome,
+    QueueInfo,
+    Receipt,
+    ReleaseReason,
+    Signals,
+    SweepReport,
+    Verdict,
+)
+
+T = TypeVar("T")
+
+# A submit must fail within 300 ms when Redis is away: connecting and one answer together stay below that.
+CONNECT_TIMEOUT_S = 0.1
+TIMEOUT_S = 0.15
+HEALTH_CHECK_S = 15  # a connection idle for longer is asked before it is used: it may be half-open
+
+
+class RedisStore:
+    """`store.Store` on one Redis.  Threads may share it.
+
+    `timeout_s` is the longest wait for one answer: short for producers, which would rather hear StoreUnavailable; leaders
+    should give some seconds.  A call that a broken connection swallowed is sent once more: every script recognises itself.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        namespace: str = "",
+        rules: Rules | None = None,
+        timeout_s: float = TIMEOUT_S,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+    ) -> None:
+        self.rules = rules or Rules()
+        self.names = Names(namespace)
+        self._calls = Calls(self.names, self.rules)
+        self._mint: Mint | None = None
+        self._mint_lock = threading.Lock()
+        retry = Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,))
+        with _readable(url):
+            self._redis = redis.Redis.from_url(
+                url, retry=retry, socket_keepalive=True, **_connection(timeout_s, connect_timeout_s)
+            )
+        self._where = _where(self._redis)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._redis.close()
+
+    def enqueue(self, jobs: Sequence[Job], *, job_ids: Sequence[str] | None = None) -> list[Receipt]:
+        ids = self._new_ids(jobs) if job_ids is None else job_ids
+        receipts: list[Receipt] = []
+        with naming_accepted(receipts):
+            for call in self._calls.enqueue(jobs, ids):
+                receipts += self._run(call)
+        return receipts
+
+    def cancel(self, job_ids: Sequence[str], *, tenant: str | None = None) -> list[State | None]:
+        return [state for call in self._calls.cancel(job_ids, tenant) for state in self._run(call)]
+
+    def statuses(self, job_ids: Sequence[str], *, tenant: str | None = None) -> list[Status | None]:
+        return [status for call in self._calls.statuses(job_ids, tenant) for status in self._run(call)]
+
+    def issued(self, job_id: str, *, tenant: str) -> bool:
+        return self._minted().issued(job_id, tenant)
+
+    def chunks(self, job_id: str, *, after: int = 0) -> list[Chunk]:
+        return self._run(self._calls.chunks(job_id, after))
+
+    def claim(self, model: str, *, owner: str, limit: int, lease_s: float, idle: bool) -> Claim:
+        return self._run(self._calls.claim(model, owner, limit, lease_s, idle))
+
+    def append(self, appends: Sequence[Append]) -> Signals:
+        return self._run(self._calls.append(appends)) if appends else Signals()
+
+    def renew(self, leases: Sequence[Lease], *, owner: str, lease_s: float) -> Signals:
+        return self._run(self._calls.renew(leases, lease_s)) if leases else Signals()
+
+    def commit(self, outcomes: Sequence[Outcome]) -> list[Verdict]:
+        return self._run(self._calls.commit(outcomes)) if outcomes else []
+
+    def release(self, leases: Sequence[Lease], *, reason: ReleaseReason) -> None:
+        if leases:
+            self._run(self._calls.release(leases, reason))
+
+    def clear(self, lease: Lease) -> None:
+        self._run(self._calls.clear(lease))
+
+    def beat(self, beat: GroupBeat) -> None:
+        self._run(self._calls.beat(beat))
+
+    def sweep(self, *, limit: int = 1000, expired_before_ms: int | None = None) -> SweepReport:
+        return self._run(self._calls.sweep(limit, expired_before_ms))
+
+    def queues(self) -> list[QueueInfo]:
+        return self._run(self._calls.queues())
+
+    def bury(self, model: str, message: bytes, *, reason: str, job_id: str | None = None) -> str:
+        return self._run(self._calls.bury(model, message, reason, job_id))
+
+    def dead_letters(self, *, limit: int = 100, before: str | None = None) -> list[DeadLetter]:
+        return self._run(self._calls.dead_letters(limit, before))
+
+    def replay(self, letter_ids: Sequence[str]) -> list[str]:
+        return self._run(self._calls.replay(letter_ids)) if letter_ids else []
+
+    def check(self) -> None:
+        with self._translated():
+            info = self._redis.info()
+        refuse_unsuitable(info)
+
+    def _run(self, call: Call[T]) -> T:
+        lua = script(call.script)
+        with self._translated():
+            try:
+                reply = self._redis.execute_command("EVALSHA", lua.sha, 0, *call.args)
+            except NoScriptError:
+                reply = self._redis.execute_command("EVAL", lua.text, 0, *call.args)
+        return call.parse(reply)
+
+    def _new_ids(self, jobs: Sequence[Job]) -> list[str]:
+        mint = self._minted()
+        return [mint.issue(job.tenant) for job in jobs]
+
+    def _minted(self) -> Mint:
+        with self._mint_lock:
+            if self._mint is None:
+                self._mint = Mint(self._run(self._calls.secret(new_secret())))
+            return self._mint
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except (RedisError, OSError) as error:
+            raise translate(error, self._where) or error from error
+
+
+class AsyncRedisStore:
+    """`RedisStore` with the same methods as coroutines.  It belongs to one event loop."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        namespace: str = "",
+        rules: Rules | None = None,
+        timeout_s: float = TIMEOUT_S,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+    ) -> None:
+        self.rules = rules or Rules()
+        self.names = Names(namespace)
+        self._calls = Calls(self.names, self.rules)
+        self._mint: Mint | None = None
+        retry = AsyncRetry(NoBackoff(), 1, supported_errors=(RedisConnectionError,))
+        with _readable(url):
+            self._redis = redis.asyncio.Redis.from_url(
+                url, retry=retry, socket_keepalive=True, **_connection(timeout_s, connect_timeout_s)
+            )
+        self._where = _where(self._redis)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        await self._redis.aclose()
+
+    async def enqueue(self, jobs: Sequence[Job], *, job_ids: Sequence[str] | None = None) -> list[Receipt]:
+        ids = await self._new_ids(jobs) if job_ids is None else job_ids
+        receipts: list[Receipt] = []
+        with naming_accepted(receipts):
+            for call in self._calls.enqueue(jobs, ids):
+                receipts += await self._run(call)
+        return receipts
+
+    async def cancel(self, job_ids: Sequence[str], *, tenant: str | None = None) -> list[State | None]:
+        return [state for call in self._calls.cancel(job_ids, tenant) for state in await self._run(call)]
+
+    async def statuses(self, job_ids: Sequence[str], *, tenant: str | None = None) -> list[Status | None]:
+        return [status for call in self._calls.statuses(job_ids, tenant) for status in await self._run(call)]
+
+    async def issued(self, job_id: str, *, tenant: str) -> bool:
+        return (await self._minted()).issued(job_id, tenant)
+
+    async def chunks(self, job_id: str, *, after: int = 0) -> list[Chunk]:
+        return await self._run(self._calls.chunks(job_id, after))
+
+    async def claim(self, model: str, *, owner: str, limit: int, lease_s: float, idle: bool) -> Claim:
+        return await self._run(self._calls.claim(model, owner, limit, lease_s, idle))
+
+    async def append(self, appends: Sequence[Append]) -> Signals:
+        return await self._run(self._calls.append(appends)) if appends else Signals()
+
+    async def renew(self, leases: Sequence[Lease], *, owner: str, lease_s: float) -> Signals:
+        return await self._run(self._calls.renew(leases, lease_s)) if leases else Signals()
+
+    async def commit(self, outcomes: Sequence[Outcome]) -> list[Verdict]:
+        return await self._run(self._calls.commit(outcomes)) if outcomes else []
+
+    async def release(self, leases: Sequence[Lease], *, reason: ReleaseReason) -> None:
+        if leases:
+            await self._run(self._calls.release(leases, reason))
+
+    async def clear(self, lease: Lease) -> None:
+        await self._run(self._calls.clear(lease))
+
+    async def beat(self, beat: GroupBeat) -> None:
+        await self._run(self._calls.beat(beat))
+
+    async def sweep(self, *, limit: int = 1000, expired_before_ms: int | None = None) -> SweepReport:
+        return await self._run(self._calls.sweep(limit, expired_before_ms))
+
+    async def queues(self) -> list[QueueInfo]:
+        return await self._run(self._calls.queues())
+
+    async def bury(self, model: str, message: bytes, *, reason: str, job_id: str | None = None) -> str:
+        return await self._run(self._calls.bury(model, message, reason, job_id))
+
+    async def dead_letters(self, *, limit: int = 100, before: str | None = None) -> list[DeadLetter]:
+        return await self._run(self._calls.dead_letters(limit, before))
+
+    async def replay(self, letter_ids: Sequence[str]) -> list[str]:
+        return await self._run(self._calls.replay(letter_ids)) if letter_ids else []
+
+    async def check(self) -> None:
+        async with self._translated():
+            info = await self._redis.info()
+        refuse_unsuitable(info)
+
+    async def _run(self, call: Call[T]) -> T:
+        lua = script(call.script)
+        async with self._translated():
+            try:
+                reply = await self._redis.execute_command("EVALSHA", lua.sha, 0, *call.args)
+            except NoScriptError:
+                reply = await self._redis.execute_command("EVAL", lua.text, 0, *call.args)
+        return call.parse(reply)
+
+    async def _new_ids(self, jobs: Sequence[Job]) -> list[str]:
+        mint = await self._minted()
+        return [mint.issue(job.tenant) for job in jobs]
+
+    async def _minted(self) -> Mint:
+        if self._mint is None:
+            self._mint = Mint(await self._run(self._calls.secret(new_secret())))
+        return self._mint
+
+    @contextlib.asynccontextmanager
+    async def _translated(self) -> AsyncIterator[None]:
+        try:
+            yield
+        except (RedisError, OSError, asyncio.TimeoutError) as error:
+            raise translate(error, self._where) or error from error
+
+
+def _connection(timeout_s: float, connect_timeout_s: float) -> dict[str, Any]:
+    return {
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": connect_timeout_s,
+        "health_check_interval": HEALTH_CHECK_S,
+    }
+
+
+def _where(client: "redis.Redis | redis.asyncio.Redis") -> str:
+    """Host and port for messages: the URL itself may hold a password."""
+    options = client.get_connection_kwargs()
+    return str(options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}")
+
+
+@contextlib.contextmanager
+def _readable(url: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        scheme = url.split("://")[0][:20]
+        raise ConfigError(f"bad Redis URL (it begins {scheme!r}): {error}; write redis://HOST:PORT/DB") from None

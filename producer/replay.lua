@@ -1,0 +1,44 @@
+-- replay: dead letters go to their queue again, each with a clean record; all of the call or none.
+--
+-- | key                         | type   | here                                                        |
+-- |-----------------------------|--------|-------------------------------------------------------------|
+-- | letters                     | stream | read and taken out                                          |
+-- | job:{id}                    | hash   | queued again; attempts go on counting, for they are fences  |
+-- | journal:{id}, celery-task-meta-{id} | stream, string | dropped                                     |
+-- | {model}, {model}\6\22{step} | list   | LPUSH of the message                                        |
+-- | depth:{model}, models       | hash   | one more for the tenant; the model is listed                |
+--
+-- args: letter ids.  reply: 'ok' and the job ids ('' where a letter has none), or 'unknown' and the letter's id
+local letters = {}
+for i = 1, num_args do
+  local entry = redis.call('XRANGE', own .. 'letters', arg(i), arg(i))[1]
+  if not entry then return {'unknown', arg(i)} end
+  local f = {}
+  for n = 1, #entry[2], 2 do f[entry[2][n]] = entry[2][n + 1] end
+  letters[i] = f
+end
+
+local function clean_record(id, f)
+  local key, job = own .. 'job:' .. id, read(id)
+  if job and not is_terminal(job.state) then return false end
+  local attempt = job and job.attempt or 0
+  redis.call('HDEL', key, 'claimed', 'first', 'finished', 'tokens', 'deadline', 'code', 'error', 'seal')
+  redis.call('HSET', key, 'state', 'queued', 'model', f.model, 'tenant', job and job.tenant or f.tenant,
+    'attempt', attempt, 'free', attempt, 'enqueued', now)
+  redis.call('PERSIST', key)
+  redis.call('DEL', own .. 'journal:' .. id, namespace .. 'celery-task-meta-' .. id)
+  redis.call('HINCRBY', own .. 'depth:' .. f.model, job and job.tenant or f.tenant, 1)
+  return true
+end
+
+even_when_full()
+local ids = {}
+for i, f in ipairs(letters) do
+  redis.call('XDEL', own .. 'letters', arg(i))
+  if f.job == '' or clean_record(f.job, f) then
+    redis.call('HSETNX', own .. 'models', f.model, 0)
+    redis.call('LPUSH', queue(f.model, f.step), f.message)
+  end
+  ids[i] = f.job
+end
+return {'ok', unpack(ids)}

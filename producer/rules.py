@@ -1,0 +1,21 @@
+"""Limits and lifetimes that every store keeps to."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """All producers and leaders of one namespace should have the same ones."""
+
+    result_ttl_s: float = 86_400.0  # records and results, from the job's end
+    journal_ttl_s: float = 3_600.0  # streams, from the job's end
+    idempotency_ttl_s: float = 86_400.0  # from acceptance
+    require_known_model: bool = True  # refuse models that no group has ever beaten for
+    max_queued_per_model: int = 1_000_000
+    max_queued_per_tenant: int = 1_000_000  # of one model
+    max_message_bytes: int = 16 * 2**20
+    max_letters: int = 10_000
+    max_attempts: int = 20
+    deadline_grace_s: float = 5.0  # how long a leader may take to end a running job that is past its deadline
+    beat_ttl_s: float = 5.0  # a group silent for longer is not alive
+    memory_headroom: float = 0.1  # share of maxmemory that submits leave to running jobs and results

@@ -1,0 +1,52 @@
+"""Settings of a producer, read once at the edge: keyword > environment (HORTATOR_*)."""
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from hortator.producer.redis_store import CONNECT_TIMEOUT_S, TIMEOUT_S, AsyncRedisStore, RedisStore
+from hortator.producer.rules import Rules
+
+
+class StoreSettings(BaseSettings):
+    """Where the store is, and its rules.  Times are in seconds.  All parties of a namespace should use the same rules."""
+
+    model_config = SettingsConfigDict(env_prefix="HORTATOR_", frozen=True, extra="ignore")
+
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    namespace: str = Field(default="", description="prefix of every key; the same as Celery's global_keyprefix")
+    connect_timeout_s: float = Field(default=CONNECT_TIMEOUT_S, gt=0)
+    timeout_s: float = Field(default=TIMEOUT_S, gt=0, description="longest wait for one answer of Redis")
+
+    result_ttl_s: float = Field(default=Rules.result_ttl_s, ge=1)
+    journal_ttl_s: float = Field(default=Rules.journal_ttl_s, ge=1)
+    idempotency_ttl_s: float = Field(default=Rules.idempotency_ttl_s, ge=1)
+    require_known_model: bool = Rules.require_known_model
+    max_queued_per_model: int = Field(default=Rules.max_queued_per_model, ge=1)
+    max_queued_per_tenant: int = Field(default=Rules.max_queued_per_tenant, ge=1)
+    max_message_bytes: int = Field(default=Rules.max_message_bytes, ge=4096)
+    max_letters: int = Field(default=Rules.max_letters, ge=1)
+    max_attempts: int = Field(default=Rules.max_attempts, ge=1)
+    memory_headroom: float = Field(default=Rules.memory_headroom, ge=0, lt=1)
+
+    def rules(self) -> Rules:
+        """The part that every store keeps to."""
+        own = {name: getattr(self, name) for name in Rules.__slots__ if name in type(self).model_fields}
+        return Rules(**own)
+
+    def store(self) -> RedisStore:
+        return RedisStore(
+            self.redis_url,
+            namespace=self.namespace,
+            rules=self.rules(),
+            timeout_s=self.timeout_s,
+            connect_timeout_s=self.connect_timeout_s,
+        )
+
+    def async_store(self) -> AsyncRedisStore:
+        return AsyncRedisStore(
+            self.redis_url,
+            namespace=self.namespace,
+            rules=self.rules(),
+            timeout_s=self.timeout_s,
+            connect_timeout_s=self.connect_timeout_s,
+        )

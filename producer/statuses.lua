@@ -1,0 +1,36 @@
+-- statuses: the records of many jobs; one that is past its deadline with nobody to end it is ended here.
+--
+-- | key                        | type   | here                                    |
+-- |----------------------------|--------|-----------------------------------------|
+-- | job:{id}                   | hash   | read                                    |
+-- | celery-task-meta-{id}      | string | read: the result text lives there, once |
+-- | all of record.lua's finish |        | for overdue jobs                        |
+--
+-- args: tenant ('' for any), then ids
+-- reply for each: '' if it does not exist for the tenant, or
+--   state model tenant attempt free enqueued claimed first finished tokens metadata code error deadline result
+local found = {}
+for i = 2, num_args do
+  local id = arg(i)
+  local key = own .. 'job:' .. id
+  local function record()
+    return redis.call('HMGET', key, 'state', 'model', 'tenant', 'attempt', 'free', 'enqueued', 'claimed', 'first',
+      'finished', 'tokens', 'metadata', 'code', 'error', 'deadline')
+  end
+  local v = record()
+  if not v[1] or (arg(1) ~= '' and v[3] ~= arg(1)) then
+    found[#found + 1] = ''
+  else
+    if v[14] and not is_terminal(v[1]) then
+      local job = read(id)
+      if overdue(job) then
+        even_when_full()
+        expired(id, job)
+        v = record()
+      end
+    end
+    if v[1] == 'succeeded' then v[15] = redis.call('GET', namespace .. 'celery-task-meta-' .. id) end
+    found[#found + 1] = v
+  end
+end
+return found

@@ -1,0 +1,50 @@
+-- sweep: take leases that ran out for crashes, and end jobs past their deadline.
+--
+-- | key                                 | type | here                                   |
+-- |-------------------------------------|------|----------------------------------------|
+-- | models                              | hash | read: whose leases to look at          |
+-- | leases:{model}                      | zset | read: which ran out                    |
+-- | deadlines                           | zset | read: which have passed                |
+-- | groups                              | hash | groups silent for an hour are dropped  |
+-- | all of record.lua's crashed, finish |      |                                        |
+--
+-- args: limit, expired_before ('' for now): leases that ended before it are dead
+-- reply: now, requeued ids, expired ids, poisoned ids
+local limit = tonumber(arg(1))
+local before = arg(2) == '' and now or math.min(now, tonumber(arg(2)))
+local requeued, ended, poisoned = {}, {}, {}
+even_when_full()
+
+for _, model in ipairs(redis.call('HKEYS', own .. 'models')) do
+  local key = own .. 'leases:' .. model
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', key, '-inf', '(' .. before, 'LIMIT', 0, limit)) do
+    local job = read(id)
+    if not job or job.state ~= 'running' then
+      redis.call('ZREM', key, id)
+    elseif overdue(job) then
+      expired(id, job)
+      ended[#ended + 1] = id
+    else
+      local fate = crashed(id, job)
+      if fate == 'suspect' then requeued[#requeued + 1] = id end
+      if fate == 'poison' then poisoned[#poisoned + 1] = id end
+    end
+  end
+end
+
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', own .. 'deadlines', '-inf', now, 'LIMIT', 0, limit)) do
+  local job = read(id)
+  if not job or is_terminal(job.state) then
+    redis.call('ZREM', own .. 'deadlines', id)
+  elseif overdue(job) then
+    expired(id, job)
+    ended[#ended + 1] = id
+  end
+end
+
+local groups = redis.call('HGETALL', own .. 'groups')
+for i = 1, #groups, 2 do
+  local beaten = tonumber(groups[i + 1]:match('^(%d+) '))
+  if not beaten or now - beaten > 3600000 then redis.call('HDEL', own .. 'groups', groups[i]) end
+end
+return {now, requeued, ended, poisoned}

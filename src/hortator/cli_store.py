@@ -1,0 +1,43 @@
+"""Which Redis a command talks to: its options, else HORTATOR_REDIS_URL and HORTATOR_NAMESPACE."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit, urlunsplit
+
+import typer
+
+if TYPE_CHECKING:
+    from hortator.producer.client import Client
+    from hortator.producer.settings import StoreSettings
+
+RedisUrl = Annotated[
+    str | None, typer.Option("--redis-url", help="default: HORTATOR_REDIS_URL, else redis://127.0.0.1:6379/0")
+]
+Namespace = Annotated[str | None, typer.Option("--namespace", help="default: HORTATOR_NAMESPACE, else none")]
+
+
+def store_settings(redis_url: str | None, namespace: str | None) -> "StoreSettings":
+    """The options that were given, over the environment."""
+    from hortator.producer.settings import StoreSettings
+
+    chosen = {"redis_url": redis_url, "namespace": namespace}
+    return StoreSettings(**{name: value for name, value in chosen.items() if value is not None})
+
+
+@contextmanager
+def client(redis_url: str | None, namespace: str | None) -> Iterator["Client"]:
+    """A client for one command."""
+    from hortator.producer.client import Client
+
+    with Client.from_settings(store_settings(redis_url, namespace)) as opened:
+        yield opened
+
+
+def redacted(url: str) -> str:
+    """The URL without its password."""
+    parts = urlsplit(url)
+    user, at, address = parts.netloc.rpartition("@")
+    if ":" in user:
+        user = user.partition(":")[0] + ":***"
+    return urlunsplit(parts._replace(netloc=user + at + address, query="", fragment=""))

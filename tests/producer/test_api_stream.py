@@ -1,0 +1,189 @@
+"""Tokens as server-sent events: live, resumed, and across a crash of the group that computes them."""
+
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from hortator.producer.store import ReleaseReason
+from tests.producer.api_process import Api, Event, events, served, wait_for
+
+
+@pytest.fixture
+def api(newest_redis_url: str) -> Iterator[Api]:
+    with served(newest_redis_url, keep_alive_s=0.2) as running:
+        yield running
+
+
+def read(api: Api, job_id: str, *, after: int = 0, last_id: str | None = None, limit: int = 1000) -> list[Event]:
+    """A client that leaves after `limit` events."""
+    headers = {"last-event-id": last_id} if last_id is not None else {}
+    found: list[Event] = []
+    with api.http.stream("GET", f"/v1/jobs/{job_id}/tokens", params={"after": after}, headers=headers) as answer:
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        for event in events(answer.iter_lines()):
+            found.append(event)
+            if len(found) == limit:
+                break
+    return found
+
+
+def text(found: list[Event]) -> str:
+    return "".join(event.json["text"] for event in found if event.kind == "message")
+
+
+def test_a_stream_gives_every_token_and_then_the_status(api: Api) -> None:
+    job_id = api.submit()
+    words = [f"w{n} " for n in range(30)]
+    worker = threading.Thread(target=api.worker.run_one, args=(words,))
+    worker.start()
+    found = read(api, job_id)
+    worker.join()
+    assert text(found) == "".join(words)
+    assert [event.kind for event in found].count("done") == 1
+    assert found[-1].kind == "done"
+    assert found[-1].json["state"] == "succeeded"
+    assert found[-1].json["result"]["text"] == "".join(words)
+
+
+def test_tokens_come_while_the_job_runs(api: Api) -> None:
+    job_id = api.submit()
+    [claimed] = api.worker.claim()
+    api.worker.say(claimed, 0, ["4"])
+    [first] = read(api, job_id, limit=1)
+    assert (first.json["text"], first.id) == ("4", "1")
+    assert api.http.get(f"/v1/jobs/{job_id}").json()["state"] == "running"
+
+
+def test_the_event_id_is_the_number_of_tokens_so_far(api: Api) -> None:
+    job_id = api.submit()
+    api.worker.run_one(["a", "b", "c"])
+    found = read(api, job_id)[:-1]
+    assert [int(event.id or 0) for event in found] == [e.json["index"] + len(e.json["token_ids"]) for e in found]
+    assert found[-1].id == "3"
+
+
+@pytest.mark.parametrize("seen", range(7))
+def test_after_any_token_a_stream_gives_exactly_the_rest(api: Api, seen: int) -> None:
+    job_id = api.submit()
+    words = ["a", "bb", "c", "dd", "e", "ff"]
+    api.worker.run_one(words)
+    assert text(read(api, job_id, after=seen)) == "".join(words[seen:])
+    assert text(read(api, job_id, last_id=str(seen))) == "".join(words[seen:])
+
+
+def test_last_event_id_wins_over_the_first_url(api: Api) -> None:
+    job_id = api.submit()
+    api.worker.run_one(["a", "b", "c"])
+    assert text(read(api, job_id, after=0, last_id="2")) == "c"
+
+
+def test_a_client_that_loses_the_connection_again_and_again_misses_and_repeats_nothing(api: Api) -> None:
+    job_id = api.submit()
+    words = [f"{n}," for n in range(40)]
+
+    def work() -> None:
+        [claimed] = api.worker.claim()
+        for index, word in enumerate(words):
+            api.worker.say(claimed, index, [word])
+            time.sleep(0.01)
+        api.worker.succeed(claimed, words)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    found: list[Event] = []
+    while not found or found[-1].kind != "done":
+        found += read(api, job_id, last_id=found[-1].id if found else None, limit=3)
+    worker.join()
+    assert text(found) == "".join(words)
+
+
+def test_a_stream_goes_on_when_another_group_takes_over(api: Api) -> None:
+    job_id = api.submit()
+    found: list[Event] = []
+    reader = threading.Thread(target=lambda: found.extend(read(api, job_id)))
+    reader.start()
+    [claimed] = api.worker.claim()
+    api.worker.say(claimed, 0, ["a", "b"])
+    wait_for("the first tokens", lambda: api.app.state.watcher.waiters == 1)
+    api.store.release([claimed.lease], reason=ReleaseReason.CRASHED)
+    [again] = api.worker.claim()
+    assert [chunk.text for chunk in again.journal] == ["a", "b"]
+    api.worker.say(again, 2, ["c"])
+    api.worker.succeed(again, ["a", "b", "c"])
+    reader.join(10)
+    assert text(found) == "abc"
+    assert found[-1].json["attempt"] == 2
+
+
+def test_a_silent_stream_is_kept_alive_by_comments(api: Api) -> None:
+    job_id = api.submit()
+    comments: list[str] = []
+    finish = threading.Timer(0.7, api.worker.run_one)
+    finish.start()
+    with api.http.stream("GET", f"/v1/jobs/{job_id}/tokens") as answer:
+        list(events(answer.iter_lines(), comments=comments))
+    finish.join()
+    assert len(comments) >= 2
+
+
+def test_the_stream_of_a_failed_job_ends_with_the_reason(api: Api) -> None:
+    job_id = api.submit()
+    [claimed] = api.worker.claim()
+    api.worker.fail(claimed, "poison", "it took two groups down")
+    [done] = read(api, job_id)
+    assert (done.kind, done.json["failure"]["code"]) == ("done", "poison")
+
+
+def test_a_browser_that_has_read_everything_is_told_not_to_come_back(api: Api) -> None:
+    job_id = api.submit()
+    api.worker.run_one()
+    last = read(api, job_id)[-1].id
+    answer = api.http.get(f"/v1/jobs/{job_id}/tokens", headers={"last-event-id": str(last)})
+    assert answer.status_code == 204
+
+
+@pytest.mark.parametrize("position", ["x", "-1", "1.5", "", "9" * 40])
+def test_a_wrong_last_event_id_is_refused(api: Api, position: str) -> None:
+    job_id = api.submit()
+    answer = api.http.get(f"/v1/jobs/{job_id}/tokens", headers={"last-event-id": position})
+    assert answer.status_code == 400
+
+
+def test_the_stream_of_an_unknown_job_is_404(api: Api) -> None:
+    assert api.http.get("/v1/jobs/never-issued/tokens").status_code == 404
+
+
+def test_a_reader_that_leaves_is_forgotten(api: Api) -> None:
+    job_id = api.submit()
+    with pytest.raises(httpx.ReadTimeout):  # noqa: PT012
+        with api.http.stream("GET", f"/v1/jobs/{job_id}/tokens", timeout=0.1) as answer:
+            list(answer.iter_lines())
+    wait_for("the watch to go", lambda: api.app.state.watcher.waiters == 0)
+
+
+def test_a_stopping_server_answers_long_polls_and_ends_streams_to_be_resumed(newest_redis_url: str) -> None:
+    answers: list[object] = []
+    with served(newest_redis_url) as api:
+        job_id = api.submit()
+        [claimed] = api.worker.claim()
+        api.worker.say(claimed, 0, ["a"])
+        poll = threading.Thread(
+            target=lambda: answers.append(httpx.get(f"{api.url}/v1/jobs/{job_id}?wait_s=30", timeout=20).json()["state"])
+        )
+        stream = threading.Thread(target=lambda: answers.append(read(api, job_id)))
+        poll.start()
+        stream.start()
+        wait_for("two waiters", lambda: api.app.state.watcher.waiters == 2)
+        time.sleep(0.2)
+        began = time.monotonic()
+        api.server.should_exit = True
+        poll.join(5)
+        stream.join(5)
+        assert time.monotonic() - began < 2
+    assert "running" in answers
+    [found] = [answer for answer in answers if isinstance(answer, list)]
+    assert [(event.kind, event.id) for event in found] == [("message", "1")], "no done event: the client resumes after 1"

@@ -1,0 +1,587 @@
+"""The front: every way that a job can go, with a clock and a group that the test moves."""
+
+import pytest
+
+from hortator.producer.schema import FinishReason, State
+from hortator.producer.store import Verdict
+from hortator.workers.engine.step import Finish
+from hortator.workers.front import seed_of
+from tests.workers.leader import EOS, MODEL, Leader
+from tests.workers.messages import message
+
+# ---- from the queue to the result
+
+
+def test_a_job_goes_through_the_engine_to_its_result() -> None:
+    leader = Leader()
+    leader.run("hello", max_tokens=8)
+    request = leader.group.admitted[0]
+    assert (bytes(request.prompt), request.generated, request.sampling.max_tokens) == (b"hello", (), 8)
+    assert leader.status().state is State.RUNNING
+    leader.step("wor")
+    leader.step("ld", finish=Finish.LENGTH)
+    status = leader.status()
+    assert status.state is State.SUCCEEDED
+    assert status.result is not None
+    assert (status.result.text, status.result.finish_reason) == ("world", FinishReason.LENGTH)
+    assert (status.result.usage.prompt_tokens, status.result.usage.completion_tokens) == (5, 5)
+    assert leader.journal() == "world"
+    assert [verdict for _, verdict in leader.ended_] == [Verdict.COMMITTED]
+    assert not leader.front.busy
+
+
+def test_a_plain_celery_message_runs_too() -> None:
+    leader = Leader()
+    leader.store.push(MODEL, message("plain-1", prompt="hi", max_tokens=3))
+    leader.turn(after_s=0.1)
+    leader.step("abc", finish=Finish.LENGTH)
+    assert leader.status("plain-1").state is State.SUCCEEDED
+
+
+def test_an_end_token_is_counted_and_has_no_text() -> None:
+    leader = Leader()
+    leader.run()
+    leader.step("ab\0", finish=Finish.STOP)
+    result = leader.status().result
+    assert result is not None
+    assert (result.text, result.token_ids[-1], result.finish_reason) == ("ab", EOS, FinishReason.STOP)
+
+
+def test_logprobs_reach_the_result() -> None:
+    leader = Leader()
+    leader.run(logprobs=True)
+    leader.step("ab", logprob=-0.25, finish=Finish.LENGTH)
+    result = leader.status().result
+    assert result is not None
+    assert result.logprobs == (-0.25, -0.25)
+
+
+def test_a_stop_string_ends_the_job_here_and_in_the_engine() -> None:
+    leader = Leader()
+    leader.run(stop=["END"])
+    leader.step("abE")
+    assert leader.journal() == "ab"
+    leader.step("NDxyz")
+    result = leader.status().result
+    assert result is not None
+    assert (result.text, len(result.token_ids), result.finish_reason) == ("ab", 5, FinishReason.STOP)
+    assert leader.group.cancelled == [leader.group.admitted[0].handle]
+    leader.step("more", finish=Finish.LENGTH)  # the engine had not yet heard
+    assert leader.status().result == result
+
+
+def test_the_seed_of_a_job_comes_from_its_id_unless_it_names_one() -> None:
+    leader = Leader()
+    leader.run(job_id="a")
+    leader.run(job_id="b", seed=7)
+    assert [request.sampling.seed for request in leader.group.admitted] == [seed_of("a"), 7]
+    assert seed_of("a") == seed_of("a") != seed_of("b")
+    assert 0 <= seed_of("a") < 2**63
+
+
+def test_one_step_is_one_message_and_one_commit_for_all_its_jobs() -> None:
+    leader = Leader()
+    for number in range(4):
+        leader.enqueue(job_id=f"id-{number}")
+    leader.turn(after_s=0.1)
+    assert leader.group.messages == 1
+    leader.redis.calls.clear()
+    handles = [request.handle for request in leader.group.admitted]
+    output = [(handle, Finish.LENGTH) for handle in handles]
+    from hortator.workers.engine.step import EngineStats, StepOutput, Token
+    from hortator.workers.group import Stepped
+
+    step = StepOutput(tuple(Token(handle, 97) for handle in handles), tuple(output))
+    leader.turn(Stepped(1, 1, step, EngineStats(0, 0, 1, 1, 0), False))
+    assert leader.redis.calls.count("commit") == leader.redis.calls.count("append") == 1
+    assert all(leader.status(f"id-{number}").state is State.SUCCEEDED for number in range(4))
+
+
+def test_tokens_are_journalled_at_most_every_thirty_milliseconds() -> None:
+    leader = Leader()
+    leader.run()
+    leader.redis.calls.clear()
+    for _ in range(10):
+        leader.step("a", after_s=0.01)
+    assert 3 <= leader.redis.calls.count("append") <= 5
+    leader.turn(after_s=0.05)
+    assert leader.journal() == "a" * 10
+
+
+# ---- what cannot run
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "code", "says"),
+    [
+        ("x" * 64, {}, "prompt_too_long", "64 tokens; the limit is 63"),
+        ("x" * 40, {"max_tokens": 20}, "prompt_too_long", r"need 60 tokens; the KV pool holds 50"),
+    ],
+)
+def test_a_prompt_that_does_not_fit_is_told_the_real_limit(prompt: str, sampling: dict[str, int], code: str, says: str) -> None:
+    leader = Leader(kv_tokens=50)
+    leader.run(prompt, **sampling)
+    failure = leader.status().failure
+    assert leader.status().state is State.FAILED
+    assert failure is not None
+    assert failure.code == code
+    assert says in failure.message
+    assert not leader.group.admitted
+
+
+def test_max_tokens_ends_at_the_models_context() -> None:
+    leader = Leader()
+    leader.run("x" * 60, max_tokens=256)
+    assert leader.group.admitted[0].sampling.max_tokens == 4
+
+
+def test_a_token_id_beyond_the_vocabulary_is_refused() -> None:
+    leader = Leader()
+    leader.store.push(MODEL, message("plain-1", token_ids=[1, 256]))
+    leader.turn(after_s=0.1)
+    failure = leader.status("plain-1").failure
+    assert failure is not None
+    assert "token id 256 is not in the vocabulary of 256" in failure.message
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"prompt": 5}, {"prompt": "x", "max_tokens": -1}])
+def test_a_wrong_job_fails_readably_and_is_kept_in_the_dead_letters(kwargs: dict[str, object]) -> None:
+    leader = Leader()
+    leader.store.push(MODEL, message("plain-1", **kwargs))
+    leader.turn(after_s=0.1)
+    status = leader.status("plain-1")
+    assert status.state is State.FAILED
+    assert status.failure is not None
+    assert status.failure.code == "bad_request"
+    letter = leader.store.dead_letters()[0]
+    assert (letter.job_id, letter.reason) == ("plain-1", status.failure.message)
+    assert not leader.front.busy
+
+
+def test_a_message_of_an_unknown_task_fails_and_is_kept_in_the_dead_letters() -> None:
+    leader = Leader()
+    leader.store.push(MODEL, message("plain-1", prompt="x", headers={"task": "os.system"}))
+    leader.turn(after_s=0.1)
+    assert leader.status("plain-1").state is State.FAILED
+    assert "unknown task" in leader.store.dead_letters()[0].reason
+
+
+def test_a_fault_of_one_request_fails_it_alone() -> None:
+    leader = Leader()
+    leader.run(job_id="a")
+    leader.run(job_id="b")
+    leader.fault("bad_request", "its logits are NaN")
+    assert leader.status("b").state is State.FAILED
+    assert leader.status("a").state is State.RUNNING
+
+
+def test_a_fault_of_ours_in_one_job_does_not_touch_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    leader = Leader()
+    leader.run(job_id="a")
+
+    def explode(_: str) -> tuple[int, ...]:
+        raise RuntimeError("bug")
+
+    monkeypatch.setattr(leader.front._text, "encode", explode)
+    leader.run(job_id="b")
+    assert leader.status("b").state is State.FAILED
+    assert leader.status("a").state is State.RUNNING
+
+
+# ---- capacity
+
+
+def test_no_more_is_claimed_than_the_engine_takes_and_a_little_beyond() -> None:
+    leader = Leader(max_num_seqs=8)
+    for number in range(20):
+        leader.enqueue(job_id=f"id-{number}")
+    leader.turn(after_s=0.1)
+    assert leader.front.num_live == 10
+
+
+def test_nothing_more_is_claimed_while_jobs_wait_in_the_engine_for_kv_blocks() -> None:
+    leader = Leader(max_num_seqs=8)
+    leader.run(job_id="a")
+    leader.step("x", waiting=2)
+    leader.run(job_id="b")
+    assert leader.status("b").state is State.QUEUED
+    leader.step("x", waiting=0)
+    assert leader.status("b").state is State.RUNNING
+
+
+def test_nothing_is_claimed_before_the_group_is_ready() -> None:
+    leader = Leader(ready=False)
+    leader.run()
+    assert leader.status().state is State.QUEUED
+    leader.ready()
+    leader.turn(after_s=0.1)
+    assert leader.status().state is State.RUNNING
+
+
+def test_an_idle_front_asks_often_after_work_and_seldom_later() -> None:
+    leader = Leader()
+    leader.run()
+    leader.step("a", finish=Finish.LENGTH)
+    leader.turn(after_s=0.01)
+    assert leader.front.wake_in() <= 0.005
+    leader.turn(after_s=30)
+    leader.turn(after_s=0.001)
+    assert 0.005 < leader.front.wake_in() <= 0.020
+
+
+# ---- cancel, deadline, time limit
+
+
+def test_a_cancel_reaches_a_running_job_within_a_renewal() -> None:
+    leader = Leader()
+    leader.run()
+    leader.store.cancel(["id-1"])
+    leader.turn(after_s=1.1)
+    assert leader.status().state is State.CANCELLED
+    assert leader.group.cancelled == [leader.group.admitted[0].handle]
+
+
+def test_a_cancel_comes_sooner_with_the_tokens() -> None:
+    leader = Leader()
+    leader.run()
+    leader.store.cancel(["id-1"])
+    leader.step("a", after_s=0.05)
+    leader.turn()
+    assert leader.status().state is State.CANCELLED
+
+
+def test_a_deadline_ends_a_running_job() -> None:
+    leader = Leader()
+    leader.run(deadline_s=2.0)
+    leader.step("abc")
+    leader.turn(after_s=2.0)
+    status = leader.status()
+    assert status.state is State.EXPIRED
+    assert leader.journal() == "abc"
+    assert leader.group.cancelled
+
+
+def test_the_deadline_of_a_plain_message_counts_too() -> None:
+    leader = Leader()
+    leader.store.push(MODEL, message("plain-1", prompt="hi", deadline_s=2.0))
+    leader.turn(after_s=0.1)
+    leader.turn(after_s=2.1)
+    assert leader.status("plain-1").state is State.EXPIRED
+
+
+def test_a_celery_time_limit_fails_the_job() -> None:
+    leader = Leader()
+    leader.store.push(MODEL, message("plain-1", prompt="hi", headers={"timelimit": [1.5, None]}))
+    leader.turn(after_s=0.1)
+    leader.turn(after_s=1.6)
+    failure = leader.status("plain-1").failure
+    assert failure is not None
+    assert failure.code == "time_limit"
+
+
+def test_a_deadline_of_an_earlier_attempt_does_not_end_a_finished_job() -> None:
+    leader = Leader()
+    leader.run(deadline_s=2.0)
+    leader.step("a", finish=Finish.LENGTH)
+    leader.turn(after_s=5)
+    assert leader.status().state is State.SUCCEEDED
+
+
+def test_a_job_that_is_cancelled_before_the_engine_heard_of_it_is_never_submitted() -> None:
+    leader = Leader()
+    leader.enqueue()
+    leader.clock.now += 0.1
+    (claimed,) = leader.front.take()
+    envelope = leader.front.open(claimed)
+    assert envelope is not None
+    leader.front.admit(claimed, envelope)
+    from hortator.producer.schema import Failure
+
+    leader.front.end("id-1", State.CANCELLED, Failure(code="cancelled", message="x"))
+    leader.front.flush()
+    assert leader.group.admitted == leader.group.cancelled == []
+
+
+# ---- the group goes down
+
+
+def test_jobs_of_a_dead_group_go_back_with_their_tokens_and_go_on_where_they_were() -> None:
+    leader = Leader(probation_tokens=2)
+    leader.run(max_tokens=8)
+    leader.step("abc", after_s=0.001)  # not journalled yet: the crash must not lose it
+    leader.down()
+    assert leader.gone_ == [("id-1", "the group went down")]
+    assert leader.journal() == "abc"
+    assert leader.status().state is State.QUEUED
+    leader.ready(epoch=2)
+    leader.turn(after_s=0.1)
+    assert leader.group.admitted[-1].generated == tuple(b"abc")
+    leader.step("de", finish=Finish.LENGTH)
+    status = leader.status()
+    assert status.result is not None
+    assert status.result.text == "abcde"
+    assert status.attempt == 2
+    assert leader.journal() == "abcde"
+
+
+def test_nothing_is_claimed_and_nothing_submitted_while_the_group_is_down() -> None:
+    leader = Leader()
+    leader.down()
+    messages = leader.group.messages
+    leader.run()
+    assert leader.status().state is State.QUEUED
+    assert leader.group.messages == messages
+    assert leader.front.beat().state == "starting" or leader.front.beat().state == "down"
+
+
+def test_a_permanent_failure_of_the_group_is_fatal() -> None:
+    leader = Leader()
+    leader.down("the checkpoint is truncated", permanent=True)
+    assert leader.front.fatal == "the checkpoint is truncated"
+
+
+def test_a_whole_output_in_the_journal_needs_no_engine() -> None:
+    leader = Leader(probation_tokens=1)
+    leader.run(max_tokens=3)
+    leader.step("abc", after_s=0.05)
+    leader.down()  # between the last token and the commit
+    leader.ready(epoch=2)
+    before = len(leader.group.admitted)
+    leader.turn(after_s=0.1)
+    leader.turn(after_s=0.1)
+    status = leader.status()
+    assert status.state is State.SUCCEEDED
+    assert status.result is not None
+    assert (status.result.text, status.result.finish_reason) == ("abc", FinishReason.LENGTH)
+    assert len(leader.group.admitted) == before
+
+
+def test_tokens_of_an_earlier_epoch_are_ignored() -> None:
+    leader = Leader()
+    leader.run()
+    old = leader.group.admitted[0].handle
+    leader.down()
+    leader.ready(epoch=2)
+    leader.turn(after_s=0.1)
+    leader.step("stale", of=old, finish=Finish.STOP)
+    assert leader.journal() == ""
+    assert leader.status().state is State.RUNNING
+
+
+# ---- suspects
+
+
+def crashed_batch(leader: Leader, jobs: int = 2) -> None:
+    for number in range(jobs):
+        leader.enqueue(job_id=f"id-{number}")
+    leader.turn(after_s=0.1)
+    assert leader.front.num_live == jobs
+    leader.down()
+    leader.ready(epoch=leader.group.epoch + 1)
+    leader.turn(after_s=0.1)
+
+
+def test_a_suspect_runs_alone_until_it_is_past_the_point_of_the_crash() -> None:
+    leader = Leader(probation_tokens=3)
+    crashed_batch(leader)
+    assert leader.front.num_live == 1
+    leader.step("ab")
+    leader.turn(after_s=0.1)
+    assert leader.front.num_live == 1
+    leader.step("c")
+    leader.turn(after_s=0.1)
+    assert leader.redis.calls.count("clear") == 1
+    assert leader.front.num_live == 1  # the next suspect waits for an empty group
+    leader.step("d", finish=Finish.LENGTH)
+    leader.turn(after_s=0.1)
+    assert leader.front.num_live == 1
+
+
+def test_a_suspect_that_ends_makes_room_for_the_next() -> None:
+    leader = Leader(probation_tokens=100)
+    crashed_batch(leader)
+    leader.step("a", finish=Finish.LENGTH)
+    leader.turn(after_s=0.1)
+    leader.step("b", finish=Finish.LENGTH)
+    leader.turn(after_s=0.1)
+    assert all(leader.status(f"id-{number}").state is State.SUCCEEDED for number in range(2))
+
+
+def test_a_suspect_that_takes_its_group_down_alone_is_poison_and_the_innocent_succeeds() -> None:
+    leader = Leader(probation_tokens=100)
+    crashed_batch(leader)
+    (culprit,) = leader.front._live
+    leader.down()
+    leader.ready(epoch=3)
+    leader.turn(after_s=0.1)
+    failure = leader.status(culprit).failure
+    assert failure is not None
+    assert failure.code == "poison"
+    leader.step("a", finish=Finish.LENGTH)
+    states = {leader.status(f"id-{number}").state for number in range(2)}
+    assert states == {State.FAILED, State.SUCCEEDED}
+
+
+def test_a_refused_suspect_does_not_keep_the_group_waiting() -> None:
+    leader = Leader(probation_tokens=100)
+    crashed_batch(leader, jobs=1)
+    leader.store.cancel(["id-0"])
+    leader.turn(after_s=1.1)
+    leader.run(job_id="next")
+    assert leader.status("next").state is State.RUNNING
+
+
+# ---- Redis goes away
+
+
+def test_finished_results_are_kept_and_committed_when_redis_is_back() -> None:
+    leader = Leader()
+    leader.run()
+    leader.redis.away = True
+    leader.step("abc", finish=Finish.LENGTH)
+    assert leader.front.busy
+    leader.turn(after_s=2.0)
+    leader.redis.away = False
+    leader.turn(after_s=1.1)
+    leader.turn(after_s=1.1)
+    status = leader.status()
+    assert status.state is State.SUCCEEDED
+    assert leader.journal() == "abc"
+    assert not leader.front.busy
+
+
+def test_an_absence_shorter_than_the_lease_costs_nothing() -> None:
+    leader = Leader()
+    leader.run()
+    leader.redis.away = True
+    leader.step("ab", after_s=2.0)
+    leader.redis.away = False
+    leader.step("cd", after_s=2.0)
+    leader.step("e", finish=Finish.LENGTH, after_s=1.1)
+    assert leader.gone_ == []
+    assert leader.journal() == "abcde"
+    assert leader.status().attempt == 1
+
+
+def test_a_front_that_cannot_renew_stops_its_jobs_by_itself() -> None:
+    leader = Leader()
+    leader.run()
+    leader.redis.away = True
+    leader.turn(after_s=3.0)
+    assert leader.gone_ == []
+    leader.turn(after_s=4.0)
+    assert leader.gone_ == [("id-1", "its lease could not be renewed")]
+    assert leader.group.cancelled == [leader.group.admitted[0].handle]
+
+
+def test_a_lost_lease_stops_the_job_without_an_outcome() -> None:
+    leader = Leader()
+    leader.run()
+    leader.clock.now += 7
+    leader.store.sweep()
+    leader.store.claim(MODEL, owner="other", limit=1, lease_s=60, idle=True)
+    leader.turn()
+    assert leader.gone_ == [("id-1", "another attempt owns it")]
+    assert leader.ended_ == []
+
+
+def test_a_zombies_commit_is_fenced() -> None:
+    leader = Leader()
+    leader.run()
+    leader.redis.away = True
+    leader.step("zombie", finish=Finish.LENGTH)
+    leader.clock.now += 7
+    leader.store.sweep()
+    other = leader.store.claim(MODEL, owner="other", limit=1, lease_s=60, idle=True).jobs[0]
+    leader.redis.away = False
+    leader.turn()
+    assert [verdict for _, verdict in leader.ended_] == [Verdict.FENCED]
+    assert leader.status().state is State.RUNNING
+    assert leader.status().attempt == other.lease.attempt
+
+
+def test_a_redis_that_hangs_is_not_asked_again_at_once() -> None:
+    leader = Leader()
+    leader.run()
+    asked = 0
+
+    class Hanging:
+        def __getattr__(self, name: str) -> object:
+            def call(*_: object, **__: object) -> None:
+                nonlocal asked
+                asked += 1
+                raise_unavailable()
+
+            return call
+
+    leader.front._store = Hanging()  # type: ignore[assignment]
+    leader.front._outbox._store = Hanging()  # type: ignore[assignment]
+    for _ in range(50):
+        leader.step("a", after_s=0.01)
+    assert asked < 10
+
+
+def raise_unavailable() -> None:
+    from hortator.producer.errors import StoreUnavailable
+
+    raise StoreUnavailable("timeout")
+
+
+def test_an_unsuitable_redis_is_fatal_before_the_first_claim(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hortator.producer.errors import StoreUnsuitable
+
+    leader = Leader(ready=False)
+
+    def refuse() -> None:
+        raise StoreUnsuitable("maxmemory-policy is allkeys-lru")
+
+    monkeypatch.setattr(leader.store, "check", refuse)
+    leader.enqueue()
+    leader.ready()
+    leader.turn(after_s=0.1)
+    assert leader.front.fatal == "maxmemory-policy is allkeys-lru"
+    assert leader.status().state is State.QUEUED
+
+
+# ---- the end
+
+
+def test_a_draining_front_claims_nothing_and_finishes_what_runs() -> None:
+    leader = Leader()
+    leader.run(job_id="a")
+    leader.front.drain()
+    leader.run(job_id="b")
+    assert leader.status("b").state is State.QUEUED
+    leader.step("x", finish=Finish.LENGTH)
+    assert leader.status("a").state is State.SUCCEEDED
+    assert leader.front.beat().state == "draining"
+
+
+def test_a_job_handed_back_is_at_once_free_for_others_and_its_attempt_is_not_charged() -> None:
+    leader = Leader()
+    leader.run()
+    leader.step("abc", after_s=0.001)
+    leader.front.drain()
+    leader.front.hand_back()
+    leader.turn()
+    assert leader.status().state is State.QUEUED
+    claimed = leader.store.claim(MODEL, owner="other", limit=1, lease_s=60, idle=False).jobs[0]
+    assert "".join(chunk.text for chunk in claimed.journal) == "abc"
+    assert claimed.lease.attempt == 1 or leader.status().attempt == 1
+    assert leader.group.cancelled
+
+
+def test_a_group_says_every_second_that_it_lives() -> None:
+    leader = Leader()
+    leader.run()
+    leader.step("ab", after_s=1.0)
+    (queue,) = leader.store.queues()
+    (beat,) = queue.groups
+    assert (beat.group, beat.state, beat.running, beat.capacity, beat.epoch) == ("g", "ready", 1, 4, 1)
+    assert beat.info["kv_use"] == 0.2
+    assert beat.info["pids"] == [11, 12]
+    leader.redis.calls.clear()
+    for _ in range(10):
+        leader.turn(after_s=0.5)
+    assert 4 <= leader.redis.calls.count("beat") <= 6
+    assert leader.redis.calls.count("sweep") == leader.redis.calls.count("beat")

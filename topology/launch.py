@@ -1,0 +1,185 @@
+"""How the ranks of a group are started and ended.
+
+`LocalLauncher` runs them as children of this process.  A launcher for remote hosts (DeepSpeed's over ssh, or an
+external one that only waits for ranks to join) fills the same Protocol: the front does not know the difference.
+"""
+
+import contextlib
+import os
+import selectors
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import IO, Protocol
+
+MAX_LINE_BYTES = 64 * 1024
+LineSink = Callable[[int, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RankCommand:
+    """One rank to start: never through a shell; secrets in `env`, never in `argv`."""
+
+    rank: int
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    pass_fds: tuple[int, ...] = ()
+
+
+class Launcher(Protocol):
+    """Starts one set of ranks at a time.  All methods are called by one long-lived thread: PR_SET_PDEATHSIG of a child
+    fires when the thread that forked it ends."""
+
+    def launch(self, commands: Sequence[RankCommand], *, on_line: LineSink) -> None:
+        """Start all; `on_line(rank, text)` gets what they print, from another thread."""
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """Rank to pid, of ranks on this host."""
+
+    def exits(self) -> dict[int, int]:
+        """Ranks of this host that have ended, with subprocess' returncode (negative: the signal).  Never blocks."""
+
+    def terminate(self) -> None:
+        """Ask those that are left to go (SIGTERM)."""
+
+    def kill(self) -> None:
+        """End all of them with everything they started, and reap them.  Bounded; harmless when nothing runs."""
+
+
+class LocalLauncher:
+    """Ranks as children of this process, each in a session of its own."""
+
+    def __init__(self) -> None:
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._exits: dict[int, int] = {}
+
+    def launch(self, commands: Sequence[RankCommand], *, on_line: LineSink) -> None:
+        self._processes, self._exits = {}, {}
+        outputs: dict[int, IO[bytes]] = {}
+        for command in commands:
+            process = subprocess.Popen(
+                command.argv,
+                env=dict(command.env),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=command.pass_fds,
+                start_new_session=True,
+            )
+            self._processes[command.rank] = process
+            assert process.stdout is not None
+            outputs[command.rank] = process.stdout
+        threading.Thread(target=_read_lines, args=(outputs, on_line), name="rank-output", daemon=True).start()
+
+    @property
+    def pids(self) -> dict[int, int]:
+        return {rank: process.pid for rank, process in self._processes.items()}
+
+    def exits(self) -> dict[int, int]:
+        """Looks without reaping, so that pids stay ours until `kill`."""
+        for rank, process in self._processes.items():
+            if rank not in self._exits and (code := _exit_code(process.pid)) is not None:
+                self._exits[rank] = code
+        return dict(self._exits)
+
+    def terminate(self) -> None:
+        for rank, process in self._processes.items():
+            if rank not in self._exits:
+                _signal_group(process.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        for process in self._processes.values():
+            _signal_group(process.pid, signal.SIGKILL)
+        for process in self._processes.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5.0)
+        self._processes = {}
+
+
+class FakeLauncher:
+    """Twin without processes: a test sees the commands and decides when a rank ends."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[RankCommand, ...]] = []
+        self.kills = 0
+        self._exits: dict[int, int] = {}
+
+    def launch(self, commands: Sequence[RankCommand], *, on_line: LineSink) -> None:
+        self._exits = {}
+        self.launches.append(tuple(commands))
+
+    @property
+    def pids(self) -> dict[int, int]:
+        return {}
+
+    def end(self, rank: int, returncode: int) -> None:
+        """Let a rank end."""
+        self._exits[rank] = returncode
+
+    def exits(self) -> dict[int, int]:
+        return dict(self._exits)
+
+    def terminate(self) -> None:
+        """Nothing to ask."""
+
+    def kill(self) -> None:
+        self.kills += 1
+
+
+def describe_exit(returncode: int) -> str:
+    """How a process ended, in words."""
+    if returncode < 0:
+        with contextlib.suppress(ValueError):
+            return f"was killed by {signal.Signals(-returncode).name}"
+        return f"was killed by signal {-returncode}"
+    return f"exited with {returncode}"
+
+
+def _exit_code(pid: int) -> int | None:
+    try:
+        info = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return 0  # somebody else in this process has reaped it
+    if info is None:
+        return None
+    return info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
+
+
+def _signal_group(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, number)
+
+
+def _read_lines(outputs: dict[int, IO[bytes]], on_line: LineSink) -> None:
+    """Pass on whole lines until all outputs have ended; an endless line is cut."""
+    partial = dict.fromkeys(outputs, b"")
+    with selectors.DefaultSelector() as selector:
+        for rank, output in outputs.items():
+            selector.register(output, selectors.EVENT_READ, rank)
+        while selector.get_map():
+            for key, _ in selector.select():
+                rank = key.data
+                data = os.read(key.fd, 65536)
+                *lines, partial[rank] = (partial[rank] + data).split(b"\n")
+                if len(partial[rank]) > MAX_LINE_BYTES or not data:
+                    lines.append(partial[rank])
+                    partial[rank] = b""
+                for line in filter(None, lines):
+                    on_line(rank, line.decode(errors="replace").rstrip())
+                if not data:
+                    selector.unregister(key.fileobj)
+                    outputs[rank].close()
+
+
+def wait_exits(launcher: Launcher, ranks: int, timeout_s: float) -> bool:
+    """Whether `ranks` ranks have ended within the time."""
+    deadline = time.monotonic() + timeout_s
+    while len(launcher.exits()) < ranks:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True

@@ -1,0 +1,183 @@
+"""The Celery app: `celery -A hortator.workers worker -Q MODEL`.
+
+Importable without a model, so that `inspect`, `control` and `events` need only HORTATOR_REDIS_URL.
+"""
+
+import sys
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from celery import Celery, signals
+from kombu import Queue
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from hortator.producer.errors import ConfigError
+from hortator.producer.schema import TASK_NAME
+from hortator.workers.settings import WorkerSettings
+
+if TYPE_CHECKING:
+    from hortator.workers.front import Front, Watcher
+    from hortator.workers.group import Group
+
+
+EX_CONFIG = 78  # sysexits.h: the settings cannot work
+STORE_TIMEOUT_S = 2.0  # how long a stalled Redis may keep the front from its group
+
+
+class BrokerSettings(BaseSettings):
+    """What even a process without a model must know; the same names and sources as WorkerSettings."""
+
+    model_config = SettingsConfigDict(env_prefix="HORTATOR_", frozen=True, extra="ignore")
+
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    namespace: str = ""
+    result_ttl_s: int = 86_400
+
+    @classmethod
+    def settings_customise_sources(cls, *args: Any, **kwargs: Any) -> Any:
+        return WorkerSettings.settings_customise_sources(*args, **kwargs)
+
+
+class App(Celery):  # type: ignore[misc]
+    """A Celery app with one model group behind it."""
+
+    front: "Front | None" = None  # in a leader's process: what the result backend writes through
+
+    def __init__(self, settings: WorkerSettings | None = None) -> None:
+        super().__init__("hortator", set_as_current=True, task_cls=None)
+        self._given = settings
+        self.config_from_object(_config(settings or _broker_settings()))
+
+    @cached_property
+    def settings(self) -> WorkerSettings:
+        """The model group's settings; ConfigError in a readable line."""
+        if self._given is not None:
+            return self._given
+        try:
+            return WorkerSettings()
+        except ValidationError as error:
+            raise ConfigError("; ".join(_line(problem) for problem in error.errors())) from None
+
+    def make_group(self) -> "Group":
+        from hortator.workers.group import Group
+
+        return Group(self.settings)
+
+    def make_front(self, group: "Group", *, watcher: "Watcher") -> "Front":
+        from hortator.producer.redis_store import RedisStore
+        from hortator.producer.rules import Rules
+        from hortator.workers.front import Front
+
+        settings = self.settings
+        rules = Rules(result_ttl_s=settings.result_ttl_s)
+        store = RedisStore(
+            settings.redis_url, namespace=settings.namespace, rules=rules,
+            timeout_s=STORE_TIMEOUT_S, connect_timeout_s=STORE_TIMEOUT_S / 2,
+        )  # fmt: skip
+        self.front = Front(store, group, _text(settings), settings, watcher=watcher)
+        return self.front
+
+    def serve(self, queues: list[str] | None) -> None:
+        """Become a leader: called before the worker is built."""
+        settings = self.settings
+        if queues and queues != [settings.queue]:
+            raise ConfigError(
+                f"-Q {','.join(queues)}: this worker's model is served on the queue {settings.queue!r};"
+                f" say -Q {settings.queue}, leave -Q out, or set HORTATOR_MODEL"
+            )
+        self.conf.task_queues = [Queue(settings.queue, routing_key=settings.queue)]
+        self.conf.task_default_queue = settings.queue
+        self.conf.worker_concurrency = settings.max_num_seqs
+
+
+def _broker_settings() -> BrokerSettings:
+    try:
+        return BrokerSettings()
+    except ValidationError as error:
+        raise ConfigError("; ".join(_line(problem) for problem in error.errors())) from None
+
+
+def _line(problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    return f"{where}: {problem['msg']}" if where else str(problem["msg"]).removeprefix("Value error, ")
+
+
+def _config(settings: WorkerSettings | BrokerSettings) -> dict[str, Any]:
+    options = {"global_keyprefix": settings.namespace, "socket_timeout": 5.0, "socket_connect_timeout": 2.0}
+    return {
+        "broker_url": _kombu_url(settings.redis_url),
+        "broker_transport": "hortator.workers.transport:Transport",
+        "broker_transport_options": options | {"socket_keepalive": True},
+        "broker_connection_retry_on_startup": True,
+        "result_backend": f"hortator.workers.backend:StoreBackend+{settings.redis_url}",
+        "result_backend_transport_options": {"global_keyprefix": settings.namespace},
+        "result_expires": settings.result_ttl_s,
+        "redis_socket_timeout": 5.0,
+        "redis_socket_connect_timeout": 2.0,
+        "accept_content": ["json"],
+        "task_serializer": "json",
+        "result_serializer": "json",
+        "task_acks_late": True,
+        "task_track_started": True,
+        "task_create_missing_queues": False,
+        "task_queues": [],
+        "task_routes": (_route,),
+        "worker_pool": "hortator.workers.pool:EnginePool",
+        "worker_consumer": "hortator.workers.consumer:LeaderConsumer",
+        "worker_prefetch_multiplier": 1,
+        "worker_disable_rate_limits": True,
+        "worker_hijack_root_logger": True,
+        "worker_cancel_long_running_tasks_on_connection_loss": False,
+        "worker_enable_prefetch_count_reduction": False,
+    }
+
+
+def _kombu_url(url: str) -> str:
+    """kombu spells a unix socket in another way than redis-py."""
+    return f"redis+socket://{url.removeprefix('unix://')}" if url.startswith("unix://") else url
+
+
+def _route(name: str, args: Any, kwargs: Any, options: Any, task: Any = None, **_: Any) -> Any:
+    """A prompt sent through this app goes to its model's queue; nothing goes to a queue that nobody serves."""
+    if name == TASK_NAME and kwargs and kwargs.get("model"):
+        queue = str(kwargs["model"])
+        return {"queue": Queue(queue, routing_key=queue)}
+    return None
+
+
+def _text(settings: WorkerSettings) -> Any:
+    from hortator.workers.text import ByteText, HFText, torch_hidden
+
+    if settings.engine == "echo" or settings.model_path is None:
+        return ByteText()
+    with torch_hidden():
+        return HFText.load(settings.model_path)
+
+
+@signals.celeryd_init.connect
+def _become_leader(instance: Any = None, options: Any = None, **_: Any) -> None:
+    leader = instance.app
+    if not isinstance(leader, App):
+        return
+    queues = (options or {}).get("queues")
+    try:
+        leader.serve(queues.split(",") if isinstance(queues, str) else list(queues or []))
+    except ConfigError as error:
+        sys.stderr.write(f"hortator: {error.message}\n")
+        raise SystemExit(EX_CONFIG) from None
+
+
+app = App()
+
+
+@app.task(
+    name=TASK_NAME,
+    Strategy="hortator.workers.request:strategy",
+    Request="hortator.workers.request:PromptRequest",
+    acks_late=True,
+    typing=False,
+)
+def generate(*args: Any, **kwargs: Any) -> None:
+    """Run by the model group, never by this function."""
+    raise NotImplementedError(f"{TASK_NAME} runs in a model group: send it with send_task or apply_async")

@@ -1,0 +1,56 @@
+"""Celery's consumer blueprint for a leader: while the broker is away, the front goes on."""
+
+import logging
+from typing import Any
+
+from celery.worker.consumer import Consumer
+from celery.worker.state import maybe_shutdown
+
+logger = logging.getLogger("hortator.front")
+
+RETRY_EVERY_S = 0.5
+
+
+class LeaderConsumer(Consumer):  # type: ignore[misc]
+    """Connects with the pool's claims as task queue.
+
+    Without mingle (it stops the start, and every reconnect, for a second) and gossip (nobody listens to it): the store
+    knows what is cancelled, and which groups live.
+    """
+
+    def __init__(self, *args: Any, worker_options: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        options = dict(worker_options or {}, without_mingle=True, without_gossip=True)
+        super().__init__(*args, worker_options=options, **kwargs)
+
+    def ensure_connected(self, conn: Any) -> Any:
+        """Like the base class's, but it never sleeps: leases are renewed and results kept in the meantime."""
+        conn.transport.claims = self.pool
+        failures = 0
+        while True:
+            maybe_shutdown()
+            try:
+                conn.connect()
+            except conn.connection_errors + conn.channel_errors as error:
+                if failures == 0:
+                    logger.error("cannot connect to %s: %s; trying again", conn.as_uri(), error)
+                failures += 1
+                conn.collect()
+                conn.transport.claims = self.pool
+                self.pool.run_for(RETRY_EVERY_S)
+            else:
+                self.first_connection_attempt = False
+                if failures or self.restart_count > 0:
+                    logger.info("connected to %s", conn.as_uri())
+                return conn
+
+    def on_decode_error(self, message: Any, exc: Exception) -> None:
+        """Cannot happen to claimed messages; whatever it is must not be acked as if it were done."""
+        logger.error("a message cannot be decoded: %s", type(exc).__name__)
+        message.reject()
+
+    def on_unknown_message(self, body: Any, message: Any) -> None:
+        message.reject()
+
+    def on_invalid_task(self, body: Any, message: Any, exc: Exception) -> None:
+        """Celery found the headers wrong (an `expires` that is no date, say)."""
+        self.pool.refuse(message, str(exc))

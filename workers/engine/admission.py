@@ -1,0 +1,65 @@
+"""What the engine refuses, and what it says.  A refused request is a fault of its own and harms nobody."""
+
+import math
+
+from .step import EngineInfo, Fault, Request
+
+BAD_REQUEST = "bad_request"
+PROMPT_TOO_LONG = "prompt_too_long"
+
+
+def length_limit(request: Request, info: EngineInfo) -> int:
+    """Tokens, prompt included, at which the request ends: max_tokens, clipped to the model's context."""
+    return min(len(request.prompt) + request.sampling.max_tokens, info.max_model_len)
+
+
+def refusal(request: Request, info: EngineInfo) -> Fault | None:
+    """Why this request can never run here, or None."""
+    return _too_long(request, info) or _malformed(request, info)
+
+
+def _too_long(request: Request, info: EngineInfo) -> Fault | None:
+    num_prompt = len(request.prompt)
+    if num_prompt >= info.max_model_len:
+        return Fault(
+            request.handle,
+            PROMPT_TOO_LONG,
+            f"the prompt has {num_prompt} tokens; max_model_len is {info.max_model_len} and at least one new token "
+            f"must fit: send at most {info.max_model_len - 1}",
+        )
+    if length_limit(request, info) > info.kv_tokens:
+        return Fault(
+            request.handle,
+            PROMPT_TOO_LONG,
+            f"the prompt's {num_prompt} tokens and max_tokens={request.sampling.max_tokens} need "
+            f"{length_limit(request, info)} places in the KV pool, which holds {info.kv_tokens}: shorten the prompt, "
+            f"lower max_tokens, or give the group more kv_cache_bytes",
+        )
+    return None
+
+
+def _malformed(request: Request, info: EngineInfo) -> Fault | None:
+    problem = _token_problem(request, info) or _sampling_problem(request)
+    return Fault(request.handle, BAD_REQUEST, problem) if problem else None
+
+
+def _token_problem(request: Request, info: EngineInfo) -> str | None:
+    if not request.prompt:
+        return "the prompt has no tokens"
+    for tokens, name in ((request.prompt, "prompt"), (request.generated, "journal")):
+        if tokens and (min(tokens) < 0 or max(tokens) >= info.vocab_size):
+            where, token = next((i, t) for i, t in enumerate(tokens) if not 0 <= t < info.vocab_size)
+            return f"token id {token} at position {where} of the {name} is outside the vocabulary of {info.vocab_size}"
+    return None
+
+
+def _sampling_problem(request: Request) -> str | None:
+    s = request.sampling
+    rules = (
+        (s.max_tokens >= 1, f"max_tokens must be at least 1, got {s.max_tokens}"),
+        (s.temperature >= 0 and math.isfinite(s.temperature), f"temperature must be >= 0, got {s.temperature}"),
+        (0 < s.top_p <= 1, f"top_p must be above 0 and at most 1, got {s.top_p}"),
+        (s.top_k >= 0, f"top_k must be >= 0 (0: no limit), got {s.top_k}"),
+        (0 <= s.min_p <= 1, f"min_p must be between 0 and 1, got {s.min_p}"),
+    )
+    return next((message for holds, message in rules if not holds), None)

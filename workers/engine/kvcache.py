@@ -1,0 +1,69 @@
+"""The memory of the paged KV cache: one tensor for all layers of this rank."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """What one token needs on this rank."""
+
+    num_layers: int
+    num_kv_heads: int  # of this rank
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values, over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+class PagedCache:
+    """Keys and values as [layer, 2, block, slot in block, kv head, head_dim].
+
+    One block more than the pool hands out: `null_block` pads the gathers of short rows.  It is never written, and a
+    block is zeroed when it changes hands, so that a NaN of one request cannot reach another through padding (a masked
+    position weighs zero, and zero times NaN is NaN).
+    """
+
+    def __init__(self, shape: CacheShape, *, num_blocks: int, block_size: int, device: torch.device) -> None:
+        self.block_size = block_size
+        self.null_block = num_blocks
+        self._storage = torch.zeros(
+            (shape.num_layers, 2, num_blocks + 1, block_size, shape.num_kv_heads, shape.head_dim),
+            dtype=shape.dtype,
+            device=device,
+        )
+        slots = self._storage.flatten(2, 3)  # [layer, 2, slot, kv head, head_dim]
+        blocks = self._storage.flatten(3)  # [layer, 2, block, everything in it]
+        self._slots = [(pair[0], pair[1]) for pair in slots]
+        self._blocks = [(pair[0], pair[1]) for pair in blocks]
+        self._tail = (shape.num_kv_heads, shape.head_dim)
+        self._workspace = torch.empty((2, 0, blocks.shape[-1]), dtype=shape.dtype, device=device)
+
+    def forget(self, blocks: torch.Tensor) -> None:
+        """Zero these blocks in all layers."""
+        self._storage.index_fill_(2, blocks, 0)
+
+    def write(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store `key` and `value` [tokens, kv heads, head_dim] at `slots` [tokens]."""
+        keys, values = self._slots[layer]
+        keys.index_copy_(0, slots, key)
+        values.index_copy_(0, slots, value)
+
+    def gather(self, layer: int, blocks: torch.Tensor, *, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of `blocks` [rows * width] as [rows, kv heads, width * block_size, head_dim].
+
+        They are views of a workspace that the next gather overwrites: a fresh allocation of this size costs up to
+        seven times the copy itself in page faults.
+        """
+        count = blocks.shape[0]
+        if self._workspace.shape[1] < count:
+            self._workspace = self._workspace.new_empty((2, count + count // 4, self._workspace.shape[2]))
+        keys, values = self._workspace[0, :count], self._workspace[1, :count]
+        torch.index_select(self._blocks[layer][0], 0, blocks, out=keys)
+        torch.index_select(self._blocks[layer][1], 0, blocks, out=values)
+        shape = (num_rows, -1, *self._tail)
+        return keys.view(shape).transpose(1, 2), values.view(shape).transpose(1, 2)

@@ -1,0 +1,121 @@
+"""What one job has generated: tokens, their text up to a stop string, and the part that the journal lacks."""
+
+from collections.abc import Sequence
+
+from hortator.producer.schema import Chunk, FinishReason
+from hortator.workers.text import Decoder
+
+
+class Output:
+    """Grows token by token, and never takes back text that it has given to the journal.
+
+    Text that may be the beginning of a stop string is held back until it is clear.  The token that completes a stop
+    string is the last one; the text ends before the stop string.  Tokens of `ends` end the output and have no text.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        ends: frozenset[int] = frozenset(),
+        stop: Sequence[str] = (),
+        journal: Sequence[Chunk] = (),
+        logprobs: bool = False,
+    ) -> None:
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] | None = [] if logprobs else None
+        self.stopped = False
+        self._decoder = decoder
+        self._ends = ends
+        self._stop = tuple(stop)
+        self._held = ""
+        self._safe: list[str] = []  # pieces of text that nothing can change any more
+        self._num_journalled = 0
+        self._unsent: list[str] = []
+        self._replay(journal)
+
+    @property
+    def text(self) -> str:
+        """Everything that is certain; after `finish`, everything."""
+        return "".join(self._safe)
+
+    @property
+    def num_new(self) -> int:
+        """Tokens that the journal lacks."""
+        return len(self.token_ids) - self._num_journalled
+
+    def complete(self, *, max_tokens: int) -> FinishReason | None:
+        """Why this is a whole output already, or None: more tokens belong to it."""
+        if self.stopped or (self.token_ids and self.token_ids[-1] in self._ends):
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(self.token_ids) >= max_tokens else None
+
+    def feed(self, token_id: int, logprob: float | None = None) -> bool:
+        """Take one token; True when a stop string is complete."""
+        self.token_ids.append(token_id)
+        if self.logprobs is not None:
+            self.logprobs.append(logprob or 0.0)
+        if token_id not in self._ends:
+            piece = self._decoder.feed(token_id)
+            if piece:
+                self._add(piece)
+        return self.stopped
+
+    def finish(self) -> None:
+        """No token follows: what was held back is text after all."""
+        if not self.stopped:
+            rest = self._decoder.flush()
+            if rest:
+                self._add(rest)
+        if self._held:
+            self._keep(self._held)
+            self._held = ""
+
+    def take(self) -> Chunk | None:
+        """What came since the last call, for the journal; None without a new token."""
+        start = self._num_journalled
+        if start == len(self.token_ids):
+            return None
+        text = "".join(self._unsent)
+        self._num_journalled = len(self.token_ids)
+        self._unsent = []
+        logprobs = None if self.logprobs is None else tuple(self.logprobs[start:])
+        return Chunk.model_construct(index=start, token_ids=tuple(self.token_ids[start:]), text=text, logprobs=logprobs)
+
+    def _add(self, piece: str) -> None:
+        if not self._stop:
+            self._keep(piece)
+            return
+        text = self._held + piece
+        cut = min((at for stop in self._stop if (at := text.find(stop)) >= 0), default=-1)
+        if cut >= 0:
+            self.stopped = True
+            safe, self._held = text[:cut], ""
+        else:
+            unclear = self._num_unclear(text)
+            safe, self._held = text[: len(text) - unclear], text[len(text) - unclear :]
+        if safe:
+            self._keep(safe)
+
+    def _keep(self, text: str) -> None:
+        self._safe.append(text)
+        self._unsent.append(text)
+
+    def _num_unclear(self, text: str) -> int:
+        """Length of the longest end of text with which a stop string begins."""
+        longest = min(len(text), max(map(len, self._stop)) - 1)
+        for length in range(longest, 0, -1):
+            end = text[-length:]
+            if any(stop.startswith(end) for stop in self._stop):
+                return length
+        return 0
+
+    def _replay(self, journal: Sequence[Chunk]) -> None:
+        """Come to the state of the attempt that wrote this journal; its text counts as given out."""
+        for chunk in journal:
+            probs = chunk.logprobs or ()
+            for at, token_id in enumerate(chunk.token_ids):
+                self.feed(token_id, probs[at] if at < len(probs) else None)
+        sent = sum(len(chunk.text) for chunk in journal)
+        self._num_journalled = len(self.token_ids)
+        self._unsent = [rest] if (rest := self.text[sent:]) else []

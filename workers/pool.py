@@ -1,0 +1,217 @@
+"""The Celery pool whose worker is the model group: no thread and no process per prompt.
+
+It lends the front Celery's event loop, mirrors what becomes of every job in Celery's requests, and stands in for the
+task queue (transport.Claims).
+"""
+
+import logging
+import select
+import signal
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+from celery.concurrency.base import BasePool
+from celery.exceptions import WorkerShutdown
+from celery.platforms import EX_FAILURE
+from celery.worker import state as worker_state
+
+from hortator.producer.errors import BadRequest, HortatorError
+from hortator.producer.store import Claimed, Lease, Outcome, Verdict
+from hortator.workers.front import Front
+from hortator.workers.request import PromptRequest
+from hortator.workers.settings import WorkerSettings
+from hortator.workers.transport import ClaimedMessage
+
+logger = logging.getLogger("hortator.front")
+
+LAST_WORDS_S = 3.0  # at the end of the grace: time to tell the store what goes back
+
+
+class EnginePool(BasePool):  # type: ignore[misc]
+    """One model group."""
+
+    uses_semaphore = False
+    body_can_be_buffer = False
+    task_join_will_block = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.settings: WorkerSettings = self.app.settings
+        self.queue = self.settings.queue
+        self.limit = self.settings.max_num_seqs
+        self._requests: dict[str, PromptRequest] = {}
+        self._deliver: Callable[[ClaimedMessage], None] | None = None
+        self._hub: Any = None
+        self._timer: Any = None
+        self._stopping = False
+        self._num_signals = 0
+        self._now = False  # do not wait for what runs
+
+    # ---- Celery's pool interface
+
+    def on_start(self) -> None:
+        """Start the group and, while its ranks load, everything that the front needs."""
+        self._watch_signals()
+        try:
+            self._group = self.app.make_group()
+            self._group.start()
+            try:
+                self.front = self.app.make_front(self._group, watcher=self)
+            except BaseException:
+                self._group.close()
+                raise
+        except HortatorError as error:
+            logger.critical("%s", error.message)
+            raise WorkerShutdown(EX_FAILURE) from error
+
+    def register_with_event_loop(self, loop: Any) -> None:
+        """Called again after every reconnect of the broker."""
+        self._hub = loop
+        loop.add_reader(self._group.fileno(), self.turn)
+        self._schedule()
+
+    def run(self, request: PromptRequest) -> None:
+        """A request of the consumer goes to the engine."""
+        self._requests[request.id] = request
+        if self.front.admit(request.claimed, request.envelope):
+            request.accepted()
+
+    def on_apply(self, target: Any, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("this pool runs prompts only")
+
+    def terminate_job(self, pid: int, signal: int | None = None) -> None:
+        """A revoked prompt is ended through the backend; there is no process to kill."""
+
+    def flush(self) -> None:
+        """The broker connection was lost, and Celery forgot what it had reserved; the engine still runs it."""
+        for request in self._requests.values():
+            worker_state.requests[request.id] = request
+            worker_state.reserved_requests.add(request)
+            worker_state.active_requests.add(request)
+
+    def on_close(self) -> None:
+        self.front.drain()
+
+    def on_stop(self) -> None:
+        """Finish what runs within the grace, hand the rest back.  Celery's loop has ended, so this runs its own."""
+        if self._stopping:
+            self._now = True
+            return
+        self._stopping = True
+        front = self.front
+        front.drain()
+        logger.info("draining: %d jobs run, up to %g s", front.num_live, self.settings.grace_s)
+        until = time.monotonic() + self.settings.grace_s
+        while front.num_live and not self._now and time.monotonic() < until:
+            self.run_for(0.05)
+        num_back = front.num_live
+        front.hand_back()
+        until = time.monotonic() + LAST_WORDS_S
+        while front.busy and time.monotonic() < until:
+            self.run_for(0.02)
+        logger.info("drained: %d jobs handed back", num_back)
+        self._group.close()
+
+    def on_terminate(self) -> None:
+        """A cold shutdown."""
+        self._now = True
+        self.on_stop()
+
+    def _get_info(self) -> dict[str, Any]:
+        front = self.front
+        return {
+            **super()._get_info(),
+            "group": self.settings.group,
+            "model": self.queue,
+            "state": front.state,
+            "epoch": self._group.epoch,
+            "running": front.num_live,
+            "capacity": front.capacity,
+            **front.details(),
+        }
+
+    # ---- the loop
+
+    def turn(self) -> None:
+        """One round: what the group reports, what is due, what can be claimed, and what must be told."""
+        front = self.front
+        front.on_events(self._group.poll())
+        front.tick()
+        if self._deliver is not None:
+            for claimed in front.take():
+                self._hand_in(claimed)
+        front.flush()
+        if front.fatal is not None and worker_state.should_stop is None:
+            logger.critical("%s", front.fatal)
+            worker_state.should_stop = EX_FAILURE
+
+    def run_for(self, seconds: float) -> None:
+        """Turn without Celery's loop, while it waits for the broker or has ended."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            select.select([self._group.fileno()], [], [], min(left, self.front.wake_in()))
+            self.turn()
+
+    def _on_timer(self) -> None:
+        self.turn()
+        self._schedule()
+
+    def _schedule(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._hub.call_later(self.front.wake_in(), self._on_timer)
+
+    def _hand_in(self, claimed: Claimed) -> None:
+        envelope = self.front.open(claimed)
+        if envelope is not None and self._deliver is not None:
+            envelope.headers["id"] = claimed.lease.job_id
+            self._deliver(ClaimedMessage(claimed, envelope))
+
+    # ---- the task queue, for the transport
+
+    def consumed_by(self, deliver: Callable[[ClaimedMessage], None] | None) -> None:
+        self._deliver = deliver
+
+    def ack(self, lease: Lease) -> None:
+        """Nothing to do: a commit is the ack."""
+
+    def reject(self, lease: Lease, *, requeue: bool) -> None:
+        if requeue:
+            self.front.hand_back([lease], reason="rejected")
+        else:
+            self.front.refuse(lease, BadRequest("the message was rejected"))
+
+    def refuse(self, message: ClaimedMessage, reason: str) -> None:
+        """Celery cannot make a request of it."""
+        self.front.refuse(cast(Lease, message.delivery_tag), BadRequest(reason))
+
+    # ---- front.Watcher
+
+    def ended(self, outcome: Outcome, verdict: Verdict) -> None:
+        request = self._requests.pop(outcome.lease.job_id, None)
+        if request is not None:
+            request.finished(outcome, verdict)
+
+    def gone(self, lease: Lease, reason: str) -> None:
+        request = self._requests.pop(lease.job_id, None)
+        if request is not None:
+            request.left()
+
+    # ---- signals
+
+    def _watch_signals(self) -> None:
+        """The first SIGTERM or SIGINT is Celery's warm shutdown; the second, or SIGQUIT, hands back at once."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+            signal.signal(number, self._on_signal(signal.getsignal(number)))
+
+    def _on_signal(self, celerys: Any) -> Callable[[int, Any], None]:
+        def handle(number: int, frame: Any) -> None:
+            self._num_signals += 1
+            if self._num_signals == 1 and number != signal.SIGQUIT and callable(celerys):
+                celerys(number, frame)
+                return
+            self._now = True
+            worker_state.should_stop = worker_state.should_stop or 0
+
+        return handle

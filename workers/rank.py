@@ -1,0 +1,418 @@
+"""One rank of a model group: `python -m hortator.workers.rank`, started by the front.
+
+The order of a rank's life: read the configuration, prove to the front that it is about to run the same as rank 0, meet
+the other ranks, load the engine, then step in lock-step until the front says STOP or is gone.
+
+An idle group is parked: rank 0 waits on its pipe and the peers on the control connection, nobody in a collective.
+"""
+
+import ctypes
+import gc
+import importlib
+import os
+import select
+import signal
+import socket
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from enum import IntEnum
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from hortator.producer.errors import ConfigError, HortatorError
+from hortator.topology.control import listen
+from hortator.topology.errors import LeaderLost, MeshFailed, NoDevice, PortTaken, Refused
+from hortator.topology.tether import EXIT_LEADER_LOST, ControlClient, exit_process
+
+from .engine.echo import DEFAULT_MODEL_LEN, EchoEngine
+from .engine.step import Engine, EngineInfo, StepOutput, StepPlan
+from .lockstep import (
+    Channel,
+    CollectiveFailed,
+    DistributedChannel,
+    Follower,
+    Inbox,
+    InProcessChannel,
+    LockstepError,
+    encode_park,
+    encode_plan,
+)
+from .pipe import Pipe, PipeBroken, read_submission, report
+
+if TYPE_CHECKING:
+    from hortator.topology.mesh import Mesh
+
+CONFIG_VARIABLE = "HORTATOR_RANK_CONFIG"
+LINGER_S = 0.02
+"""An idle group keeps the peers at the channel this long before it parks, so that a steady trickle costs no WAKE."""
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Exit(IntEnum):
+    """Exit codes of a rank (0: STOP; sysexits.h where one fits)."""
+
+    LEADER_LOST = EXIT_LEADER_LOST
+    CRASH = 70
+    COLLECTIVE = 75  # another rank is gone: a consequence, not a cause
+    LOCKSTEP = 76
+    CONFIG = 78  # starting again cannot help
+
+
+class RankConfig(BaseModel):
+    """Everything that one rank is told, as JSON in HORTATOR_RANK_CONFIG.  It holds a secret: never log it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: int = Field(ge=0)
+    epoch: int = Field(ge=0)
+    local_rank: int = Field(default=0, ge=0)
+    local_ranks: int = Field(default=1, ge=1, description="ranks on this host")
+    parent_pid: int | None = Field(default=None, description="of a local front: die with it")
+    pipe_fd: int | None = Field(default=None, description="rank 0: the inherited end of the pipe")
+
+    control_host: str
+    control_port: int
+    control_key: SecretStr = Field(description="hex")
+    store_host: str = "127.0.0.1"
+    store_port: int = Field(default=0, ge=0, le=65_535, description="rank 0 listens here for the mesh; 0: any")
+    heartbeat_s: float
+    heartbeat_timeout_s: float
+    stall_timeout_s: float
+    start_timeout_s: float
+    collective_timeout_s: float
+
+    engine: str = "paged"
+    model_path: Path | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    max_num_seqs: int = 64
+    max_model_len: int | None = None
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+    kv_cache_bytes: int | None = None
+    echo_latency_s: float = 0.0
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def last_rank(self) -> bool:
+        return self.rank == self.world_size - 1
+
+
+EngineFactory = Callable[[RankConfig, "Mesh"], Engine]
+"""What `engine = "module:factory"` names: called once on every rank, after the ranks have met."""
+
+
+def main() -> NoReturn:
+    """Run a rank; ends the process without any cleaning up, which other ranks could only wait for."""
+    config = read_config()
+    if config.parent_pid is not None:
+        die_with(config.parent_pid)
+    problem: Exception | None = None
+    try:
+        fingerprint = fingerprint_of(config)
+        listener = open_store(config)
+    except Exception as error:
+        problem = error
+    control = connect(config)  # only now: the front expects HELLO at once
+    try:
+        if problem is not None:
+            raise problem
+        store = listener.getsockname()[:2] if listener is not None else None
+        control.hello(fingerprint=fingerprint, store=store)
+        serve(config, control, listener)
+    except Exception as error:
+        give_up(control, error)
+    exit_process(0, "")
+
+
+def read_config() -> RankConfig:
+    """Take the configuration out of the environment, so that nothing started from here inherits the key."""
+    try:
+        return RankConfig.model_validate_json(os.environ.pop(CONFIG_VARIABLE, ""))
+    except ValidationError as error:
+        wrong = ", ".join(".".join(map(str, item["loc"])) or item["type"] for item in error.errors())
+        exit_process(Exit.CONFIG, f"{CONFIG_VARIABLE} is not a rank's configuration: {wrong}")
+
+
+def die_with(parent_pid: int) -> None:
+    """Let the kernel end this process when the thread that forked it ends; also if that was before this call."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        exit_process(Exit.LEADER_LOST, "the front is gone")
+
+
+def connect(config: RankConfig) -> ControlClient:
+    try:
+        return ControlClient(
+            (config.control_host, config.control_port),
+            key=bytes.fromhex(config.control_key.get_secret_value()),
+            epoch=config.epoch,
+            rank=config.rank,
+            heartbeat_s=config.heartbeat_s,
+            timeout_s=config.heartbeat_timeout_s,
+            stall_timeout_s=config.stall_timeout_s,
+        )
+    except LeaderLost as error:
+        exit_process(Exit.LEADER_LOST, f"rank {config.rank}: {error}")
+
+
+def give_up(control: ControlClient, error: Exception) -> NoReturn:
+    """Tell the front why, and exit with the code that says the same."""
+    code, label = _kind_of(error)
+    message = error.message if isinstance(error, HortatorError) else f"{type(error).__name__}: {error}"
+    if code is Exit.CRASH:
+        traceback.print_exception(error)
+    control.fail(label, message)
+    exit_process(code, message)
+
+
+def _kind_of(error: Exception) -> tuple[Exit, str]:
+    match error:
+        case ConfigError() | PortTaken() | NoDevice() | Refused():
+            return Exit.CONFIG, ConfigError.code
+        case LockstepError():
+            return Exit.LOCKSTEP, "lockstep"
+        case LeaderLost() | PipeBroken():
+            return Exit.LEADER_LOST, "leader_lost"
+        case CollectiveFailed() | MeshFailed():
+            return Exit.COLLECTIVE, "collective"
+        case RuntimeError() if any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer")):
+            return Exit.COLLECTIVE, "collective"
+        case _:
+            return Exit.CRASH, "crash"
+
+
+# --- before the ranks meet
+
+
+def fingerprint_of(config: RankConfig) -> dict[str, str]:
+    """What has to be the same on all ranks, by name.  For the paged engine this reads the model's files."""
+    same = config.model_dump(mode="json", include=_SHARED_FIELDS)
+    fingerprint = {name: str(value) for name, value in same.items()} | {"hortator": version("hortator")}
+    if config.engine != "echo" or config.world_size > 1:
+        import torch
+
+        fingerprint["torch"] = torch.__version__
+    if config.engine == "paged":
+        from .engine.model import fingerprint as fingerprint_of_model
+
+        assert config.model_path is not None
+        fingerprint |= fingerprint_of_model(config.model_path, dtype=config.dtype)
+    return fingerprint
+
+
+def open_store(config: RankConfig) -> socket.socket | None:
+    """Rank 0's listening socket for the mesh; the others learn the port from WELCOME."""
+    if config.rank != 0 or config.world_size == 1:
+        return None
+    return listen(config.store_host, config.store_port)
+
+
+# --- from WELCOME on
+
+
+def serve(config: RankConfig, control: ControlClient, listener: socket.socket | None) -> None:
+    """Meet the others, load, step."""
+    welcome = control.wait_welcome(config.start_timeout_s)
+    mesh = meet(config, welcome.get("store"), listener)
+    engine = load_engine(config, mesh)
+    channel: Channel = InProcessChannel()
+    if mesh is not None and mesh.world_group is not None:
+        channel = DistributedChannel(mesh.world_group, mesh.device)
+    gc.collect()
+    gc.freeze()  # what is loaded now stays: no collection should walk over it between two steps
+    control.progress = lambda: getattr(engine, "progress", 0)
+    control.ready(describe(engine.info))
+    if config.rank == 0:
+        assert config.pipe_fd is not None
+        Leader(engine, channel, control, Pipe(socket.socket(fileno=config.pipe_fd)), epoch=config.epoch).run()
+    else:
+        Peer(engine, channel, control, Follower(rank=config.rank, epoch=config.epoch)).run()
+
+
+def meet(config: RankConfig, store: Any, listener: socket.socket | None) -> "Mesh | None":
+    """The mesh; None where no torch is needed at all."""
+    if config.engine == "echo" and config.world_size == 1:
+        return None
+    import torch
+
+    from hortator.topology.mesh import join
+
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.local_ranks))
+    return join(
+        rank=config.rank,
+        tp_size=config.tensor_parallel_size,
+        pp_size=config.pipeline_parallel_size,
+        store=(str(store[0]), int(store[1])) if store else None,
+        listener=listener,
+        device=config.device,
+        local_rank=config.local_rank,
+        collective_timeout_s=config.collective_timeout_s,
+    )
+
+
+def load_engine(config: RankConfig, mesh: "Mesh | None") -> Engine:
+    if config.engine == "echo":
+        max_model_len = config.max_model_len or DEFAULT_MODEL_LEN
+        return EchoEngine(
+            max_num_seqs=config.max_num_seqs, max_model_len=max_model_len, latency_s=config.echo_latency_s
+        )
+    assert mesh is not None
+    if config.engine != "paged":
+        return _factory(config.engine)(config, mesh)
+    from .engine.engine import build_engine
+
+    assert config.model_path is not None
+    return build_engine(
+        model_path=config.model_path,
+        mesh=mesh,
+        dtype=config.dtype,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=config.max_model_len,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        block_size=config.block_size,
+        kv_cache_bytes=config.kv_cache_bytes,
+    )
+
+
+def _factory(name: str) -> EngineFactory:
+    module, _, attribute = name.partition(":")
+    try:
+        return cast(EngineFactory, getattr(importlib.import_module(module), attribute))
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"engine={name}: {error}; give paged, echo, or module:factory") from error
+
+
+def describe(info: EngineInfo) -> dict[str, Any]:
+    """READY's payload: the limits, which all ranks must share, and the details, which they need not."""
+    limits = asdict(info)
+    return {"details": limits.pop("details"), "limits": limits}
+
+
+def read_description(payload: dict[str, Any]) -> EngineInfo:
+    """The inverse."""
+    limits = dict(payload["limits"])
+    eos_token_ids = tuple(limits.pop("eos_token_ids"))
+    return EngineInfo(**limits, eos_token_ids=eos_token_ids, details=payload["details"])
+
+
+# --- the loops
+
+
+class Leader:
+    """Rank 0: takes what the front submits, calls every step, reports what it gave."""
+
+    def __init__(self, engine: Engine, channel: Channel, control: ControlClient, pipe: Pipe, *, epoch: int) -> None:
+        self._engine = engine
+        self._channel = channel
+        self._control = control
+        self._pipe = pipe
+        self._epoch = epoch
+        self._inbox = Inbox()
+        self._step = 1
+        self._poller = select.poll()
+
+    def run(self) -> None:
+        """Until the process ends."""
+        self._park()
+        while True:
+            self._receive()
+            if self._inbox or not self._engine.idle:
+                self._beat_drum()
+            elif not self._await_front(LINGER_S):
+                self._channel.broadcast_plan(encode_park(epoch=self._epoch, step=self._step))
+                self._park()
+
+    def _beat_drum(self) -> None:
+        plan = self._inbox.take(self._step)
+        digest = self._engine.apply(plan)
+        self._channel.broadcast_plan(encode_plan(plan, epoch=self._epoch, digest=digest))
+        output = self._engine.execute()
+        self._control.step = self._step
+        self._step += 1
+        self._report(plan, output)
+
+    def _report(self, plan: StepPlan, output: StepOutput) -> None:
+        """Steps in which nothing happened are not worth a message."""
+        idle = self._engine.idle and not self._inbox
+        if idle or plan.admit or plan.cancel or output != _NOTHING:
+            self._pipe.send(report(plan.step, output, self._engine.stats(), idle=idle))
+        elif self._pipe.unsent:
+            self._pipe.flush()
+
+    def _park(self) -> None:
+        """Wait for the front while the peers wait for WAKE."""
+        self._control.busy = False
+        while not self._await_front(None):
+            pass
+        self._control.busy = True
+        self._control.wake()
+
+    def _receive(self) -> None:
+        for message in self._pipe.receive():
+            self._inbox.put(*read_submission(message))
+
+    def _await_front(self, timeout_s: float | None) -> bool:
+        """Whether there is something to read; meanwhile the front may take what it has left lying."""
+        self._poller.register(self._pipe.fileno(), select.POLLIN | (select.POLLOUT if self._pipe.unsent else 0))
+        events = dict(self._poller.poll(None if timeout_s is None else timeout_s * 1000))
+        if events.get(self._pipe.fileno(), 0) & select.POLLOUT:
+            self._pipe.flush()
+        return bool(events.get(self._pipe.fileno(), 0) & ~select.POLLOUT)
+
+
+class Peer:
+    """Every other rank: takes the same plans and checks that it derives the same."""
+
+    def __init__(self, engine: Engine, channel: Channel, control: ControlClient, follower: Follower) -> None:
+        self._engine = engine
+        self._channel = channel
+        self._control = control
+        self._follower = follower
+
+    def run(self) -> None:
+        """Until the process ends."""
+        while True:
+            self._control.busy = False
+            self._control.wait_wake()
+            self._control.busy = True
+            while self._pull():
+                pass
+
+    def _pull(self) -> bool:
+        """One step with everybody; False when the group is parked."""
+        header, plan = self._follower.read(self._channel.wait())
+        if header.park:
+            return False
+        self._follower.check(header, self._engine.apply(plan))
+        self._engine.execute()
+        self._control.step = plan.step
+        return True
+
+
+_NOTHING = StepOutput()
+_SHARED_FIELDS = {
+    "engine",
+    "dtype",
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "max_num_seqs",
+    "max_model_len",
+    "max_num_batched_tokens",
+    "block_size",
+    "kv_cache_bytes",
+    "echo_latency_s",
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""Launches the ranks of a group, watches them, and starts them again: one thread of the front, for the front's life.
+
+The group is one unit of failure.  Whatever goes wrong with one rank, all are killed, and the next epoch begins with new
+processes and a new key.  The thread forks the ranks and must outlive them: they die with it (PR_SET_PDEATHSIG).
+"""
+
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from hortator.topology.control import ControlServer
+from hortator.topology.errors import PortTaken
+from hortator.topology.frames import KEY_BYTES
+from hortator.topology.launch import Launcher, RankCommand, describe_exit
+from hortator.topology.vitals import Cause, Trouble
+
+from .engine.step import EngineInfo
+from .rank import CONFIG_VARIABLE, Exit, RankConfig, read_description
+from .settings import WorkerSettings
+
+TICK_S = 0.1
+SETTLE_S = 0.1
+"""One dead rank takes others along within milliseconds; look this long before saying which was the first."""
+HEALTHY_S = 10.0
+MAX_BACKOFF_S = 30.0
+
+log = logging.getLogger("hortator.group")
+rank_log = logging.getLogger("hortator.rank")
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """All ranks are ready; `sock` is the front's end of rank 0's pipe."""
+
+    epoch: int
+    info: EngineInfo
+    start_s: float
+    sock: socket.socket
+
+
+@dataclass(frozen=True, slots=True)
+class Down:
+    """The group of this epoch is gone, every process of it.  `permanent`: a configuration error, not tried again."""
+
+    epoch: int
+    reason: str
+    permanent: bool
+    retry_in_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a life ended."""
+
+    reason: str
+    permanent: bool = False
+
+
+class Supervisor:
+    """`post` is called from the thread, with Live and Down in turn."""
+
+    def __init__(self, settings: WorkerSettings, launcher: Launcher, post: Callable[[Live | Down], None]) -> None:
+        self._settings = settings
+        self._launcher = launcher
+        self._post = post
+        self._closing = threading.Event()
+        self._close_by = 0.0
+        self._condemned: tuple[int, str] | None = None
+        self._failed_starts = 0
+        self._ready_since: float | None = None
+        self._thread = threading.Thread(target=self._run, name="hortator-group", daemon=True)
+        self.epoch = 0
+        self.phase = "starting"
+        self.pids: dict[int, int] = {}
+        self.last_failure: str | None = None
+        self.rejected: Mapping[str, int] = {}
+        """Connections to the control port that were turned away, by reason."""
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def condemn(self, epoch: int, reason: str) -> None:
+        """End that life, if it has not ended already; any thread may call it."""
+        self._condemned = (epoch, reason)
+
+    def close(self, *, timeout_s: float) -> None:
+        """STOP, then SIGTERM, then SIGKILL; returns when no process is left."""
+        self._close_by = time.monotonic() + timeout_s
+        self._closing.set()
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s + 5.0)
+
+    # --- the thread
+
+    def _run(self) -> None:
+        s = self._settings
+        try:
+            server = ControlServer(
+                s.control_host,
+                s.control_port,
+                heartbeat_s=s.heartbeat_s,
+                heartbeat_timeout_s=s.heartbeat_timeout_s,
+                stall_timeout_s=s.stall_timeout_s,
+            )
+        except PortTaken as error:
+            self._report(Failure(f"control port: {error}", permanent=True))
+            return
+        self.rejected = server.rejected
+        with contextlib.closing(server):
+            while not self._closing.is_set():
+                failure = self._live_guarded(server)
+                if failure is not None:
+                    retry_in_s = self._report(failure)
+                    self._closing.wait(retry_in_s)
+        self.phase = "closed"
+
+    def _report(self, failure: Failure) -> float | None:
+        """Post Down; the pause until the next try, None for ever."""
+        self.phase = "down"
+        self.last_failure = failure.reason
+        retry_in_s = None if failure.permanent else self._backoff_s()
+        again = f"next try in {retry_in_s:g} s" if retry_in_s is not None else "not tried again: change the settings"
+        log.error("group of epoch %d is down: %s; %s", self.epoch, failure.reason, again)
+        self._post(Down(self.epoch, failure.reason, failure.permanent, retry_in_s))
+        return retry_in_s
+
+    def _backoff_s(self) -> float:
+        """Doubles while the group does not even get ready; a life of HEALTHY_S starts from the bottom again."""
+        if self._ready_since is None:
+            self._failed_starts += 1
+        elif time.monotonic() - self._ready_since > HEALTHY_S:
+            self._failed_starts = 0
+        doublings = min(max(0, self._failed_starts - 1), 16)
+        return min(self._settings.restart_backoff_s * 2.0**doublings, MAX_BACKOFF_S)
+
+    def _live_guarded(self, server: ControlServer) -> Failure | None:
+        """One life of the group, whatever happens in it; None if it was closed."""
+        self.epoch += 1
+        self.phase = "starting"
+        self._ready_since = None
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                self._launch(server, theirs)
+            return self._live(server, ours)
+        except Exception as error:
+            log.exception("the group's supervisor failed")
+            return Failure(f"supervisor: {type(error).__name__}: {error}")
+        finally:
+            self._launcher.kill()
+            self.pids = {}
+            if self._ready_since is None:
+                ours.close()
+
+    def _launch(self, server: ControlServer, pipe: socket.socket) -> None:
+        key = secrets.token_bytes(KEY_BYTES)
+        world_size = self._settings.world_size
+        server.begin(epoch=self.epoch, key=key, world_size=world_size)
+        commands = [
+            rank_command(self._settings, rank, epoch=self.epoch, key=key, control=server.address, pipe=pipe)
+            for rank in range(world_size)
+        ]
+        self._launcher.launch(commands, on_line=log_line)
+        self.pids = self._launcher.pids
+
+    def _live(self, server: ControlServer, pipe: socket.socket) -> Failure | None:
+        started = time.monotonic()
+        while not self._closing.is_set():
+            troubles = server.poll(TICK_S)
+            if self._condemned is not None and self._condemned[0] == self.epoch:
+                troubles.append(Trouble((0,), Cause.GONE, self._condemned[1]))
+            if troubles or self._launcher.exits():
+                return self._diagnose(server, troubles)
+            now = time.monotonic()
+            if self._ready_since is None and server.info is not None:
+                self._ready_since = now
+                self.phase = "ready"
+                self._post(Live(self.epoch, read_description(server.info), now - started, pipe))
+            elif self._ready_since is None and now - started > self._settings.start_timeout_s:
+                return Failure(f"not ready after {self._settings.start_timeout_s:g} s")
+        self._dismiss(server)
+        return None
+
+    def _diagnose(self, server: ControlServer, troubles: list[Trouble]) -> Failure:
+        settled = time.monotonic() + SETTLE_S
+        while time.monotonic() < settled:
+            troubles += server.poll(TICK_S / 10)
+        names = {rank: vitals.name for rank, vitals in server.vitals.items()}
+        return verdict(troubles, self._launcher.exits(), names)
+
+    def _dismiss(self, server: ControlServer) -> None:
+        """Half of the time to obey STOP, a quarter to obey SIGTERM; who then is left gets killed."""
+        left_s = max(0.0, self._close_by - time.monotonic())
+        server.stop()
+        self._wait_exits(server, time.monotonic() + left_s / 2)
+        self._launcher.terminate()
+        self._wait_exits(server, time.monotonic() + left_s / 4)
+
+    def _wait_exits(self, server: ControlServer, until: float) -> None:
+        while len(self._launcher.exits()) < self._settings.world_size and time.monotonic() < until:
+            server.poll(TICK_S / 10)
+
+
+def verdict(troubles: list[Trouble], exits: Mapping[int, int], names: Mapping[int, str]) -> Failure:
+    """The cause among what was seen: what ranks said of themselves, how processes ended, then mere silence.
+
+    Ranks whose collective failed, or that lost their leader, are consequences and come last.
+    """
+    said = [t for t in troubles if t.cause in (Cause.REFUSED, Cause.FAILED)]
+    for trouble in said:
+        if trouble.cause is Cause.REFUSED or trouble.code == "config_error":
+            return Failure(_named(trouble, names), permanent=True)
+    for trouble in said:
+        if trouble.code not in ("collective", "leader_lost"):
+            return Failure(_named(trouble, names))
+    for rank, code in sorted(exits.items()):
+        if code not in (Exit.COLLECTIVE, Exit.LEADER_LOST):
+            text = f"{names.get(rank, f'rank {rank}')} {describe_exit(code)}"
+            return Failure(text, permanent=code == Exit.CONFIG)
+    silences = [t for t in troubles if t.cause not in (Cause.REFUSED, Cause.FAILED)]
+    silences.sort(key=lambda t: set(t.ranks) <= exits.keys())
+    for trouble in [*silences, *said]:
+        return Failure(_named(trouble, names))
+    rank, code = min(exits.items())
+    return Failure(f"rank {rank} {describe_exit(code)}")
+
+
+def _named(trouble: Trouble, names: Mapping[int, str]) -> str:
+    if trouble.cause is not Cause.FAILED:
+        return trouble.message
+    (rank,) = trouble.ranks
+    return f"{names.get(rank, f'rank {rank}')}: {trouble.message}"
+
+
+def rank_command(
+    settings: WorkerSettings, rank: int, *, epoch: int, key: bytes, control: tuple[str, int], pipe: socket.socket
+) -> RankCommand:
+    """How one local rank is started."""
+    config = settings.model_dump(mode="json", include=set(RankConfig.model_fields)) | {
+        "rank": rank,
+        "epoch": epoch,
+        "local_rank": rank,
+        "local_ranks": settings.world_size,
+        "parent_pid": os.getpid(),
+        "pipe_fd": pipe.fileno() if rank == 0 else None,
+        "control_host": control[0],
+        "control_port": control[1],
+        "control_key": key.hex(),
+        "store_host": control[0],
+    }
+    return RankCommand(
+        rank=rank,
+        argv=(sys.executable, "-m", "hortator.workers.rank"),
+        env=rank_environment(os.environ, local_ranks=settings.world_size) | {CONFIG_VARIABLE: _json(config)},
+        pass_fds=(pipe.fileno(),) if rank == 0 else (),
+    )
+
+
+def rank_environment(inherited: Mapping[str, str], *, local_ranks: int) -> dict[str, str]:
+    """What a local rank inherits: not the front's settings (they hold the URL of Redis), but all that libraries read.
+
+    gloo asks the resolver for this host's name unless it is told an interface; ranks of one host need the loopback only.
+    """
+    threads = max(1, len(os.sched_getaffinity(0)) // local_ranks)
+    defaults = {"PYTHONUNBUFFERED": "1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": str(threads)}
+    return defaults | {name: value for name, value in inherited.items() if not name.startswith("HORTATOR_")}
+
+
+def log_line(rank: int, text: str) -> None:
+    """What a rank prints goes to the front's log."""
+    rank_log.info("[rank %d] %s", rank, text)
+
+
+def _json(config: dict[str, object]) -> str:
+    return RankConfig.model_validate(config).model_dump_json()

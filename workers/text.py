@@ -1,0 +1,166 @@
+"""Text in, token ids out, and back: ranks know token ids only.
+
+`HFText` is whatever the model directory's own tokenizer does, chat template included; `ByteText` needs no model.
+"""
+
+import codecs
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from hortator.producer.errors import BadRequest, ConfigError
+from hortator.producer.schema import Message
+
+REPLACEMENT = "\ufffd"
+
+
+class Decoder(Protocol):
+    """Turns one job's tokens into text, bit by bit.
+
+    What `feed` and `flush` return, joined, is the decoding of all tokens; no character is ever returned by halves.
+    (One exception: SentencePiece byte tokens that are no UTF-8.  There the full decoding turns earlier, good bytes of
+    the same run into U+FFFD as well; a stream cannot take them back, and a result says what its stream said.)
+    """
+
+    def feed(self, token_id: int) -> str:
+        """The text that this token completes, maybe none."""
+
+    def flush(self) -> str:
+        """What is left when no more tokens come."""
+
+
+class Text(Protocol):
+    """What the front asks of a tokenizer."""
+
+    def encode(self, prompt: str) -> tuple[int, ...]:
+        """Token ids with the special tokens (BOS) that the model expects around a prompt."""
+
+    def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """The chat template's tokens, up to where the assistant's answer begins."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of all tokens; special tokens have none."""
+
+    def decoder(self) -> Decoder:
+        """A decoder for one job."""
+
+
+class ByteText:
+    """A token is a byte of UTF-8: the tokenizer of the echo engine."""
+
+    def encode(self, prompt: str) -> tuple[int, ...]:
+        return tuple(prompt.encode())
+
+    def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        turns = [f"{message.role}: {message.content}\n" for message in messages]
+        return self.encode("".join(turns) + "assistant: ")
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return b"".join(map(_byte, token_ids)).decode(errors="replace")
+
+    def decoder(self) -> Decoder:
+        return _ByteDecoder()
+
+
+class _ByteDecoder:
+    def __init__(self) -> None:
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token_id: int) -> str:
+        return self._utf8.decode(_byte(token_id))
+
+    def flush(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+def _byte(token_id: int) -> bytes:
+    return bytes((token_id,)) if token_id < 256 else REPLACEMENT.encode()
+
+
+class HFText:
+    """The tokenizer of a model directory, as transformers' AutoTokenizer makes it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        # The Rust tokenizer underneath gives the same ids as calling the wrapper, at a tenth of its cost.
+        self._rust = tokenizer.backend_tokenizer
+        self._rust.no_truncation()
+        self._rust.no_padding()
+
+    @classmethod
+    def load(cls, path: Path) -> "HFText":
+        """Read tokenizer.json, tokenizer_config.json and the chat template; ConfigError says what is missing."""
+        if not (path / "tokenizer.json").is_file():
+            raise ConfigError(f"{path}: no tokenizer.json; hortator reads tokenizers of that format only")
+        from transformers import AutoTokenizer
+
+        try:
+            return cls(AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False))
+        except Exception as error:
+            raise ConfigError(f"{path}: the tokenizer cannot be loaded: {error}") from error
+
+    def encode(self, prompt: str) -> tuple[int, ...]:
+        return tuple(self._rust.encode(prompt).ids)
+
+    def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        if not self._tokenizer.chat_template:
+            raise BadRequest("this model has no chat template: send a prompt instead of messages")
+        turns = [message.model_dump() for message in messages]
+        try:
+            text = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # the template may refuse a role or an order of turns, with any error
+            raise BadRequest(f"the model's chat template refuses these messages: {error}") from None
+        return tuple(self._rust.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self._rust.decode(list(token_ids), skip_special_tokens=True))
+
+    def decoder(self) -> Decoder:
+        return _WindowDecoder(self)
+
+
+class _WindowDecoder:
+    """Decodes a sliding window: the tokens of the last text given out, for their effect on spaces, and those since.
+
+    A window that ends with U+FFFD may hold the first bytes of a character, so it waits for the next token.
+    """
+
+    def __init__(self, text: HFText) -> None:
+        self._text = text
+        self._given: list[int] = []  # tokens whose text is out already
+        self._since: list[int] = []
+
+    def feed(self, token_id: int) -> str:
+        self._since.append(token_id)
+        text = self._news()
+        if not text or text.endswith(REPLACEMENT):
+            return ""
+        self._given, self._since = self._since, []
+        return text
+
+    def flush(self) -> str:
+        return self._news() if self._since else ""
+
+    def _news(self) -> str:
+        before = self._text.decode(self._given) if self._given else ""
+        return self._text.decode(self._given + self._since)[len(before) :]
+
+
+@contextlib.contextmanager
+def torch_hidden() -> Iterator[None]:
+    """While inside, transformers finds no torch, and imports in one second instead of four.
+
+    Only for a process that never needs torch: transformers remembers what it found.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
+    modules["torch"] = None
+    try:
+        yield
+    finally:
+        del modules["torch"]
