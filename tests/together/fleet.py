@@ -1,5 +1,6 @@
 """A whole fleet of real processes on private ports and directories; everything is ended by pid."""
 
+import json
 import os
 import signal
 import subprocess
@@ -39,7 +40,7 @@ def wait_for(what: str, probe: Callable[[], T | None], timeout_s: float = 30.0) 
 def alive(pid: int) -> bool:
     """A process that runs or is stopped; zombies are dead."""
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 
@@ -47,7 +48,9 @@ def alive(pid: int) -> bool:
 class Worker:
     """One leader: a real `celery worker` command with its ranks."""
 
-    def __init__(self, fleet: "Fleet", group: str, env: dict[str, str]) -> None:
+    def __init__(
+        self, fleet: "Fleet", group: str, env: dict[str, str], environment: dict[str, str] | None = None
+    ) -> None:
         self.fleet, self.group = fleet, group
         self.log = fleet.directory / f"{group}.log"
         queue = env["HORTATOR_MODEL"]
@@ -55,7 +58,7 @@ class Worker:
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
                 [*argv, "-n", f"{group}@test"],
-                env=os.environ | env | {"HORTATOR_GROUP": group, "PYTHONPATH": str(Path(__file__).parent)},
+                env=os.environ | env | {"HORTATOR_GROUP": group, "PYTHONPATH": str(REPOSITORY)} | (environment or {}),
                 cwd=fleet.directory,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -122,8 +125,6 @@ class Worker:
 
 def rank_of(environment: dict[str, str]) -> int:
     """The rank of a rank process, read from the configuration that it was given."""
-    import json
-
     return int(json.loads(environment["HORTATOR_RANK_CONFIG"])["rank"])
 
 
@@ -151,12 +152,12 @@ class Fleet(AbstractContextManager["Fleet"]):
         self.client.close()
         self.redis.__exit__(kind, error, trace)
 
-    def worker(self, group: str = "one", **settings: object) -> Worker:
+    def worker(self, group: str = "one", *, environment: dict[str, str] | None = None, **settings: object) -> Worker:
         """Start a leader; by default two ranks of an echo engine that gives a token every 20 ms."""
         chosen: dict[str, object] = {
             "redis_url": self.redis.url,
             "model": ECHO,
-            "engine": "engines:slow_echo",
+            "engine": "tests.together.engines:slow_echo",
             "tensor_parallel_size": 2,
             "max_num_seqs": 32,
             "max_model_len": 4096,
@@ -165,7 +166,7 @@ class Fleet(AbstractContextManager["Fleet"]):
             "restart_backoff_s": 0.1,
         } | settings
         env = {f"HORTATOR_{name.upper()}": str(value) for name, value in chosen.items()}
-        worker = Worker(self, group, env)
+        worker = Worker(self, group, env, environment)
         self.workers.append(worker)
         return worker
 

@@ -1,11 +1,14 @@
 """The faults of the contract (docs/07-promises.md) against real processes: what dies, what must still be true."""
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
 
-from tests.together.fleet import Fleet, alive, assert_all_right, wait_for
+from safetensors.torch import load_file, save_file
+
+from tests.together.fleet import REPOSITORY, Fleet, alive, assert_all_right, wait_for
 
 LONG = 150  # tokens of a job that is killed in its middle: about 3 s of generation
 PROMPTS = [f"prompt number {i} is not like the others;" for i in range(8)]
@@ -124,7 +127,20 @@ def test_a_second_sigterm_means_now(fleet: Fleet) -> None:
 
 
 def test_a_rank_with_other_weights_is_refused_by_name(fleet: Fleet, tmp_path: Path) -> None:
-    leader = fleet.worker("one", engine="tests.together.engines:other_weights")
+    model = REPOSITORY / "demo" / "model"
+    other = shutil.copytree(model, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: value + 0.001 for name, value in weights.items()}, other / "model.safetensors")
+    leader = fleet.worker(
+        "one",
+        engine="paged",
+        model_path=model,
+        max_model_len=256,
+        environment={
+            "OTHER_MODEL_PATH": str(other),
+            "PYTHONPATH": f"{Path(__file__).parent / 'othermodel'}:{REPOSITORY}",
+        },
+    )
     assert leader.wait() != 0
     assert "rank 1" in leader.tail()
     assert "weights" in leader.tail()

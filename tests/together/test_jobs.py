@@ -44,8 +44,9 @@ def test_a_poison_prompt_ends_after_two_crashes_and_harms_nobody(fleet: Fleet) -
     [poison] = fleet.enqueue(["this is !poison! indeed"])
     done = fleet.finished([poison, *innocents], timeout_s=100)
     assert done[poison].state is State.FAILED
-    assert done[poison].failure is not None
-    assert done[poison].failure.code == "poison"
+    failure = done[poison].failure
+    assert failure is not None
+    assert failure.code == "poison"
     assert_all_right({i: done[i] for i in innocents}, innocents, 100)
     assert any(letter.job_id == poison for letter in fleet.store.dead_letters())
     leader.ready(after_epoch=first_epoch + 1)
@@ -58,8 +59,9 @@ def test_a_prompt_that_hangs_a_rank_ends_like_poison(fleet: Fleet) -> None:
     innocents = dict(zip(fleet.enqueue(FIVE, max_tokens=60), FIVE, strict=True))
     [hang] = fleet.enqueue(["please !hang! here"])
     done = fleet.finished([hang, *innocents], timeout_s=100)
-    assert done[hang].failure is not None
-    assert done[hang].failure.code == "poison"
+    failure = done[hang].failure
+    assert failure is not None
+    assert failure.code == "poison"
     assert_all_right({i: done[i] for i in innocents}, innocents, 60)
     assert leader.ready(after_epoch=first_epoch + 1).epoch() == first_epoch + 2
 

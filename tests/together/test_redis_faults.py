@@ -23,7 +23,7 @@ def test_nothing_runs_twice_when_redis_cuts_all_connections(fleet: Fleet) -> Non
     fleet.progressed(list(asked))
     admin = redis_py.Redis.from_url(fleet.redis.url)
     for kind in ("normal", "pubsub"):
-        admin.execute_command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
+        admin.client_kill_filter(_type=kind, skipme=True)
     admin.close()
     done = fleet.finished(list(asked))
     assert_all_right(done, asked, TOKENS)
