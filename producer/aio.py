@@ -10,6 +10,7 @@ from hortator.producer.errors import HortatorError, StoreUnavailable, UnknownJob
 from hortator.producer.job import Follower, Pace, Patience, new_job, outcome_of, result_of, unknown
 from hortator.producer.redis_store import AsyncRedisStore
 from hortator.producer.schema import Chunk, Job, Priority, Result, Sampling, State, Status
+from hortator.producer.settings import StoreSettings
 from hortator.producer.store import QueueInfo, Receipt
 
 
@@ -60,8 +61,8 @@ class AsyncJobHandle:
         return result_of(self._end)
 
     def stream(self, *, after: int = 0, timeout_s: float | None = None) -> AsyncIterator[Chunk]:
-        """Chunks from token `after` on, as they are accepted, until the job ends; then raises as `result` does unless it
-        succeeded.  A crash of the leader or a restart of Redis only makes it wait."""
+        """Chunks from token `after` on, as they are accepted, until the job ends; then raises as `result` does unless
+        it succeeded.  A crash of the leader or a restart of Redis only makes it wait."""
         return self._client.stream(self, after=after, timeout_s=timeout_s)
 
     async def cancel(self) -> State:
@@ -96,11 +97,16 @@ class AsyncClient:
         self.tenant = tenant
         self._patience_s = patience_s
         if where is None or isinstance(where, str):
-            self.store: AsyncProducerStore = settings_for(
-                where, namespace, require_known_model, timeout_s
-            ).async_store()
+            self.store: AsyncProducerStore = AsyncRedisStore.from_settings(
+                settings_for(where, namespace, require_known_model, timeout_s)
+            )
         else:
             self.store = where
+
+    @classmethod
+    def from_settings(cls, settings: StoreSettings, *, tenant: str = "default", patience_s: float = 30.0) -> Self:
+        """A client of the store that the settings describe."""
+        return cls(AsyncRedisStore.from_settings(settings), tenant=tenant, patience_s=patience_s)
 
     async def __aenter__(self) -> Self:
         return self
@@ -183,8 +189,8 @@ class AsyncClient:
     async def as_completed(
         self, handles: Iterable[AsyncJobHandle], *, timeout_s: float | None = None
     ) -> AsyncIterator[AsyncJobHandle]:
-        """Each handle once, as its job ends (however it ends): `result()` of it does not wait.  All are watched by one call
-        at a time.  Raises TimeoutError when the time is up."""
+        """Each handle once, as its job ends (however it ends): `result()` of it does not wait.  All are watched by one
+        call at a time.  Raises TimeoutError when the time is up."""
         waiting = {handle.id: handle for handle in handles}
         pace, patience = Pace(timeout_s), Patience(self._patience_s)
         while waiting:

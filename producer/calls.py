@@ -1,5 +1,5 @@
-"""Every call to Redis as a value: which script, which arguments, how to read the reply.  No I/O is done here, so that the
-blocking store and the asyncio one are the same store.
+"""Every call to Redis as a value: which script, which arguments, how to read the reply.  No I/O is done here, so that
+the blocking store and the asyncio one are the same store.
 """
 
 import contextlib
@@ -111,13 +111,7 @@ class Calls:
             yield self._enqueue(jobs_here, ids_here, args)
 
     def _enqueue_args(self, job: Job, job_id: str) -> list[Any]:
-        if not message.is_job_id(job_id):
-            raise BadRequest(f"job id {job_id!r:.140}: letters, digits and . _ : - only, at most 128", job_id=job_id)
-        body = message.build(job, job_id)
-        if len(body) > self.rules.max_message_bytes:
-            raise BadRequest(
-                f"the job is {len(body)} bytes as a message, the limit is {self.rules.max_message_bytes}", job_id=job_id
-            )
+        body = message.checked(job, job_id, max_bytes=self.rules.max_message_bytes)
         key = job.idempotency_key
         return [
             job_id,

@@ -54,8 +54,8 @@ class JobHandle:
         return result_of(self._end)
 
     def stream(self, *, after: int = 0, timeout_s: float | None = None) -> Iterator[Chunk]:
-        """Chunks from token `after` on, as they are accepted, until the job ends; then raises as `result` does unless it
-        succeeded.  A crash of the leader or a restart of Redis only makes it wait."""
+        """Chunks from token `after` on, as they are accepted, until the job ends; then raises as `result` does unless
+        it succeeded.  A crash of the leader or a restart of Redis only makes it wait."""
         return self._client.stream(self, after=after, timeout_s=timeout_s)
 
     def cancel(self) -> State:
@@ -79,7 +79,7 @@ class Client:
 
     def __init__(
         self,
-        where: "str | Store | None" = None,
+        where: str | Store | None = None,
         *,
         namespace: str | None = None,
         tenant: str = "default",
@@ -90,9 +90,14 @@ class Client:
         self.tenant = tenant
         self._patience_s = patience_s
         if where is None or isinstance(where, str):
-            self.store: Store = settings_for(where, namespace, require_known_model, timeout_s).store()
+            self.store: Store = RedisStore.from_settings(settings_for(where, namespace, require_known_model, timeout_s))
         else:
             self.store = where
+
+    @classmethod
+    def from_settings(cls, settings: StoreSettings, *, tenant: str = "default", patience_s: float = 30.0) -> Self:
+        """A client of the store that the settings describe."""
+        return cls(RedisStore.from_settings(settings), tenant=tenant, patience_s=patience_s)
 
     def __enter__(self) -> Self:
         return self
@@ -175,8 +180,8 @@ class Client:
         return self.store.queues()
 
     def as_completed(self, handles: Iterable[JobHandle], *, timeout_s: float | None = None) -> Iterator[JobHandle]:
-        """Each handle once, as its job ends (however it ends): `result()` of it does not wait.  All are watched by one call
-        at a time.  Raises TimeoutError when the time is up."""
+        """Each handle once, as its job ends (however it ends): `result()` of it does not wait.  All are watched by one
+        call at a time.  Raises TimeoutError when the time is up."""
         waiting = {handle.id: handle for handle in handles}
         pace, patience = Pace(timeout_s), Patience(self._patience_s)
         while waiting:

@@ -1,7 +1,7 @@
 """A private redis-server: for demos, tests and machines that have none.
 
-It listens on 127.0.0.1 only, keeps an append-only file in a directory of its own, never evicts, and does not outlive the
-process that started it, even if that is killed.
+It listens on 127.0.0.1 only, keeps an append-only file in a directory of its own, never evicts, and does not outlive
+the process that started it, even if that is killed.
 """
 
 import contextlib
@@ -55,8 +55,8 @@ def server_version(executable: str | Path) -> tuple[int, int, int]:
 class EmbeddedRedis:
     """A redis-server of our own, as a context manager.
 
-    `directory` (default: a temporary one, removed at the end) keeps the append-only file: give it to find the jobs again.
-    `port` 0 takes any free one.  `executable` forces a server; the default is PATH's first, then the bundled one.
+    `directory` (default: a temporary one, removed at the end) keeps the append-only file: give it to find the jobs
+    again.  `port` 0 takes any free one.  `executable` forces a server; the default is PATH's first, then the bundled.
     Raises ConfigError with the reason when the server cannot start.
     """
 

@@ -1,4 +1,4 @@
-"""Job ids that prove who issued them, so that an expired id (410) is told from a never-issued one (404) without storage.
+"""Job ids that prove who issued them: an expired id (410) is told from a never-issued one (404) without storage.
 
 An id is a version 8 UUID: 74 random bits, then 48 bits of a keyed hash over these and the tenant.  Another tenant's id
 does not check out, so it answers exactly as one that never was.

@@ -6,7 +6,10 @@ import hashlib
 import json
 import re
 import socket
+from dataclasses import dataclass
+from typing import Any
 
+from hortator.producer.errors import BadRequest
 from hortator.producer.names import STEP_OF
 from hortator.producer.schema import SCHEMA_VERSION, TASK_NAME, Job
 
@@ -31,9 +34,11 @@ def build(job: Job, job_id: str) -> bytes:
     body = base64.b64encode(f"[[], {job.model_dump_json(exclude_none=True)}, {_EMBED}]".encode()).decode()
     return (
         f'{{"body": "{body}", "content-encoding": "utf-8", "content-type": "application/json", "headers": {{'
-        f'"lang": "py", "task": "{TASK_NAME}", "id": "{job_id}", "root_id": "{job_id}", "parent_id": null, "group": null, '
+        f'"lang": "py", "task": "{TASK_NAME}", "id": "{job_id}", "root_id": "{job_id}", "parent_id": null, '
+        f'"group": null, '
         f'"retries": 0, "eta": null, "expires": null, "timelimit": [null, null], '
-        f'"argsrepr": {_REDACTED}, "kwargsrepr": {_REDACTED}, "origin": {_origin()}, "ignore_result": false, "stamps": {{}}, '
+        f'"argsrepr": {_REDACTED}, "kwargsrepr": {_REDACTED}, "origin": {_origin()}, "ignore_result": false, '
+        f'"stamps": {{}}, '
         f'"hortator": {{"version": {SCHEMA_VERSION}, "record": true}}}}, '
         f'"properties": {{"correlation_id": "{job_id}", "reply_to": "", "delivery_mode": 2, '
         f'"delivery_info": {{"exchange": "", "routing_key": "{job.model}"}}, "priority": {STEP_OF[job.priority]}, '
@@ -41,6 +46,65 @@ def build(job: Job, job_id: str) -> bytes:
     ).encode()
 
 
+def checked(job: Job, job_id: str, *, max_bytes: int) -> bytes:
+    """`build`, or BadRequest for an id that could break keys or a job that is too large."""
+    if not is_job_id(job_id):
+        raise BadRequest(f"job id {job_id!r:.140}: letters, digits and . _ : - only, at most 128", job_id=job_id)
+    raw = build(job, job_id)
+    if len(raw) > max_bytes:
+        raise BadRequest(f"the job is {len(raw)} bytes as a message, the limit is {max_bytes}", job_id=job_id)
+    return raw
+
+
 def digest(job: Job) -> str:
     """What must be equal for two jobs under one idempotency key."""
     return hashlib.sha256(job.model_dump_json(exclude={"idempotency_key"}).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a message's envelope says, read as claim.lua reads it: the id if it is sound, and what is wrong."""
+
+    job_id: str | None = None
+    problem: str | None = None
+    version: Any = None
+    recorded: bool = False
+
+
+def opened(raw: bytes, *, max_bytes: int) -> Opened:
+    """Look at the envelope only; whoever runs the job looks into the body."""
+    if len(raw) > max_bytes:
+        return Opened(problem=f"too large: {len(raw)} bytes, the limit is {max_bytes}")
+    envelope = _json(raw)
+    if not isinstance(envelope, dict):
+        return Opened(problem="not a JSON object")
+    body = envelope.get("body")
+    size = len(raw) - (len(body) if isinstance(body, str) else 0)
+    if size > MAX_ENVELOPE_BYTES:
+        return Opened(problem=f"its envelope is larger than {MAX_ENVELOPE_BYTES} bytes")
+    headers = envelope.get("headers")
+    if not isinstance(headers, dict):
+        return Opened(problem="no headers: not a Celery protocol 2 message")
+    job_id = headers.get("id")
+    if not isinstance(job_id, str) or not is_job_id(job_id):
+        return Opened(problem="no usable id in its headers")
+    mark = headers.get("hortator")
+    mark = mark if isinstance(mark, dict) else {}
+    return Opened(job_id, _problem(envelope), mark.get("version"), mark.get("record") is True)
+
+
+def _json(raw: bytes) -> Any:
+    try:
+        return json.loads(raw.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _problem(envelope: dict[str, Any]) -> str | None:
+    if envelope.get("content-type") != "application/json":
+        return "its content type is not application/json"
+    if not isinstance(envelope.get("body"), str):
+        return "no body"
+    if not isinstance(envelope.get("properties"), dict):
+        return "no properties: not a Celery protocol 2 message"
+    return None

@@ -1,8 +1,8 @@
 """Every queue name and Redis key, in one table.
 
-The namespace is exactly Celery's `global_keyprefix`, of the transport and of the result backend.  Celery puts "_" behind a
-result prefix that does not end in one of `: _ - .`, and nothing behind a transport prefix; so that both agree, a
-namespace must end in one of these.
+The namespace is exactly Celery's `global_keyprefix`, of the transport and of the result backend.  Celery puts "_"
+behind a result prefix that does not end in one of `: _ - .`, and nothing behind a transport prefix; so that both agree,
+a namespace must end in one of these.
 """
 
 import hashlib

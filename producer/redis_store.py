@@ -1,6 +1,5 @@
 """The store on Redis: one Lua call for each method (a few for very long lists), blocking or with asyncio."""
 
-import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -20,6 +19,7 @@ from hortator.producer.ids import Mint, new_secret
 from hortator.producer.names import Names
 from hortator.producer.rules import Rules
 from hortator.producer.schema import Chunk, Job, State, Status
+from hortator.producer.settings import CONNECT_TIMEOUT_S, TIMEOUT_S, StoreSettings
 from hortator.producer.store import (
     Append,
     Claim,
@@ -37,17 +37,15 @@ from hortator.producer.store import (
 
 T = TypeVar("T")
 
-# A submit must fail within 300 ms when Redis is away: connecting and one answer together stay below that.
-CONNECT_TIMEOUT_S = 0.1
-TIMEOUT_S = 0.15
 HEALTH_CHECK_S = 15  # a connection idle for longer is asked before it is used: it may be half-open
 
 
 class RedisStore:
     """`store.Store` on one Redis.  Threads may share it.
 
-    `timeout_s` is the longest wait for one answer: short for producers, which would rather hear StoreUnavailable; leaders
-    should give some seconds.  A call that a broken connection swallowed is sent once more: every script recognises itself.
+    `timeout_s` is the longest wait for one answer: short for producers, which would rather hear StoreUnavailable;
+    leaders should give some seconds.  A call that a broken connection swallowed is sent once more: every script
+    recognises a repetition.
     """
 
     def __init__(
@@ -71,6 +69,16 @@ class RedisStore:
             )
         self._where = _where(self._redis)
 
+    @classmethod
+    def from_settings(cls, settings: StoreSettings) -> Self:
+        return cls(
+            settings.redis_url,
+            namespace=settings.namespace,
+            rules=settings.rules(),
+            timeout_s=settings.timeout_s,
+            connect_timeout_s=settings.connect_timeout_s,
+        )
+
     def __enter__(self) -> Self:
         return self
 
@@ -86,7 +94,8 @@ class RedisStore:
         receipts: list[Receipt] = []
         with naming_accepted(receipts):
             for call in self._calls.enqueue(jobs, ids):
-                receipts += self._run(call)
+                accepted = self._run(call)
+                receipts += accepted
         return receipts
 
     def cancel(self, job_ids: Sequence[str], *, tenant: str | None = None) -> list[State | None]:
@@ -147,9 +156,9 @@ class RedisStore:
         lua = script(call.script)
         with self._translated():
             try:
-                reply = self._redis.execute_command("EVALSHA", lua.sha, 0, *call.args)
+                reply = self._redis.execute_command("EVALSHA", lua.sha, 0, *call.args)  # type: ignore[no-untyped-call]
             except NoScriptError:
-                reply = self._redis.execute_command("EVAL", lua.text, 0, *call.args)
+                reply = self._redis.execute_command("EVAL", lua.text, 0, *call.args)  # type: ignore[no-untyped-call]
         return call.parse(reply)
 
     def _new_ids(self, jobs: Sequence[Job]) -> list[str]:
@@ -193,6 +202,16 @@ class AsyncRedisStore:
             )
         self._where = _where(self._redis)
 
+    @classmethod
+    def from_settings(cls, settings: StoreSettings) -> Self:
+        return cls(
+            settings.redis_url,
+            namespace=settings.namespace,
+            rules=settings.rules(),
+            timeout_s=settings.timeout_s,
+            connect_timeout_s=settings.connect_timeout_s,
+        )
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -208,7 +227,8 @@ class AsyncRedisStore:
         receipts: list[Receipt] = []
         with naming_accepted(receipts):
             for call in self._calls.enqueue(jobs, ids):
-                receipts += await self._run(call)
+                accepted = await self._run(call)
+                receipts += accepted
         return receipts
 
     async def cancel(self, job_ids: Sequence[str], *, tenant: str | None = None) -> list[State | None]:
@@ -269,9 +289,9 @@ class AsyncRedisStore:
         lua = script(call.script)
         async with self._translated():
             try:
-                reply = await self._redis.execute_command("EVALSHA", lua.sha, 0, *call.args)
+                reply = await self._redis.execute_command("EVALSHA", lua.sha, 0, *call.args)  # type: ignore[no-untyped-call]
             except NoScriptError:
-                reply = await self._redis.execute_command("EVAL", lua.text, 0, *call.args)
+                reply = await self._redis.execute_command("EVAL", lua.text, 0, *call.args)  # type: ignore[no-untyped-call]
         return call.parse(reply)
 
     async def _new_ids(self, jobs: Sequence[Job]) -> list[str]:
@@ -287,7 +307,7 @@ class AsyncRedisStore:
     async def _translated(self) -> AsyncIterator[None]:
         try:
             yield
-        except (RedisError, OSError, asyncio.TimeoutError) as error:
+        except (RedisError, OSError) as error:
             raise translate(error, self._where) or error from error
 
 
@@ -310,5 +330,5 @@ def _readable(url: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        scheme = url.split("://")[0][:20]
+        scheme = url.partition("://")[0][:20]
         raise ConfigError(f"bad Redis URL (it begins {scheme!r}): {error}; write redis://HOST:PORT/DB") from None

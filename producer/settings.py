@@ -1,14 +1,19 @@
 """Settings of a producer, read once at the edge: keyword > environment (HORTATOR_*)."""
 
+from dataclasses import fields
+
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from hortator.producer.redis_store import CONNECT_TIMEOUT_S, TIMEOUT_S, AsyncRedisStore, RedisStore
 from hortator.producer.rules import Rules
+
+# A submit must fail within 300 ms when Redis is away: connecting and one answer together stay below that.
+CONNECT_TIMEOUT_S = 0.1
+TIMEOUT_S = 0.15
 
 
 class StoreSettings(BaseSettings):
-    """Where the store is, and its rules.  Times are in seconds.  All parties of a namespace should use the same rules."""
+    """Where the store is, and its rules, in seconds.  All parties of a namespace should use the same rules."""
 
     model_config = SettingsConfigDict(env_prefix="HORTATOR_", frozen=True, extra="ignore")
 
@@ -30,23 +35,4 @@ class StoreSettings(BaseSettings):
 
     def rules(self) -> Rules:
         """The part that every store keeps to."""
-        own = {name: getattr(self, name) for name in Rules.__slots__ if name in type(self).model_fields}
-        return Rules(**own)
-
-    def store(self) -> RedisStore:
-        return RedisStore(
-            self.redis_url,
-            namespace=self.namespace,
-            rules=self.rules(),
-            timeout_s=self.timeout_s,
-            connect_timeout_s=self.connect_timeout_s,
-        )
-
-    def async_store(self) -> AsyncRedisStore:
-        return AsyncRedisStore(
-            self.redis_url,
-            namespace=self.namespace,
-            rules=self.rules(),
-            timeout_s=self.timeout_s,
-            connect_timeout_s=self.connect_timeout_s,
-        )
+        return Rules(**self.model_dump(include={field.name for field in fields(Rules)}))

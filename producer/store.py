@@ -165,7 +165,7 @@ class Store(Protocol):
         """One call for many ids.  A queued or abandoned job past its deadline reads as expired (and is written so)."""
 
     def issued(self, job_id: str, *, tenant: str) -> bool:
-        """True when the id was issued to this tenant, whether or not its record still exists: tells gone from unknown."""
+        """True when the id was issued to this tenant, whether its record still exists or not: gone, not unknown."""
 
     def chunks(self, job_id: str, *, after: int = 0) -> list[Chunk]:
         """Journal from token `after` on, without waiting.  A chunk that straddles `after` is cut to start there (its

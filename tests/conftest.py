@@ -1,4 +1,4 @@
-"""Real redis-servers for every test that asks: each version found on this machine, private and flushed between tests."""
+"""Real redis-servers for every test that asks: each version found here, private and flushed between tests."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,16 +44,17 @@ def redis_server(request: pytest.FixtureRequest, redis_servers: dict[str, Embedd
 @pytest.fixture
 def redis_url(redis_server: EmbeddedRedis) -> str:
     """URL of an empty database; the test runs once for each version."""
-    return _flushed(redis_server)
+    return flushed(redis_server)
 
 
 @pytest.fixture
 def newest_redis_url(redis_servers: dict[str, EmbeddedRedis]) -> str:
     """URL of an empty database on the newest server only: for tests in which the version plays no part."""
-    return _flushed(redis_servers[list(REDIS_EXECUTABLES)[-1]])
+    return flushed(redis_servers[list(REDIS_EXECUTABLES)[-1]])
 
 
-def _flushed(server: EmbeddedRedis) -> str:
+def flushed(server: EmbeddedRedis) -> str:
+    """The server's URL, its database emptied."""
     with redis.Redis.from_url(server.url) as client:
         client.flushall()
     return server.url

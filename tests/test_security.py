@@ -10,7 +10,19 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("src/hortator", "producer", "workers", "topology")
 
 MODULES = frozenset(
-    {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml", "ruamel", "jsonpickle"}
+    {
+        "pickle",
+        "_pickle",
+        "cPickle",
+        "dill",
+        "cloudpickle",
+        "joblib",
+        "marshal",
+        "shelve",
+        "yaml",
+        "ruamel",
+        "jsonpickle",
+    }
 )
 BUILTINS = frozenset({"eval", "exec", "compile", "__import__"})
 CALLS = frozenset(
@@ -92,7 +104,9 @@ def test_the_lint_finds(source: str) -> None:
 
 
 def test_the_lint_lets_ordinary_code_pass() -> None:
-    innocent = "import json, os, torch\nos.execve(a, b, c)\ntorch.compile(m)\nx.load(y)\nrun(shell=False)\nre.compile('x')\n"
+    innocent = (
+        "import json, os, torch\nos.execve(a, b, c)\ntorch.compile(m)\nx.load(y)\nrun(shell=False)\nre.compile('x')\n"
+    )
     assert list(sins(innocent)) == []
 
 

@@ -10,7 +10,6 @@ import selectors
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Protocol
@@ -60,20 +59,14 @@ class LocalLauncher:
     def launch(self, commands: Sequence[RankCommand], *, on_line: LineSink) -> None:
         self._processes, self._exits = {}, {}
         outputs: dict[int, IO[bytes]] = {}
-        for command in commands:
-            process = subprocess.Popen(
-                command.argv,
-                env=dict(command.env),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                pass_fds=command.pass_fds,
-                start_new_session=True,
-            )
-            self._processes[command.rank] = process
-            assert process.stdout is not None
-            outputs[command.rank] = process.stdout
-        threading.Thread(target=_read_lines, args=(outputs, on_line), name="rank-output", daemon=True).start()
+        try:
+            for command in commands:
+                process = _start(command)
+                self._processes[command.rank] = process
+                assert process.stdout is not None
+                outputs[command.rank] = process.stdout
+        finally:
+            threading.Thread(target=_read_lines, args=(outputs, on_line), name="rank-output", daemon=True).start()
 
     @property
     def pids(self) -> dict[int, int]:
@@ -139,6 +132,18 @@ def describe_exit(returncode: int) -> str:
     return f"exited with {returncode}"
 
 
+def _start(command: RankCommand) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command.argv,
+        env=dict(command.env),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        pass_fds=command.pass_fds,
+        start_new_session=True,
+    )
+
+
 def _exit_code(pid: int) -> int | None:
     try:
         info = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -173,13 +178,3 @@ def _read_lines(outputs: dict[int, IO[bytes]], on_line: LineSink) -> None:
                 if not data:
                     selector.unregister(key.fileobj)
                     outputs[rank].close()
-
-
-def wait_exits(launcher: Launcher, ranks: int, timeout_s: float) -> bool:
-    """Whether `ranks` ranks have ended within the time."""
-    deadline = time.monotonic() + timeout_s
-    while len(launcher.exits()) < ranks:
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True

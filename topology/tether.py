@@ -1,5 +1,6 @@
 """A rank's end of its control connection: the tether that ends the process when its leader is gone."""
 
+import contextlib
 import os
 import select
 import socket
@@ -90,25 +91,32 @@ class ControlClient:
 
     def fail(self, code: str, message: str) -> None:
         """Say why this rank is about to exit.  Never raises."""
-        try:
+        with contextlib.suppress(OSError):
             self._send(Kind.FAILED, {"code": code, "message": message[:4000]})
-        except OSError:
-            return
+
+    def close(self) -> None:
+        """End the connection, and with it this rank in the eyes of the front."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
 
     def _connect(self, address: tuple[str, int]) -> socket.socket:
+        sock = None
         try:
             sock = socket.create_connection(address, timeout=self._timeout_s)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            frames: list[Frame] = []
-            while not frames:
-                data = sock.recv(_RECEIVE_BYTES)
-                if not data:
-                    raise LeaderLost(f"the front at {address[0]}:{address[1]} closed the connection")
-                frames += self._framer.feed(data)
-            self._framer.rekey(bytes.fromhex(frames[0].payload["nonce"]))
+            self._framer.rekey(self._challenge(sock))
         except (OSError, BadFrame) as error:
+            if sock is not None:
+                sock.close()
             raise LeaderLost(f"no control connection to the front at {address[0]}:{address[1]}: {error}") from error
         return sock
+
+    def _challenge(self, sock: socket.socket) -> bytes:
+        """The nonce that the front sends first, and with which it proves that it knows the key."""
+        while data := sock.recv(_RECEIVE_BYTES):
+            for frame in self._framer.feed(data):
+                return bytes.fromhex(frame.payload["nonce"])
+        raise BadFrame("it closed the connection")
 
     def _send(self, kind: Kind, payload: dict[str, Any] | None = None) -> None:
         with self._sending:
@@ -121,6 +129,7 @@ class ControlClient:
             self._keep()
         except (LeaderLost, OSError, BadFrame) as error:
             self._end(EXIT_LEADER_LOST, f"rank {self._rank} ends: {error}")
+        self._sock.close()
 
     def _keep(self) -> None:
         pulse = _Pulse()

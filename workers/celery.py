@@ -155,7 +155,7 @@ def _text(settings: WorkerSettings) -> Any:
         return HFText.load(settings.model_path)
 
 
-@signals.celeryd_init.connect
+@signals.celeryd_init.connect  # type: ignore[untyped-decorator]
 def _become_leader(instance: Any = None, options: Any = None, **_: Any) -> None:
     leader = instance.app
     if not isinstance(leader, App):
@@ -171,7 +171,7 @@ def _become_leader(instance: Any = None, options: Any = None, **_: Any) -> None:
 app = App()
 
 
-@app.task(
+@app.task(  # type: ignore[untyped-decorator]
     name=TASK_NAME,
     Strategy="hortator.workers.request:strategy",
     Request="hortator.workers.request:PromptRequest",

@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+from celery.worker import control
 from celery.worker.consumer import Consumer
 from celery.worker.state import maybe_shutdown
 
@@ -54,3 +55,22 @@ class LeaderConsumer(Consumer):  # type: ignore[misc]
     def on_invalid_task(self, body: Any, message: Any, exc: Exception) -> None:
         """Celery found the headers wrong (an `expires` that is no date, say)."""
         self.pool.refuse(message, str(exc))
+
+    def add_task_queue(self, queue: str, *args: Any, **options: Any) -> None:
+        if queue == self.pool.queue:  # others are refused by the command below
+            super().add_task_queue(queue, *args, **options)
+
+
+@control.control_command(  # type: ignore[untyped-decorator]
+    args=[("queue", str), ("exchange", str), ("exchange_type", str), ("routing_key", str)],
+    signature="<queue> [exchange [type [routing_key]]]",
+)
+def add_consumer(
+    state: Any, queue: str, exchange: Any = None, exchange_type: Any = None, routing_key: Any = None, **options: Any
+) -> dict[str, str]:
+    """Tell worker(s) to consume from task queue by name.  A leader serves its model's queue only, and says so."""
+    own = getattr(state.consumer.pool, "queue", queue)
+    if queue != own:
+        return {"error": f"this worker serves the queue {own!r} only"}
+    state.consumer.call_soon(state.consumer.add_task_queue, queue, exchange, exchange_type, routing_key, **options)
+    return {"ok": f"add consumer {queue}"}

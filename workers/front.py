@@ -6,6 +6,7 @@ Whoever drives it calls `on_events` when the group has something, `tick` when `w
 `take`, `admit` for what was taken, and `flush`.
 """
 
+import contextlib
 import hashlib
 import heapq
 import itertools
@@ -31,11 +32,12 @@ from hortator.producer.store import (
 from hortator.producer.sweeper import Sweeper
 from hortator.workers.engine.step import EngineInfo, EngineStats, Finish, Request, SamplingParams
 from hortator.workers.envelope import Envelope, job_of, open_envelope
-from hortator.workers.group import Down, Event, Group, Ready, Stepped
+from hortator.workers.group import Event, Group, Ready, Stepped
 from hortator.workers.link import Link
 from hortator.workers.outbox import Delivery, Letter, Outbox
 from hortator.workers.output import Output
 from hortator.workers.settings import WorkerSettings
+from hortator.workers.supervisor import Down
 from hortator.workers.text import Text
 
 logger = logging.getLogger("hortator.front")
@@ -576,10 +578,8 @@ class Front:
 
     def _deliver(self) -> None:
         delivery = Delivery()
-        try:
+        with contextlib.suppress(StoreUnavailable):
             self._link.call(self._outbox.flush, delivery)
-        except StoreUnavailable:
-            pass
         for outcome, verdict in delivery.verdicts:
             self._watcher.ended(outcome, verdict)
         self._obey(delivery.cancelled, delivery.lost)

@@ -21,6 +21,8 @@ from .pipe import Pipe, PipeBroken, read_report, submissions
 from .settings import WorkerSettings
 from .supervisor import Down, Live, Supervisor
 
+__all__ = ["Down", "Event", "Group", "Ready", "Stepped"]
+
 
 @dataclass(frozen=True, slots=True)
 class Ready:

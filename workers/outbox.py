@@ -64,7 +64,7 @@ class Outbox:
         self._clears.append(lease)
 
     def drop(self, job_ids: Iterable[str]) -> None:
-        """Forget tokens of jobs that are no longer ours.  Outcomes stay: the store says FENCED if they came too late."""
+        """Forget tokens of jobs that are no longer ours.  Outcomes stay: the store fences what comes too late."""
         gone = set(job_ids)
         self._appends = [append for append in self._appends if append.lease.job_id not in gone]
 

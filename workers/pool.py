@@ -18,7 +18,6 @@ from celery.worker import state as worker_state
 
 from hortator.producer.errors import BadRequest, HortatorError
 from hortator.producer.store import Claimed, Lease, Outcome, Verdict
-from hortator.workers.front import Front
 from hortator.workers.request import PromptRequest
 from hortator.workers.settings import WorkerSettings
 from hortator.workers.transport import ClaimedMessage

@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hortator.producer.errors import ConfigError, HortatorError
 from hortator.topology.control import listen
@@ -77,7 +77,7 @@ class RankConfig(BaseModel):
 
     control_host: str
     control_port: int
-    control_key: SecretStr = Field(description="hex")
+    control_key: str = Field(pattern=r"^[0-9a-f]{64}$", repr=False)
     store_host: str = "127.0.0.1"
     store_port: int = Field(default=0, ge=0, le=65_535, description="rank 0 listens here for the mesh; 0: any")
     heartbeat_s: float
@@ -155,7 +155,7 @@ def connect(config: RankConfig) -> ControlClient:
     try:
         return ControlClient(
             (config.control_host, config.control_port),
-            key=bytes.fromhex(config.control_key.get_secret_value()),
+            key=bytes.fromhex(config.control_key),
             epoch=config.epoch,
             rank=config.rank,
             heartbeat_s=config.heartbeat_s,

@@ -266,7 +266,7 @@ def rank_command(
 def rank_environment(inherited: Mapping[str, str], *, local_ranks: int) -> dict[str, str]:
     """What a local rank inherits: not the front's settings (they hold the URL of Redis), but all that libraries read.
 
-    gloo asks the resolver for this host's name unless it is told an interface; ranks of one host need the loopback only.
+    gloo asks the resolver for this host's name unless it is told an interface; ranks of one host need no other than lo.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // local_ranks)
     defaults = {"PYTHONUNBUFFERED": "1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": str(threads)}

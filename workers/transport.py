@@ -2,8 +2,8 @@
 
 Remote control, events and replies stay byte for byte what stock clients speak.  The task queue is not popped by kombu:
 `claim` hands in jobs that the store has already leased, so nothing is ever between "popped" and "recorded", nothing is
-kept in `unacked`, and nothing is restored while it runs.  Acks and rejects go by lease, not by channel, and so survive a
-reconnect.  In a process without claims (inspect, control, AsyncResult) this is the stock transport.
+kept in `unacked`, and nothing is restored while it runs.  Acks and rejects go by lease, not by channel, and so survive
+a reconnect.  In a process without claims (inspect, control, AsyncResult) this is the stock transport.
 """
 
 from collections.abc import Callable
@@ -51,7 +51,7 @@ class ClaimedMessage(Message):  # type: ignore[misc]
         )
         self.claimed = claimed
         self.envelope = envelope
-        self._decoded_cache = (envelope.args, envelope.kwargs, {})
+        self._decoded_cache: Any = (envelope.args, envelope.kwargs, {})
 
 
 class QoS(virtual.QoS):  # type: ignore[misc]
@@ -70,7 +70,7 @@ class Channel(redis.Channel):  # type: ignore[misc]
 
     def __init__(self, connection: "Transport", **kwargs: Any) -> None:
         # A message may be acked when its channel is long closed, so the channel keeps the claims itself.
-        self._claims = connection.claims
+        self._claims: Any = connection.claims
         self._claim_tags: set[str] = set()
         super().__init__(connection, **kwargs)
 

@@ -18,6 +18,7 @@ from hortator.producer.api.fleet import FleetRoutes
 from hortator.producer.api.jobs import JobRoutes
 from hortator.producer.api.keys import KeyGate
 from hortator.producer.api.metrics import Meter, Metrics
+from hortator.producer.api.patience import PatientStore
 from hortator.producer.api.seam import AsyncStore
 from hortator.producer.api.settings import ApiSettings
 from hortator.producer.api.watch import Watcher
@@ -33,6 +34,7 @@ def create_app(store: AsyncStore, *, api_settings: ApiSettings) -> FastAPI:
 
     `app.state.watcher.drain()` ends all waiting; call it when the process is told to stop (`serve` does).
     """
+    patient = PatientStore(store, timeout_s=api_settings.store_timeout_s)
     metrics = Metrics()
     watcher = Watcher(store, poll_s=api_settings.poll_s, max_waiters=api_settings.max_waiters)
 
@@ -53,8 +55,8 @@ def create_app(store: AsyncStore, *, api_settings: ApiSettings) -> FastAPI:
 
     app = FastAPI(title="hortator", version=__version__, lifespan=lifespan, redirect_slashes=False)
     app.state.watcher = watcher
-    app.include_router(JobRoutes(store, watcher, api_settings).router())
-    app.include_router(FleetRoutes(store, watcher, metrics, api_settings).router())
+    app.include_router(JobRoutes(patient, watcher, api_settings).router())
+    app.include_router(FleetRoutes(patient, watcher, metrics, api_settings).router())
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)
     # The last one added is the outermost.
@@ -65,12 +67,15 @@ def create_app(store: AsyncStore, *, api_settings: ApiSettings) -> FastAPI:
 
 
 async def sweep(store: AsyncStore, metrics: Metrics, *, every_s: float) -> None:
-    """Deadlines and lost leases end here even when no worker is alive.  Any number of processes may do it."""
+    """Jobs past their deadline end here even when no worker is alive.  Any number of processes may do it.
+
+    Lost leases are left to the leaders: an API that was cut off from Redis cannot tell a dead leader from one that was
+    cut off as well.
+    """
     while True:
         try:
-            report = await store.sweep()
-            for what in ("requeued", "expired", "poisoned"):
-                metrics.swept.labels(what).inc(len(getattr(report, what)))
+            report = await store.sweep(expired_before_ms=0)
+            metrics.expired.inc(len(report.expired))
         except StoreUnavailable:
             pass  # readyz says so; the next round may find it back
         except Exception:

@@ -9,7 +9,6 @@ from starlette.responses import JSONResponse, Response
 from hortator.producer.api.failures import Forbidden, refusal
 from hortator.producer.api.jobs import caller_of, reply
 from hortator.producer.api.metrics import CONTENT_TYPE, Metrics
-from hortator.producer.api.patience import bounded
 from hortator.producer.api.seam import AsyncStore
 from hortator.producer.api.settings import ApiSettings
 from hortator.producer.api.shapes import Group, Letter, Letters, Queue, Queues, error_docs
@@ -45,21 +44,19 @@ class FleetRoutes:
 
     async def queues(self) -> Response:
         """Every model's queue: what waits, what runs, which groups are alive."""
-        async with bounded(self._settings.store_timeout_s):
-            queues = await self._store.queues()
+        queues = await self._store.queues()
         return reply(Queues(queues=tuple(queue_shape(queue) for queue in queues)))
 
     async def dead_letters(
         self,
         request: Request,
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-        before: Annotated[str | None, Query(max_length=128)] = None,
+        before: Annotated[str | None, Query(pattern=r"^[0-9]{1,16}-[0-9]{1,16}$", description="a letter_id")] = None,
     ) -> Response:
         """Messages that can never run and jobs that took groups down, newest first.  For operators' keys."""
         if not caller_of(request).operator:
             raise Forbidden("dead letters hold every tenant's messages: this needs an operator's key")
-        async with bounded(self._settings.store_timeout_s):
-            letters = await self._store.dead_letters(limit=limit, before=before)
+        letters = await self._store.dead_letters(limit=limit, before=before)
         return reply(Letters(dead_letters=tuple(letter_shape(letter) for letter in letters)))
 
     async def healthz(self) -> Response:
@@ -71,8 +68,7 @@ class FleetRoutes:
         if self._watcher.draining:
             return refusal(StoreUnavailable("this process is stopping"))
         try:
-            async with bounded(self._settings.store_timeout_s):
-                await self._store.check()
+            await self._store.check()
         except HortatorError as reason:
             return refusal(reason)
         return JSONResponse({"status": "ready"})
@@ -83,8 +79,7 @@ class FleetRoutes:
             raise Forbidden("metrics cover every tenant: this needs an operator's key")
         queues: list[QueueInfo] | None = None
         try:
-            async with bounded(self._settings.store_timeout_s):
-                queues = await self._store.queues()
+            queues = await self._store.queues()
         except StoreUnavailable:
             pass  # said by hortator_store_up
         self._metrics.waiters.set(self._watcher.waiters)
@@ -110,6 +105,6 @@ def letter_shape(letter: DeadLetter) -> Letter:
         job_id=letter.job_id,
         reason=letter.reason,
         buried_ms=letter.buried_ms,
-        message=letter.message[:PREVIEW_BYTES].decode("ascii", "backslashreplace"),
+        message=repr(letter.message[:PREVIEW_BYTES])[2:-1],  # as a Python literal: printable ASCII only
         message_bytes=len(letter.message),
     )

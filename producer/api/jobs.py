@@ -11,7 +11,7 @@ from starlette.responses import Response
 from hortator.producer.api.body import parse_object
 from hortator.producer.api.failures import BadField, Forbidden, Malformed, NotJson, describe
 from hortator.producer.api.keys import Caller
-from hortator.producer.api.patience import bounded, unless_disconnected
+from hortator.producer.api.patience import unless_disconnected
 from hortator.producer.api.seam import AsyncStore
 from hortator.producer.api.settings import ApiSettings
 from hortator.producer.api.shapes import Accepted, CancelReply, Ids, Statuses, error_docs, json_body
@@ -22,7 +22,6 @@ from hortator.producer.schema import Job, Sampling, State, Status
 
 M = TypeVar("M", bound=BaseModel)
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
-SLOWEST_WRITE_BYTES_PER_S = 20e6  # a large body may take longer than the store's timeout
 MAX_KEY_CHARS = 256
 DEFAULT_TENANT = str(Job.model_fields["tenant"].default)
 
@@ -82,9 +81,7 @@ class JobRoutes:
         body = await self._object(request)
         job = owned(validated(Job, body.raw), caller_of(request))
         job = keyed(job, idempotency_key)
-        patience_s = self._settings.store_timeout_s + len(body.raw) / SLOWEST_WRITE_BYTES_PER_S
-        async with bounded(patience_s):
-            [receipt] = await self._store.enqueue([job])
+        [receipt] = await self._store.enqueue([job])
         state = await self._state_of(receipt.job_id) if receipt.duplicate else State.QUEUED
         accepted = Accepted(
             id=receipt.job_id, state=state, duplicate=receipt.duplicate, ignored=unknown_fields(body.parsed)
@@ -108,8 +105,7 @@ class JobRoutes:
         ids = validated(Ids, (await self._object(request)).raw).ids
         if len(ids) > self._settings.max_ids:
             raise BadField(f"ids: at most {self._settings.max_ids} at a time (got {len(ids)})")
-        async with bounded(self._settings.store_timeout_s):
-            jobs = await self._store.statuses(ids, tenant=caller_of(request).tenant)
+        jobs = await self._store.statuses(ids, tenant=caller_of(request).tenant)
         return reply(Statuses(jobs=jobs))
 
     async def tokens(
@@ -135,31 +131,27 @@ class JobRoutes:
         """Ask that the job ends.  A queued job is cancelled at once, a running one within moments; a terminal one stays
         as it is, so the call may be repeated.  The answer is the state after the call."""
         check_id(job_id)
-        async with bounded(self._settings.store_timeout_s):
-            [state] = await self._store.cancel([job_id], tenant=caller_of(request).tenant)
+        [state] = await self._store.cancel([job_id], tenant=caller_of(request).tenant)
         if state is None:
             raise await self._unknown(request, job_id)
         return reply(CancelReply(id=job_id, state=state))
 
     async def _known(self, request: Request, job_id: str) -> Status:
         check_id(job_id)
-        async with bounded(self._settings.store_timeout_s):
-            [status] = await self._store.statuses([job_id], tenant=caller_of(request).tenant)
+        [status] = await self._store.statuses([job_id], tenant=caller_of(request).tenant)
         if status is None:
             raise await self._unknown(request, job_id)
         return status
 
     async def _unknown(self, request: Request, job_id: str) -> UnknownJob:
         """One wording for never issued and for another tenant's; another for the caller's own, when it has expired."""
-        async with bounded(self._settings.store_timeout_s):
-            gone = await self._store.issued(job_id, tenant=caller_of(request).tenant or DEFAULT_TENANT)
+        gone = await self._store.issued(job_id, tenant=caller_of(request).tenant or DEFAULT_TENANT)
         if gone:
             return UnknownJob(f"job {job_id} is over and its record has expired", job_id=job_id, gone=True)
         return UnknownJob(f"there is no job {job_id}", job_id=job_id)
 
     async def _state_of(self, job_id: str) -> State:
-        async with bounded(self._settings.store_timeout_s):
-            [status] = await self._store.statuses([job_id])
+        [status] = await self._store.statuses([job_id])
         return status.state if status is not None else State.QUEUED
 
     async def _object(self, request: Request) -> "Body":

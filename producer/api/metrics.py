@@ -36,8 +36,8 @@ class Metrics:
         )
         self.in_flight = Gauge("hortator_http_requests_in_flight", "Requests under way.", registry=self.registry)
         self.waiters = Gauge("hortator_waiters", "Long polls and streams that wait.", registry=self.registry)
-        self.swept = Counter(
-            "hortator_swept_jobs", "Jobs that this process's sweeper touched.", ("what",), registry=self.registry
+        self.expired = Counter(
+            "hortator_expired_jobs", "Jobs that this process ended at their deadline.", registry=self.registry
         )
 
     def page(self, queues: Sequence[QueueInfo] | None) -> bytes:

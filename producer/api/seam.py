@@ -1,28 +1,15 @@
-"""What the API asks of the store: the waiting calls of `producer.store.Store` as coroutines."""
+"""What the API asks of the store: calls of `producer.store.Store` as coroutines."""
 
-from collections.abc import Sequence
 from typing import Protocol
 
-from hortator.producer.schema import Chunk, Job, State, Status
-from hortator.producer.store import DeadLetter, QueueInfo, Receipt, SweepReport
+from hortator.producer.aio import AsyncProducerStore
+from hortator.producer.store import DeadLetter, SweepReport
 
 
-class AsyncStore(Protocol):
+class AsyncStore(AsyncProducerStore, Protocol):
     """Same names, same meaning, same errors as `Store`."""
 
-    async def enqueue(self, jobs: Sequence[Job], *, job_ids: Sequence[str] | None = None) -> list[Receipt]: ...
-
-    async def cancel(self, job_ids: Sequence[str], *, tenant: str | None = None) -> list[State | None]: ...
-
-    async def statuses(self, job_ids: Sequence[str], *, tenant: str | None = None) -> list[Status | None]: ...
-
-    async def issued(self, job_id: str, *, tenant: str) -> bool: ...
-
-    async def chunks(self, job_id: str, *, after: int = 0) -> list[Chunk]: ...
-
     async def sweep(self, *, limit: int = 1000, expired_before_ms: int | None = None) -> SweepReport: ...
-
-    async def queues(self) -> list[QueueInfo]: ...
 
     async def dead_letters(self, *, limit: int = 100, before: str | None = None) -> list[DeadLetter]: ...
 

@@ -1,9 +1,9 @@
 """The API as a process: its socket, and an end that leaves no client without an answer."""
 
 import asyncio
-import logging
 import socket
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from hortator.producer.api.settings import ApiSettings
 from hortator.producer.errors import ConfigError
 
-log = logging.getLogger(__name__)
+BACKLOG = 2048
 
 
 class Server(uvicorn.Server):
@@ -28,15 +28,28 @@ class Server(uvicorn.Server):
 def listen(host: str, port: int) -> socket.socket:
     """A bound socket.  Raises ConfigError that names host and port and says what to do."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        sock = socket.create_server(address, family=family, backlog=2048)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        return bound(*found[0][:3], found[0][4])
     except (OSError, UnicodeError) as problem:
         reason = problem.strerror if isinstance(problem, OSError) and problem.strerror else str(problem)
         raise ConfigError(
             f"cannot listen on {host}:{port}: {reason}; choose another with --host/--port"
             " or HORTATOR_API_HOST/HORTATOR_API_PORT (port 0: any free one)"
         ) from None
-    sock.setblocking(False)
+
+
+def bound(family: int, kind: int, protocol: int, address: Any) -> socket.socket:
+    """A listening socket.  It must know its protocol: asyncio sets TCP_NODELAY only then, and without that every answer
+    waits 40 ms for the client's delayed acknowledgement."""
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(BACKLOG)
+        sock.setblocking(False)
+    except OSError:
+        sock.close()
+        raise
     return sock
 
 

@@ -28,7 +28,7 @@ class ApiSettings(BaseSettings):
     max_json_containers: int = Field(default=4096, ge=16, description="objects and arrays in one body")
     body_timeout_s: float = Field(default=30.0, gt=0, description="a body must be complete after this")
     send_timeout_s: float = Field(default=30.0, gt=0, description="a stream that nobody reads ends after this")
-    store_timeout_s: float = Field(default=0.25, gt=0, description="longest wait for one call of the store")
+    store_timeout_s: float = Field(default=0.2, gt=0, description="longest wait for one call of the store")
 
     max_ids: int = Field(default=500, ge=1, description="ids in one POST /v1/jobs:status")
     max_wait_s: float = Field(default=60.0, ge=0, description="longest long poll")

@@ -5,6 +5,7 @@ after a crash of the group that computes them: the event id is the number of tok
 """
 
 import asyncio
+import json
 import re
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -15,8 +16,9 @@ from starlette.types import Message, Receive, Scope, Send
 from hortator.producer.api.failures import Malformed
 from hortator.producer.api.seam import AsyncStore
 from hortator.producer.api.watch import Watch, Watcher
-from hortator.producer.errors import HortatorError, StoreUnavailable
-from hortator.producer.schema import Status
+from hortator.producer.errors import StoreUnavailable, UnknownJob
+from hortator.producer.job import Follower
+from hortator.producer.schema import Chunk, Status
 
 DONE_ID = "done"  # a browser that comes back with it has read everything
 RETRY_MS = 1000  # what browsers wait before they come back
@@ -40,28 +42,42 @@ async def token_events(
 ) -> AsyncGenerator[bytes, None]:
     """Chunks from token `after` on, then the final status.  Ends early, to be resumed, when the process drains."""
     yield f"retry: {RETRY_MS}\n\n".encode()
-    job_id, seen = watch.status.id, after
+    reader = Follower(watch.status.id, after)
     while not watcher.draining:
-        status = watch.status  # before the chunks are read: a terminal status comes after the last token
-        if status.num_tokens > seen or status.state.terminal:
-            try:
-                chunks = await store.chunks(job_id, after=seen)
-            except StoreUnavailable:
-                await asyncio.sleep(STORE_RETRY_S)
-                yield comment("the store is away")
-                continue
-            for chunk in chunks:
-                seen = chunk.index + len(chunk.token_ids)
-                yield event(chunk.model_dump_json(exclude_none=True), event_id=str(seen))
+        status = watch.status  # before the chunks are read: what is terminal now has its whole journal already
+        try:
+            chunks = await store.chunks(reader.job_id, after=reader.after) if reader.behind(status) else []
+        except StoreUnavailable:
+            await asyncio.sleep(STORE_RETRY_S)
+            yield comment("the store is away")
+            continue
+        for chunk in chunks:
+            reader.take([chunk])
+            yield chunk_event(chunk)
         if status.state.terminal:
+            for chunk in unread(reader, status):
+                yield chunk_event(chunk)
             yield done(status)
             return
         try:
             if not await watch.changed(keep_alive_s):
                 yield comment("still here")
-        except HortatorError as error:  # the record expired under the reader
-            yield event(f'{{"code":"{error.code}"}}', kind="error")
+        except UnknownJob as gone:  # the record expired under the reader
+            yield event(json.dumps({"error": {"code": gone.code, "message": gone.message}}), kind="error")
             return
+
+
+def unread(reader: Follower, status: Status) -> list[Chunk]:
+    """What the journal, which expires first, holds no more; nothing for a reader in the middle: `done` has the text."""
+    try:
+        return reader.rest(status.result) if status.result is not None else []
+    except UnknownJob:
+        return []
+
+
+def chunk_event(chunk: Chunk) -> bytes:
+    tokens_so_far = chunk.index + len(chunk.token_ids)
+    return event(chunk.model_dump_json(exclude_none=True), event_id=str(tokens_so_far))
 
 
 def event(data: str, *, event_id: str | None = None, kind: str | None = None) -> bytes:

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from hortator.producer.api.failures import TooManyWaiters
+from hortator.producer.api.patience import bounded
 from hortator.producer.api.seam import AsyncStore
 from hortator.producer.errors import StoreUnavailable, UnknownJob
 from hortator.producer.schema import Status
@@ -133,7 +134,7 @@ class Watcher:
             try:
                 await self._poll()
                 self.store_away = False
-            except (StoreUnavailable, TimeoutError):
+            except StoreUnavailable:
                 self.store_away = True
             except Exception:
                 log.exception("cannot read the awaited jobs")
@@ -141,7 +142,7 @@ class Watcher:
 
     async def _poll(self) -> None:
         for ids in slices(list(self._watches), IDS_PER_CALL):
-            async with asyncio.timeout(POLL_TIMEOUT_S):
+            async with bounded(POLL_TIMEOUT_S):
                 statuses = await self._store.statuses(ids)
             for job_id, status in zip(ids, statuses, strict=True):
                 for watch in self._watches.get(job_id, ()):

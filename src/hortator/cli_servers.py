@@ -67,7 +67,8 @@ def serve(
     settings = ApiSettings(**given(host=host, port=port))
     where = store_settings(redis_url, namespace)
     settings.key_ring()  # a wrong key file is refused before the port is taken
-    store = AsyncRedisStore.from_settings(where)
+    # The API has a patience of its own, which knows when it is this process that is slow.
+    store = AsyncRedisStore.from_settings(where.model_copy(update={"timeout_s": 2.0, "connect_timeout_s": 2.0}))
     try:
         sock = listen(settings.host, settings.port)
     except ConfigError as problem:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 RedisUrl = Annotated[
     str | None, typer.Option("--redis-url", help="default: HORTATOR_REDIS_URL, else redis://127.0.0.1:6379/0")
 ]
+Tenant = Annotated[str, typer.Option("--tenant", help="whose jobs")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON, one object a line")]
 Namespace = Annotated[str | None, typer.Option("--namespace", help="default: HORTATOR_NAMESPACE, else none")]
 
 
@@ -22,15 +24,15 @@ def store_settings(redis_url: str | None, namespace: str | None) -> "StoreSettin
     from hortator.producer.settings import StoreSettings
 
     chosen = {"redis_url": redis_url, "namespace": namespace}
-    return StoreSettings(**{name: value for name, value in chosen.items() if value is not None})
+    return StoreSettings.model_validate({name: value for name, value in chosen.items() if value is not None})
 
 
 @contextmanager
-def client(redis_url: str | None, namespace: str | None) -> Iterator["Client"]:
+def client(redis_url: str | None, namespace: str | None, tenant: str = "default") -> Iterator["Client"]:
     """A client for one command."""
     from hortator.producer.client import Client
 
-    with Client.from_settings(store_settings(redis_url, namespace)) as opened:
+    with Client(redis_url, namespace=namespace, tenant=tenant) as opened:
         yield opened
 
 

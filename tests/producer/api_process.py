@@ -86,8 +86,8 @@ class Api:
 
     def __init__(self, url: str, redis_url: str, server: Server, app: FastAPI) -> None:
         self.url, self.server, self.app = url, server, app
-        self.http = httpx.Client(base_url=url, timeout=20.0)
-        self.store = RedisStore(redis_url)
+        self.http = httpx.Client(base_url=url, timeout=20.0, limits=httpx.Limits(max_connections=500))
+        self.store = RedisStore(redis_url, timeout_s=5.0)
         self.redis = redis.Redis.from_url(redis_url)
         self.worker = Worker(self.store)
 
@@ -107,7 +107,7 @@ def served(redis_url: str, **settings: Any) -> Iterator[Api]:
     running: list[tuple[Server, FastAPI, asyncio.AbstractEventLoop]] = []
 
     async def serve() -> None:
-        store = AsyncRedisStore(redis_url)
+        store = AsyncRedisStore(redis_url, timeout_s=2.0, connect_timeout_s=2.0)  # as `hortator serve` has it
         app = create_app(store, api_settings=chosen)
         server = Server(uvicorn.Config(app, http="h11", ws="none", lifespan="on", log_level="warning"))
         running.append((server, app, asyncio.get_running_loop()))

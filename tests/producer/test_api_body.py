@@ -104,7 +104,7 @@ async def read_all(metered: body.Metered) -> bytes:
     whole = b""
     while True:
         message = await metered()
-        whole += message["body"]
+        whole += bytes(message["body"])
         if not message["more_body"]:
             return whole
 

@@ -159,7 +159,7 @@ def test_the_stream_of_an_unknown_job_is_404(api: Api) -> None:
 
 def test_a_reader_that_leaves_is_forgotten(api: Api) -> None:
     job_id = api.submit()
-    with pytest.raises(httpx.ReadTimeout):  # noqa: PT012
+    with pytest.raises(httpx.ReadTimeout):
         with api.http.stream("GET", f"/v1/jobs/{job_id}/tokens", timeout=0.1) as answer:
             list(answer.iter_lines())
     wait_for("the watch to go", lambda: api.app.state.watcher.waiters == 0)
@@ -172,7 +172,9 @@ def test_a_stopping_server_answers_long_polls_and_ends_streams_to_be_resumed(new
         [claimed] = api.worker.claim()
         api.worker.say(claimed, 0, ["a"])
         poll = threading.Thread(
-            target=lambda: answers.append(httpx.get(f"{api.url}/v1/jobs/{job_id}?wait_s=30", timeout=20).json()["state"])
+            target=lambda: answers.append(
+                httpx.get(f"{api.url}/v1/jobs/{job_id}?wait_s=30", timeout=20).json()["state"]
+            )
         )
         stream = threading.Thread(target=lambda: answers.append(read(api, job_id)))
         poll.start()
@@ -186,4 +188,6 @@ def test_a_stopping_server_answers_long_polls_and_ends_streams_to_be_resumed(new
         assert time.monotonic() - began < 2
     assert "running" in answers
     [found] = [answer for answer in answers if isinstance(answer, list)]
-    assert [(event.kind, event.id) for event in found] == [("message", "1")], "no done event: the client resumes after 1"
+    assert [(event.kind, event.id) for event in found] == [("message", "1")], (
+        "no done event: the client resumes after 1"
+    )

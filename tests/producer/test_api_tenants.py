@@ -41,7 +41,7 @@ def api(newest_redis_url: str) -> Iterator[Api]:
         yield running
 
 
-@pytest.mark.parametrize("authorization", [None, "Bearer wrong", f"Basic {ACME}", ACME_LINE, "Bearer "])
+@pytest.mark.parametrize("authorization", [None, "Bearer wrong", f"Basic {ACME}", ACME_LINE, "Bearer"])
 def test_without_a_key_nothing_but_the_probes_is_open(api: Api, authorization: str | None) -> None:
     headers = {"authorization": authorization} if authorization else {}
     answers = {route: api.http.request(*route, headers=headers) for route in ROUTES}
@@ -96,7 +96,9 @@ def test_another_tenants_job_answers_byte_for_byte_as_an_unknown_one(
         answers.append((answer.status_code, headers, answer.content.replace(job_id.encode(), b"ID")))
     assert answers[0] == answers[1]
     assert answers[0][0] == 404
-    assert api.http.get(f"/v1/jobs/{theirs}", headers=bearer(BETA)).json()["state"] == "queued", "nothing happened to it"
+    assert api.http.get(f"/v1/jobs/{theirs}", headers=bearer(BETA)).json()["state"] == "queued", (
+        "nothing happened to it"
+    )
 
 
 def test_among_many_ids_another_tenants_are_null(api: Api) -> None:

@@ -5,12 +5,14 @@ from typing import Any
 
 from hortator.producer.errors import StoreUnavailable
 from hortator.producer.memory import MemoryStore
+from hortator.producer.rules import Rules
 from hortator.producer.schema import Job, Sampling, Status
 from hortator.producer.store import Lease, Outcome, Verdict
 from hortator.workers.engine.step import EngineInfo, EngineStats, Fault, Finish, Request, StepOutput, Token
 from hortator.workers.front import Front
-from hortator.workers.group import Down, Event, Ready, Stepped
+from hortator.workers.group import Event, Ready, Stepped
 from hortator.workers.settings import WorkerSettings
+from hortator.workers.supervisor import Down
 from hortator.workers.text import ByteText
 
 MODEL = "m"
@@ -75,10 +77,10 @@ class Leader:
 
     def __init__(self, *, max_model_len: int = 64, kv_tokens: int = 1024, ready: bool = True, **settings: Any) -> None:
         self.clock = Clock()
-        self.store = MemoryStore(clock=lambda: self.clock.now)
+        self.store = MemoryStore(rules=Rules(require_known_model=False), clock=self.clock)
         self.redis = Redis(self.store)
         self.group = FakeGroup()
-        chosen = {"model": MODEL, "engine": "echo", "max_num_seqs": 4, "lease_s": 6.0, "group": "g"} | settings
+        chosen: dict[str, Any] = {"model": MODEL, "engine": "echo", "max_num_seqs": 4, "lease_s": 6.0, "group": "g"} | settings
         self.settings = WorkerSettings(**chosen)
         self.info = EngineInfo(self.settings.max_num_seqs, max_model_len, 256, kv_tokens, (EOS,))
         self.ended_: list[tuple[Outcome, Verdict]] = []
@@ -138,7 +140,9 @@ class Leader:
     def fault(self, code: str, message: str) -> None:
         self.step(faults=(Fault(self.group.admitted[-1].handle, code, message),))
 
-    def enqueue(self, prompt: str = "hello", *, job_id: str = "id-1", deadline_s: float | None = None, **sampling: Any) -> str:
+    def enqueue(
+        self, prompt: str = "hello", *, job_id: str = "id-1", deadline_s: float | None = None, **sampling: Any
+    ) -> str:
         job = Job(model=MODEL, prompt=prompt, sampling=Sampling(**sampling), deadline_s=deadline_s)
         return self.store.enqueue([job], job_ids=[job_id])[0].job_id
 

@@ -8,7 +8,6 @@ import pytest
 
 from hortator.producer.errors import BadRequest
 from hortator.workers.envelope import Envelope, job_of, open_envelope
-
 from tests.workers.messages import message
 
 

@@ -14,7 +14,8 @@ def output(**options: object) -> Output:
 
 
 def feed(into: Output, text: str) -> bool:
-    return any([into.feed(byte) for byte in text.encode()])
+    stopped = [into.feed(byte) for byte in text.encode()]
+    return any(stopped)
 
 
 def test_the_text_ends_before_the_stop_string_and_the_tokens_with_it() -> None:
@@ -88,9 +89,7 @@ def test_logprobs_follow_their_tokens() -> None:
     assert grown.logprobs == [-0.5, -1.5]
 
 
-@pytest.mark.parametrize(
-    ("tokens", "reason"), [("abcd", FinishReason.LENGTH), ("ab", None), ("a.", FinishReason.STOP)]
-)
+@pytest.mark.parametrize(("tokens", "reason"), [("abcd", FinishReason.LENGTH), ("ab", None), ("a.", FinishReason.STOP)])
 def test_a_journal_tells_whether_it_is_a_whole_output(tokens: str, reason: FinishReason | None) -> None:
     journal = (Chunk(index=0, token_ids=tuple(tokens.encode()), text=tokens),)
     assert output(journal=journal, stop=["."]).complete(max_tokens=4) is reason

@@ -16,7 +16,10 @@ from hortator.workers.text import ByteText, HFText, Text
 
 CORPUS = ["the quick brown fox jumps over the lazy dog", "12+30=42", "naïve café, 東京 — 🦊🦊", "def f(x):\n  return x"]
 SPECIALS = ["<s>", "</s>", "<unk>", "<|user|>"]
-TEMPLATE = "{{ bos_token }}{% for m in messages %}<|user|>{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|user|>{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}:{% endif %}"
+)
 
 
 def byte_level() -> Tokenizer:
@@ -24,7 +27,9 @@ def byte_level() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     bos = [("<s>", tokenizer.token_to_id("<s>"))]
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=bos)
@@ -35,7 +40,9 @@ def metaspace() -> Tokenizer:
     """As Llama 2: spaces become ▁, unknown characters bytes, and the decoder strips the first space."""
     trained = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    trained.train_from_iterator(CORPUS[:2], trainers.BpeTrainer(vocab_size=120, special_tokens=SPECIALS, show_progress=False))
+    trained.train_from_iterator(
+        CORPUS[:2], trainers.BpeTrainer(vocab_size=120, special_tokens=SPECIALS, show_progress=False)
+    )
     trained.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -48,7 +55,9 @@ def metaspace() -> Tokenizer:
 def save(tokenizer: Tokenizer, path: Path, **config: Any) -> Path:
     tokenizer.save(str(path / "tokenizer.json"))
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": TEMPLATE}
-    (path / "tokenizer_config.json").write_text(json.dumps(names | {"tokenizer_class": "PreTrainedTokenizerFast"} | config))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps(names | {"tokenizer_class": "PreTrainedTokenizerFast"} | config)
+    )
     (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     return path
 
@@ -68,7 +77,9 @@ def streamed(text: Text, token_ids: list[int]) -> str:
     return "".join([*map(decoder.feed, token_ids), decoder.flush()])
 
 
-@pytest.mark.parametrize("prompt", [*CORPUS, "", " ", "  two  spaces ", "a<s>b</s>", "<|user|>x", "\x00\x1f", "é" * 500])
+@pytest.mark.parametrize(
+    "prompt", [*CORPUS, "", " ", "  two  spaces ", "a<s>b</s>", "<|user|>x", "\x00\x1f", "é" * 500]
+)
 def test_a_prompt_has_the_ids_that_auto_tokenizer_gives(text: HFText, model_path: Path, prompt: str) -> None:
     from transformers import AutoTokenizer
 

@@ -1,0 +1,255 @@
+"""Commands about jobs: enqueue, result, tail, cancel, status."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hortator.cli_errors import EXIT_FAILED, EXIT_OK, fail_line, printable
+from hortator.cli_store import AsJson, Namespace, RedisUrl, Tenant, client
+
+if TYPE_CHECKING:
+    from hortator.producer.client import Client, JobHandle
+    from hortator.producer.schema import Job, Status
+    from hortator.producer.store import QueueInfo
+
+JOBS = "Jobs"
+STDIN = Path("-")
+
+JobIdArgument = Annotated[str, typer.Argument(metavar="ID", help="as `hortator enqueue` printed it")]
+WaitS = Annotated[float, typer.Option("--wait-s", min=0, help="wait this long for the end of the job")]
+
+
+def register(app: typer.Typer) -> None:
+    for command in (enqueue, result, tail, cancel, status):
+        app.command(rich_help_panel=JOBS)(command)
+
+
+def enqueue(
+    prompt: Annotated[str | None, typer.Argument(help="leave it out with --file")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="queue of the model; may stand in each line of --file")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", help="JSON lines, each a job or just a prompt; - is stdin")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="default 256")] = None,
+    temperature: Annotated[float | None, typer.Option(help="default 0: greedy")] = None,
+    top_p: Annotated[float | None, typer.Option()] = None,
+    top_k: Annotated[int | None, typer.Option()] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="ends the text; may be given several times")] = None,
+    priority: Annotated[str | None, typer.Option(help="interactive | standard | batch")] = None,
+    deadline_s: Annotated[float | None, typer.Option(help="the job expires after this")] = None,
+    idempotency_key: Annotated[str | None, typer.Option(help="the same key is the same job")] = None,
+    tenant: Tenant = "default",
+    wait: Annotated[bool, typer.Option("--wait", help="wait for the answers and print them")] = False,
+    as_json: AsJson = False,
+    redis_url: RedisUrl = None,
+    namespace: Namespace = None,
+) -> int:
+    """Put prompts in the queue; prints their ids, or with --wait their answers."""
+    sampling = given(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop or None
+    )
+    common = given(
+        model=model, priority=priority, deadline_s=deadline_s, idempotency_key=idempotency_key, tenant=tenant
+    )
+    if (prompt is None) == (file is None):
+        raise typer.BadParameter("give a PROMPT or --file, and not both")
+    if file is not None and idempotency_key is not None:
+        raise typer.BadParameter("--idempotency-key is for one prompt; in --file each line has its own")
+    if file is None:
+        jobs = [parsed({"prompt": prompt}, common, sampling, where="")]
+    else:
+        jobs = list(read_jobs(file, common, sampling))
+    with client(redis_url, namespace, tenant) as talk:
+        handles = talk.enqueue_many(jobs)
+        if wait:
+            return answers(talk, handles, as_json=as_json)
+        for handle in handles:
+            typer.echo(json.dumps({"id": handle.id, "duplicate": handle.duplicate}) if as_json else handle.id)
+    return EXIT_OK
+
+
+def result(
+    job_id: JobIdArgument,
+    wait_s: WaitS = 0.0,
+    tenant: Tenant = "default",
+    as_json: AsJson = False,
+    redis_url: RedisUrl = None,
+    namespace: Namespace = None,
+) -> int:
+    """Print the answer of a job."""
+    with client(redis_url, namespace, tenant) as talk:
+        return answer(talk.job(job_id), wait_s=wait_s, as_json=as_json)
+
+
+def tail(
+    job_id: JobIdArgument,
+    after: Annotated[int, typer.Option(min=0, help="tokens to leave out")] = 0,
+    tenant: Tenant = "default",
+    as_json: AsJson = False,
+    redis_url: RedisUrl = None,
+    namespace: Namespace = None,
+) -> int:
+    """Print the tokens of a job as they come."""
+    with client(redis_url, namespace, tenant) as talk:
+        for chunk in talk.job(job_id).stream(after=after):
+            typer.echo(chunk.model_dump_json(exclude_none=True) if as_json else shown(chunk.text), nl=as_json)
+            sys.stdout.flush()
+    if not as_json:
+        typer.echo()
+    return EXIT_OK
+
+
+def cancel(
+    job_ids: Annotated[list[str], typer.Argument(metavar="ID...")],
+    tenant: Tenant = "default",
+    redis_url: RedisUrl = None,
+    namespace: Namespace = None,
+) -> int:
+    """End jobs; prints the state of each.  A job that is over stays as it is."""
+    with client(redis_url, namespace, tenant) as talk:
+        states = talk.store.cancel(job_ids, tenant=tenant)
+    for job_id, state in zip(job_ids, states, strict=True):
+        if state is not None:
+            typer.echo(f"{job_id} {state}")
+        else:
+            fail_line(f"there is no job {job_id}", EXIT_FAILED)
+    return EXIT_FAILED if None in states else EXIT_OK
+
+
+def status(as_json: AsJson = False, redis_url: RedisUrl = None, namespace: Namespace = None) -> int:
+    """Print the queues, and the groups that are alive."""
+    from dataclasses import asdict
+
+    with client(redis_url, namespace) as talk:
+        queues = talk.queues()
+    if as_json:
+        for queue in queues:
+            typer.echo(json.dumps(asdict(queue)))
+    elif queues:
+        typer.echo("\n".join(columns(queue_rows(queues))))
+        groups = list(group_rows(queues))
+        typer.echo("\n" + "\n".join(columns(groups)) if len(groups) > 1 else "\nno group is alive")
+    else:
+        typer.echo("no model is known yet: start a worker")
+    return EXIT_OK
+
+
+def read_jobs(file: Path, common: dict[str, Any], sampling: dict[str, Any]) -> Iterator["Job"]:
+    """The jobs of a JSON lines file; the options stand for what a line leaves out."""
+    from hortator.producer.errors import BadRequest, ConfigError
+
+    try:
+        text = sys.stdin.read() if file == STDIN else file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise ConfigError(f"cannot read {file}: {problem}") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{file}:{number}"
+        try:
+            entry = json.loads(line)
+        except ValueError as problem:
+            raise BadRequest(f"{where}: not JSON: {problem}") from None
+        fields = {"prompt": entry} if isinstance(entry, str) else entry
+        if not isinstance(fields, dict):
+            raise BadRequest(f"{where}: neither a job (an object) nor a prompt (a string)")
+        yield parsed(fields, common, sampling, where=where)
+
+
+def parsed(fields: dict[str, Any], common: dict[str, Any], sampling: dict[str, Any], *, where: str) -> "Job":
+    """One job.  Raises BadRequest that names each wrong field; unlike the wire, a field nobody knows is one."""
+    from pydantic import ValidationError
+
+    from hortator.producer.errors import BadRequest
+    from hortator.producer.job import describe
+    from hortator.producer.schema import Job, Sampling
+
+    own = fields.get("sampling", {})
+    prefix = f"{where}: " if where else ""
+    unknown = [name for name in fields if name not in Job.model_fields]
+    unknown += (
+        [f"sampling.{name}" for name in own if name not in Sampling.model_fields] if isinstance(own, dict) else []
+    )
+    if unknown:
+        raise BadRequest(f"{prefix}unknown field {', '.join(unknown)[:200]}")
+    merged = {**common, **fields, "sampling": {**sampling, **own} if isinstance(own, dict) else own}
+    if "model" not in merged:
+        raise BadRequest(f"{prefix}which model? give --model")
+    try:
+        return Job.model_validate(merged)
+    except ValidationError as problem:
+        raise BadRequest(prefix + describe(problem)) from None
+
+
+def answers(talk: "Client", handles: list["JobHandle"], *, as_json: bool) -> int:
+    """Wait for all; print in the order of the prompts."""
+    for _ in talk.as_completed(handles):
+        pass
+    codes = [answer(handle, wait_s=None, as_json=as_json) for handle in handles]
+    return max(codes, default=EXIT_OK)
+
+
+def answer(handle: "JobHandle", *, wait_s: float | None, as_json: bool) -> int:
+    """Print one job's end: its text, or why there is none."""
+    from hortator.producer.errors import JobFailed
+
+    try:
+        if as_json:
+            return json_answer(handle, wait_s=wait_s)
+        typer.echo(shown(handle.result(timeout_s=wait_s).text))
+    except JobFailed as failed:
+        return fail_line(failed.message, EXIT_FAILED)
+    except TimeoutError:
+        return fail_line(f"job {handle.id} is {handle.status().state}; wait for it with --wait-s", EXIT_FAILED)
+    return EXIT_OK
+
+
+def json_answer(handle: "JobHandle", *, wait_s: float | None) -> int:
+    """Print the whole status, whatever it is."""
+    from hortator.producer.errors import JobFailed
+    from hortator.producer.schema import State
+
+    try:
+        handle.result(timeout_s=wait_s)
+    except (JobFailed, TimeoutError):
+        pass  # the status says it
+    found: Status = handle.status()
+    typer.echo(found.model_dump_json(exclude_none=True))
+    return EXIT_OK if found.state is State.SUCCEEDED else EXIT_FAILED
+
+
+def queue_rows(queues: Iterable["QueueInfo"]) -> Iterator[tuple[str, ...]]:
+    yield "MODEL", "QUEUED", "OLDEST", "RUNNING", "SUSPECT", "GROUPS"
+    for q in queues:
+        oldest = "-" if q.oldest_age_s is None else f"{q.oldest_age_s:.1f} s"
+        yield q.model, str(q.depth), oldest, str(q.running), str(q.suspects), str(len(q.groups))
+
+
+def group_rows(queues: Iterable["QueueInfo"]) -> Iterator[tuple[str, ...]]:
+    yield "GROUP", "MODEL", "STATE", "RUNNING", "CAPACITY", "EPOCH"
+    for beat in (beat for q in queues for beat in q.groups):
+        yield beat.group, beat.model, beat.state, str(beat.running), str(beat.capacity), str(beat.epoch)
+
+
+def columns(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Left-aligned, as wide as needed."""
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(len(row[n]) for row in cells) for n in range(len(cells[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+
+
+def shown(text: str) -> str:
+    """A model's text for a terminal, which must not obey it; for a file or a pipe as it is."""
+    return printable(text) if sys.stdout.isatty() else text
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Only the options that were given."""
+    return {name: value for name, value in options.items() if value is not None}

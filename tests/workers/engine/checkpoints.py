@@ -1,0 +1,89 @@
+"""Tiny random checkpoints of every supported architecture, and what transformers' generate() says about them."""
+
+import random
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from hortator.workers.engine.step import Request, SamplingParams
+
+VOCAB = 256
+EOS = 0
+MAX_MODEL_LEN = 512
+WINDOW = 24
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral")
+_OWN: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 16, "num_key_value_heads": 2},
+    "mistral": {"sliding_window": WINDOW},
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory in the Hugging Face format."""
+
+    name: str
+    path: Path
+
+    @cache  # noqa: B019 - as long as the session
+    def reference(self) -> Any:
+        """transformers' own model."""
+        return transformers.AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32).eval()
+
+    @cache  # noqa: B019
+    def expected(self, prompt: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
+        """Greedy float32 continuation by generate()."""
+        rows = torch.tensor([prompt])
+        with torch.inference_mode():
+            output = self.reference().generate(
+                rows, attention_mask=torch.ones_like(rows), max_new_tokens=max_tokens, do_sample=False, pad_token_id=EOS
+            )
+        return tuple(output[0, len(prompt) :].tolist())
+
+
+def make_checkpoint(architecture: str, path: Path, *, seed: int = 0, **changes: Any) -> Checkpoint:
+    """Random weights, wide enough that tokens differ clearly."""
+    config = transformers.AutoConfig.for_model(
+        architecture,
+        **{
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "vocab_size": VOCAB,
+            "max_position_embeddings": MAX_MODEL_LEN,
+            "initializer_range": 0.3,
+            "bos_token_id": 1,
+            "eos_token_id": EOS,
+            "pad_token_id": None,
+            **_OWN[architecture],
+            **changes,
+        },
+    )
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # transformers starts them at zero, where a mistake would not show
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(path)
+    return Checkpoint(architecture, path)
+
+
+def mixed_requests(count: int = 64, *, seed: int = 1) -> list[Request]:
+    """Short and long prompts and outputs; several are longer than the sliding window and than a chunk."""
+    rng = random.Random(seed)
+    return [
+        Request(
+            handle,
+            tuple(rng.randrange(1, VOCAB) for _ in range(rng.randrange(1, 70))),
+            SamplingParams(max_tokens=rng.randrange(1, 40)),
+        )
+        for handle in range(count)
+    ]

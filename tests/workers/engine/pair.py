@@ -1,0 +1,152 @@
+"""Two real processes that are one tensor-parallel group (gloo), each driving its engine through the same plans.
+
+`run_pair` starts them; as a script this file is one rank:  python pair.py RANK FOLDER
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hortator.workers.engine.step import Fault, Finish
+from tests.workers.engine.drive import TIGHT, Outcome, build, run
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@dataclass
+class PairResult:
+    """What one rank has to say, by name of the checkpoint."""
+
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    preemptions: dict[str, int] = field(default_factory=dict)
+    elements_read: dict[str, int] = field(default_factory=dict)
+    wrong_slices: dict[str, list[str]] = field(default_factory=dict)
+
+
+def run_pair(paths: dict[str, Path], folder: Path) -> tuple[PairResult, PairResult]:
+    """Run all checkpoints in one pair of processes (starting them is what takes time)."""
+    (folder / "paths.json").write_text(json.dumps({name: str(path) for name, path in paths.items()}))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(folder)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        logs = [process.communicate(timeout=90)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [0, 0], "\n".join(logs)
+    first, second = (_load(folder / f"rank{rank}.json") for rank in range(2))
+    return first, second
+
+
+def _load(file: Path) -> PairResult:
+    raw = json.loads(file.read_text())
+    outcomes = {name: _outcome(content) for name, content in raw.pop("outcomes").items()}
+    return PairResult(outcomes, **raw)
+
+
+def _outcome(raw: dict[str, Any]) -> Outcome:
+    return Outcome(
+        tokens={int(handle): tokens for handle, tokens in raw["tokens"].items()},
+        finished={int(handle): Finish(finish) for handle, finish in raw["finished"].items()},
+        faults={int(handle): Fault(**fault) for handle, fault in raw["faults"].items()},
+        digests=raw["digests"],
+    )
+
+
+def main(rank: int, folder: Path) -> None:
+    import torch
+
+    from hortator.workers.engine import model as model_module
+    from tests.workers.engine.checkpoints import mixed_requests
+
+    torch.set_num_threads(1)
+    mesh = _mesh(rank, folder / "rendezvous")
+    result, read = PairResult(), []
+    read_slice = model_module._read_slice
+
+    def counting(*args: Any) -> torch.Tensor:
+        tensor = read_slice(*args)
+        read.append(tensor.numel())
+        return tensor
+
+    model_module._read_slice = counting
+    for name, path in json.loads((folder / "paths.json").read_text()).items():
+        read.clear()
+        kv_bytes = TIGHT["kv_cache_bytes"] // 2  # each rank holds half of the heads
+        engine = build(Path(path), mesh, **TIGHT | {"kv_cache_bytes": kv_bytes})
+        result.elements_read[name] = sum(read)
+        result.wrong_slices[name] = _wrong_slices(engine, Path(path), rank)
+        result.outcomes[name] = run(engine, mixed_requests(), stagger=3)
+        result.preemptions[name] = engine.stats().preemptions
+    result.outcomes["bad row"] = _with_bad_row(engine, rank)
+    (folder / f"rank{rank}.json").write_text(json.dumps(asdict(result)))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _mesh(rank: int, rendezvous: Path) -> Any:
+    from datetime import timedelta
+
+    import torch
+
+    from tests.workers.engine.meshes import TwoRanks
+
+    store = torch.distributed.FileStore(str(rendezvous), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    group = torch.distributed.new_group([0, 1])
+    return TwoRanks(rank, rank, group, torch.distributed.group.WORLD)
+
+
+def _wrong_slices(engine: Any, path: Path, rank: int) -> list[str]:
+    """Names of linears whose local weight is not this rank's half of the file's tensor."""
+    from safetensors.torch import load_file
+
+    full = load_file(path / "model.safetensors")
+    wrong = []
+    for name, parameter in engine._model.body.named_parameters():
+        whole = full[f"model.{name}"]
+        if parameter.shape != whole.shape:
+            dim = 0 if parameter.shape[0] != whole.shape[0] else 1
+            whole = whole.chunk(2, dim)[rank]
+        if not parameter.equal(whole):
+            wrong.append(name)
+    return wrong
+
+
+def _with_bad_row(engine: Any, rank: int) -> Outcome:
+    """Only the first rank's logits go bad, for one request: the other must hear of it."""
+    import torch
+
+    from hortator.workers.engine import sampler
+    from hortator.workers.engine.step import Request, SamplingParams
+
+    choose = sampler.choose
+
+    def spoiled(logits: torch.Tensor, draws: list[sampler.Draw]) -> torch.Tensor:
+        for row, draw in enumerate(draws):
+            if draw.sampling.seed == 3 and draw.position == 2:
+                logits[row, 5] = float("nan")
+        return choose(logits, draws)
+
+    sampler.choose = spoiled
+    sampling = [SamplingParams(max_tokens=5, seed=handle, ignore_eos=True) for handle in range(8)]
+    outcome = run(engine, [Request(handle, (7, 8, 9), sampling[handle]) for handle in range(8)])
+    sampler.choose = choose
+    return outcome
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
