@@ -32,6 +32,7 @@ from hortator.producer.embedded import EmbeddedRedis
 HERE = Path(__file__).resolve().parent
 MODEL = "demo"
 GREEDY = Sampling(max_tokens=400)
+START_TIMEOUT_S = 180
 CELERY_PROMPT, CELERY_ANSWER = "25+17=", "42"
 
 console = Console()
@@ -78,11 +79,12 @@ def running(name: str, argv: list[str], env: dict[str, str], log: Path) -> Itera
 
 def wait_until_ready(http: httpx.Client, processes: dict[str, subprocess.Popen[bytes]], logs: Path) -> None:
     """Until the API answers and a group serves the model; a process that ends before that is an error."""
+    give_up = time.monotonic() + START_TIMEOUT_S
     while True:
         for name, process in processes.items():
-            if process.poll() is not None:
+            if process.poll() is not None or time.monotonic() > give_up:
                 tail = (logs / f"{name}.log").read_text(errors="replace")[-3000:]
-                raise SystemExit(f"{name} ended with exit code {process.returncode}:\n{tail}")
+                raise SystemExit(f"{name} did not get ready (exit code {process.poll()}); its log ends:\n{tail}")
         try:
             queues = http.get("/v1/queues").json()["queues"]
             if any(g["state"] == "ready" for q in queues if q["model"] == MODEL for g in q["groups"]):
@@ -162,6 +164,7 @@ def main() -> int:
     parser.add_argument("--tp", type=int, default=2, help="ranks of the model group")
     args = parser.parse_args()
     questions = read_questions(args.prompts)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwind, so that nothing is left running
 
     with ExitStack() as stack:
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hortator-demo-")))

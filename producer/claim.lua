@@ -26,6 +26,7 @@ local limit, lease_ms, idle = tonumber(arg(5)), tonumber(arg(6)), arg(7) == '1'
 local max_bytes, version = tonumber(arg(8)), tonumber(arg(9))
 local ROUND = {1, 2, 1, 3, 1, 2, 1, 4, 1, 2, 1, 3, 1, 2, 1} -- eight, four, two and one turn for the four steps
 local MAX_ENVELOPE_BYTES = 65536
+local MAX_ESCAPES = 100000
 local MAX_REFUSED = 256 -- bad, dead or duplicate messages thrown out in one call
 
 even_when_full()
@@ -114,26 +115,40 @@ local function suspect_first()
   return nil
 end
 
--- What the envelope says: the job's id if it has a sound one, and what is wrong with it.  The body is base64, so what
--- stands between its quotes is cut out instead of decoded.
+local function is_object(value) return type(value) == 'table' and value[1] == nil end
+
+-- The message without what stands between the quotes of its body, so that only the envelope is decoded.
+local function without_body(raw)
+  local _, start = raw:find('"body"%s*:%s*"')
+  if not start then return raw end
+  local stop = start
+  for _ = 1, MAX_ESCAPES do -- none in base64, but others may send a body as it is
+    stop = raw:find('"', stop + 1, true)
+    if not stop then return raw end
+    local backslashes = 0
+    while raw:byte(stop - 1 - backslashes) == 92 do backslashes = backslashes + 1 end
+    if backslashes % 2 == 0 then return raw:sub(1, start) .. raw:sub(stop) end
+  end
+  return raw
+end
+
+-- What the envelope says: the job's id if it has a sound one, what is wrong, the schema's version, whether a record
+-- was written with it.
 local function open(raw)
   if #raw > max_bytes then return nil, 'too large: ' .. #raw .. ' bytes, the limit is ' .. max_bytes end
-  local json = raw
-  local _, start = raw:find('"body"%s*:%s*"')
-  local stop = start and raw:find('"', start + 1, true)
-  if stop then json = raw:sub(1, start) .. raw:sub(stop) end
+  local json = without_body(raw)
   if #json > MAX_ENVELOPE_BYTES then return nil, 'its envelope is larger than ' .. MAX_ENVELOPE_BYTES .. ' bytes' end
   local ok, m = pcall(cjson.decode, json)
-  if not ok or type(m) ~= 'table' or raw:match('^%s*(.)') ~= '{' then return nil, 'not a JSON object' end
+  if not ok or not is_object(m) or raw:match('^%s*(.)') ~= '{' then return nil, 'not a JSON object' end
   local headers = m['headers']
-  if type(headers) ~= 'table' then return nil, 'no headers: not a Celery protocol 2 message' end
+  if not is_object(headers) then return nil, 'no headers: not a Celery protocol 2 message' end
   local id = headers['id']
   if type(id) ~= 'string' or #id > 128 or not id:match('^[A-Za-z0-9][A-Za-z0-9._:-]*$') then
     return nil, 'no usable id in its headers'
   end
   if m['content-type'] ~= 'application/json' then return id, 'its content type is not application/json' end
   if type(m['body']) ~= 'string' then return id, 'no body' end
-  if type(m['properties']) ~= 'table' then return id, 'no properties: not a Celery protocol 2 message' end
+  if not is_object(m['properties']) then return id, 'no properties: not a Celery protocol 2 message' end
   local mark = headers['hortator']
   if type(mark) ~= 'table' then return id, nil, nil, false end
   return id, nil, mark['version'], mark['record'] == true

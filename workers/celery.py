@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery import Celery, signals
 from kombu import Queue
+from kombu.transport import TRANSPORT_ALIASES
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from hortator.workers.group import Group
 
 
+TRANSPORT_ALIASES["hortator"] = "hortator.workers.transport:Transport"
 EX_CONFIG = 78  # sysexits.h: the settings cannot work
 STORE_TIMEOUT_S = 2.0  # how long a stalled Redis may keep the front from its group
 
@@ -107,7 +109,7 @@ def _config(settings: WorkerSettings | BrokerSettings) -> dict[str, Any]:
     options = {"global_keyprefix": settings.namespace, "socket_timeout": 5.0, "socket_connect_timeout": 2.0}
     return {
         "broker_url": _kombu_url(settings.redis_url),
-        "broker_transport": "hortator.workers.transport:Transport",
+        "broker_transport": "hortator",
         "broker_transport_options": options | {"socket_keepalive": True},
         "broker_connection_retry_on_startup": True,
         "result_backend": f"hortator.workers.backend:StoreBackend+{settings.redis_url}",

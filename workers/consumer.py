@@ -1,8 +1,10 @@
 """Celery's consumer blueprint for a leader: while the broker is away, the front goes on."""
 
 import logging
+import warnings
 from typing import Any
 
+from celery.exceptions import CPendingDeprecationWarning
 from celery.worker import control
 from celery.worker.consumer import Consumer
 from celery.worker.state import maybe_shutdown
@@ -40,9 +42,13 @@ class LeaderConsumer(Consumer):  # type: ignore[misc]
                 self.pool.run_for(RETRY_EVERY_S)
             else:
                 self.first_connection_attempt = False
-                if failures or self.restart_count > 0:
-                    logger.info("connected to %s", conn.as_uri())
                 return conn
+
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        """Without the advice on a setting that a leader does not need: its prompts go on, their leases are renewed."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CPendingDeprecationWarning)
+            super().on_connection_error_after_connected(exc)
 
     def on_decode_error(self, message: Any, exc: Exception) -> None:
         """Cannot happen to claimed messages; whatever it is must not be acked as if it were done."""

@@ -204,7 +204,7 @@ def fingerprint_of(config: RankConfig) -> dict[str, str]:
 
         fingerprint["torch"] = torch.__version__
     if config.engine == "paged":
-        from .engine.model import fingerprint as fingerprint_of_model
+        from .engine.fingerprint import fingerprint as fingerprint_of_model
 
         assert config.model_path is not None
         fingerprint |= fingerprint_of_model(config.model_path, dtype=config.dtype)

@@ -29,7 +29,8 @@ def listen(host: str, port: int) -> socket.socket:
     """A bound socket.  Raises ConfigError that names host and port and says what to do."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        return bound(*found[0][:3], found[0][4])
+        family, kind, protocol, _, address = found[0]
+        return bound(family, kind, protocol, address)
     except (OSError, UnicodeError) as problem:
         reason = problem.strerror if isinstance(problem, OSError) and problem.strerror else str(problem)
         raise ConfigError(

@@ -51,7 +51,7 @@ def enqueue(
     redis_url: RedisUrl = None,
     namespace: Namespace = None,
 ) -> int:
-    """Put prompts in the queue; prints their ids, or with --wait their answers."""
+    """Put prompts in the queue.  Prints their ids, or with --wait their answers."""
     sampling = given(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop or None
     )
@@ -112,7 +112,7 @@ def cancel(
     redis_url: RedisUrl = None,
     namespace: Namespace = None,
 ) -> int:
-    """End jobs; prints the state of each.  A job that is over stays as it is."""
+    """End jobs.  Prints the state of each; a job that is over stays as it is."""
     with client(redis_url, namespace, tenant) as talk:
         states = talk.store.cancel(job_ids, tenant=tenant)
     for job_id, state in zip(job_ids, states, strict=True):
@@ -124,7 +124,7 @@ def cancel(
 
 
 def status(as_json: AsJson = False, redis_url: RedisUrl = None, namespace: Namespace = None) -> int:
-    """Print the queues, and the groups that are alive."""
+    """Print queues and groups.  Groups are those alive."""
     from dataclasses import asdict
 
     with client(redis_url, namespace) as talk:

@@ -18,7 +18,7 @@ PAGE = 200
 
 
 def register(app: typer.Typer) -> None:
-    letters = typer.Typer(help="Messages that can never run, and jobs that took groups down.")
+    letters = typer.Typer(help="Messages that can never run.  Also jobs that took groups down.")
     letters.command("list")(list_letters)
     letters.command("show")(show)
     letters.command("replay")(replay)

@@ -28,7 +28,7 @@ def redis(
     ] = None,
     port: Annotated[int, typer.Option(help="0: any free one", min=0, max=65_535)] = 6379,
 ) -> int:
-    """Run a private redis-server, set up so that it loses no job, until Ctrl-C."""
+    """Run a private redis-server until Ctrl-C.  It is set up so that it loses no job."""
     from hortator.producer.embedded import EmbeddedRedis
     from hortator.producer.errors import ConfigError
 
@@ -105,9 +105,9 @@ def worker(
     namespace: Namespace = None,
     log_level: Annotated[str, typer.Option("--log-level", "-l")] = "INFO",
 ) -> int:
-    """Run the leader of a model group: the same as `celery -A hortator.workers worker -Q MODEL` with HORTATOR_* set.
+    """Run a model group: its leader and its ranks.
 
-    Further arguments go to celery.
+    The same as `celery -A hortator.workers worker -Q MODEL` with HORTATOR_* set; further arguments go to celery.
     """
     import celery  # noqa: F401  # a missing extra is said before anything else
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import httpx
 import redis
@@ -16,6 +16,7 @@ from fastapi import FastAPI
 
 from hortator.producer.api import ApiSettings, create_app
 from hortator.producer.api.server import Server, address_of, listen
+from hortator.producer.embedded import EmbeddedRedis
 from hortator.producer.redis_store import AsyncRedisStore, RedisStore
 from hortator.producer.schema import Chunk, Failure, FinishReason, Result, State, Usage
 from hortator.producer.store import Append, Claimed, GroupBeat, Outcome, Verdict
@@ -36,6 +37,11 @@ def wait_for(what: str, probe: Callable[[], T | None], timeout_s: float = 10.0) 
         assert time.monotonic() < deadline, f"waited {timeout_s:g} s for: {what}"
         time.sleep(0.01)
     return value
+
+
+def newest(servers: dict[str, EmbeddedRedis]) -> str:
+    """URL of the newest Redis among the session's: the version plays no part over HTTP."""
+    return list(servers.values())[-1].url
 
 
 class Worker:
@@ -91,6 +97,13 @@ class Api:
         self.redis = redis.Redis.from_url(redis_url)
         self.worker = Worker(self.store)
 
+    def fresh(self) -> Self:
+        """As if just started, on an empty Redis that knows the model."""
+        self.redis.flushall()
+        self.worker = Worker(self.store)
+        self.worker.beat()
+        return self
+
     def submit(self, prompt: str = "12+30=", *, key: str | None = None, **fields: Any) -> str:
         answer = self.http.post("/v1/jobs", json=job(prompt, **fields), headers=bearer(key))
         assert answer.status_code == 202, answer.text
@@ -124,8 +137,7 @@ def served(redis_url: str, **settings: Any) -> Iterator[Api]:
     wait_for("the API to start", lambda: server.started)
     api = Api(address_of(sock), redis_url, server, app)
     try:
-        api.worker.beat()  # makes the model known
-        yield api
+        yield api.fresh()
     finally:
         api.http.close()
         api.redis.close()

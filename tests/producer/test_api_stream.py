@@ -7,14 +7,20 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from hortator.producer.embedded import EmbeddedRedis
 from hortator.producer.store import ReleaseReason
-from tests.producer.api_process import Api, Event, events, served, wait_for
+from tests.producer.api_process import Api, Event, events, newest, served, wait_for
+
+
+@pytest.fixture(scope="module")
+def server(redis_servers: dict[str, EmbeddedRedis]) -> Iterator[Api]:
+    with served(newest(redis_servers), keep_alive_s=0.2) as running:
+        yield running
 
 
 @pytest.fixture
-def api(newest_redis_url: str) -> Iterator[Api]:
-    with served(newest_redis_url, keep_alive_s=0.2) as running:
-        yield running
+def api(server: Api) -> Api:
+    return server.fresh()
 
 
 def read(api: Api, job_id: str, *, after: int = 0, last_id: str | None = None, limit: int = 1000) -> list[Event]:

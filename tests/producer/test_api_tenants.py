@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from hortator.producer.api.keys import new_key
-from tests.producer.api_process import Api, bearer, job, served
+from hortator.producer.embedded import EmbeddedRedis
+from tests.producer.api_process import Api, bearer, job, newest, served
 
 ACME, ACME_LINE = new_key("acme")
 BETA, BETA_LINE = new_key("beta")
@@ -35,10 +36,15 @@ ROUTES = [
 ]
 
 
-@pytest.fixture
-def api(newest_redis_url: str) -> Iterator[Api]:
-    with served(newest_redis_url, keys=LINES) as running:
+@pytest.fixture(scope="module")
+def server(redis_servers: dict[str, EmbeddedRedis]) -> Iterator[Api]:
+    with served(newest(redis_servers), keys=LINES) as running:
         yield running
+
+
+@pytest.fixture
+def api(server: Api) -> Api:
+    return server.fresh()
 
 
 @pytest.mark.parametrize("authorization", [None, "Bearer wrong", f"Basic {ACME}", ACME_LINE, "Bearer"])
@@ -84,9 +90,7 @@ def test_without_keys_the_body_names_the_tenant(newest_redis_url: str) -> None:
         ("GET", "/v1/jobs/{id}/tokens"),
     ],
 )
-def test_another_tenants_job_answers_byte_for_byte_as_an_unknown_one(
-    api: Api, newest_redis_url: str, method: str, path: str
-) -> None:
+def test_another_tenants_job_answers_byte_for_byte_as_an_unknown_one(api: Api, method: str, path: str) -> None:
     theirs = api.submit(key=BETA)
     never_issued = "".join(reversed(theirs.lower()))
     answers = []

@@ -36,7 +36,7 @@ class Worker:
     def __init__(self, url: str, directory: Path, *arguments: str, queue: str | None = QUEUE, **settings: Any) -> None:
         self.url = url
         self.namespace = settings.get("namespace", "")
-        self.store = RedisStore(url, namespace=self.namespace, timeout_s=2.0)
+        self.store = RedisStore(url, namespace=self.namespace if self.namespace.endswith(":") else "", timeout_s=2.0)
         self.log = directory / f"worker-{time.monotonic_ns()}.log"
         self.name = f"w{time.monotonic_ns()}@test"
         chosen = {
@@ -123,6 +123,9 @@ class Client:
         replies = getattr(self.app.control.inspect([worker.name], timeout=3.0, limit=1), what)(*args)
         assert replies, f"no reply to inspect {what}: {worker.output()[-2000:]}"
         return replies[worker.name]
+
+    def answers(self, worker: Worker) -> bool:
+        return bool(self.app.control.inspect([worker.name], timeout=1.0, limit=1).ping())
 
     def active(self, worker: Worker) -> set[str]:
         return {request["id"] for request in self.inspect(worker, "active")}

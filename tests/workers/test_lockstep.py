@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hortator.workers import lockstep
 from hortator.workers.engine.step import Request, SamplingParams, StepPlan
 from hortator.workers.lockstep import (
     MAX_PLAN_BYTES,
@@ -22,8 +23,7 @@ from hortator.workers.lockstep import (
     encode_park,
     encode_plan,
 )
-
-from .test_pipe import requests
+from tests.workers.test_pipe import requests
 
 plans = st.builds(
     StepPlan,
@@ -85,10 +85,10 @@ def test_an_announced_size_beyond_the_bound_is_refused() -> None:
         Header.read(struct.pack("<4sHHIQIQ", b"HRTP", 1, 0, 1, 1, MAX_PLAN_BYTES + 1, 0))
 
 
-def test_a_plan_beyond_the_bound_is_refused_by_its_sender() -> None:
-    request = Request(1, (1,) * (MAX_PLAN_BYTES // 4 + 1), SamplingParams(max_tokens=1))
+def test_a_plan_beyond_the_bound_is_refused_by_its_sender(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lockstep, "MAX_PLAN_BYTES", 20)
     with pytest.raises(LockstepError, match="limit"):
-        encode_plan(StepPlan(1, (request,)), epoch=1, digest=0)
+        encode_plan(PLAN, epoch=1, digest=0)
 
 
 # --- the peers' checks

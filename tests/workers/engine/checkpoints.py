@@ -54,7 +54,7 @@ def make_checkpoint(architecture: str, path: Path, *, seed: int = 0, **changes: 
         **{
             "hidden_size": 64,
             "intermediate_size": 128,
-            "num_hidden_layers": 3,
+            "num_hidden_layers": 2,
             "num_attention_heads": 8,
             "num_key_value_heads": 4,
             "vocab_size": VOCAB,
@@ -83,7 +83,7 @@ def mixed_requests(count: int = 64, *, seed: int = 1) -> list[Request]:
         Request(
             handle,
             tuple(rng.randrange(1, VOCAB) for _ in range(rng.randrange(1, 70))),
-            SamplingParams(max_tokens=rng.randrange(1, 40)),
+            SamplingParams(max_tokens=rng.randrange(1, 25)),
         )
         for handle in range(count)
     ]

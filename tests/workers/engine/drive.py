@@ -11,8 +11,8 @@ from hortator.workers.engine.parallel import Ranks, SingleRank
 from hortator.workers.engine.step import Engine, Fault, Finish, Request, StepPlan
 
 # Small enough that long prompts take several chunks, and that some requests must be preempted: 40 blocks, where the
-# longest of mixed_requests needs 28.  A token of every test checkpoint takes 768 bytes.
-TIGHT: dict[str, Any] = {"max_num_batched_tokens": 40, "block_size": 4, "kv_cache_bytes": 40 * 4 * 768}
+# longest of mixed_requests needs 24.  A token of every test checkpoint takes 512 bytes.
+TIGHT: dict[str, Any] = {"max_num_batched_tokens": 40, "block_size": 4, "kv_cache_bytes": 40 * 4 * 512}
 
 
 def build(path: Path, mesh: Ranks | None = None, **changes: Any) -> PagedEngine:

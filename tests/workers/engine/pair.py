@@ -70,6 +70,7 @@ def main(rank: int, folder: Path) -> None:
     import torch
 
     from hortator.workers.engine import model as model_module
+    from hortator.workers.engine.parallel import Cut
     from tests.workers.engine.checkpoints import mixed_requests
 
     torch.set_num_threads(1)
@@ -77,16 +78,15 @@ def main(rank: int, folder: Path) -> None:
     result, read = PairResult(), []
     read_slice = model_module._read_slice
 
-    def counting(*args: Any) -> torch.Tensor:
-        tensor = read_slice(*args)
+    def counting(shard: Any, name: str, cut: Cut, shape: tuple[int, ...]) -> torch.Tensor:
+        tensor = read_slice(shard, name, cut, shape)
         read.append(tensor.numel())
         return tensor
 
     model_module._read_slice = counting
     for name, path in json.loads((folder / "paths.json").read_text()).items():
         read.clear()
-        kv_bytes = TIGHT["kv_cache_bytes"] // 2  # each rank holds half of the heads
-        engine = build(Path(path), mesh, **TIGHT | {"kv_cache_bytes": kv_bytes})
+        engine = build(Path(path), mesh, **TIGHT)  # each rank holds half of the heads: 80 blocks
         result.elements_read[name] = sum(read)
         result.wrong_slices[name] = _wrong_slices(engine, Path(path), rank)
         result.outcomes[name] = run(engine, mixed_requests(), stagger=3)
@@ -101,10 +101,11 @@ def _mesh(rank: int, rendezvous: Path) -> Any:
     from datetime import timedelta
 
     import torch
+    from torch._C import _distributed_c10d as c10d
 
     from tests.workers.engine.meshes import TwoRanks
 
-    store = torch.distributed.FileStore(str(rendezvous), 2)
+    store = c10d.FileStore(str(rendezvous), 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     group = torch.distributed.new_group([0, 1])
     return TwoRanks(rank, rank, group, torch.distributed.group.WORLD)

@@ -176,7 +176,7 @@ def test_progress_moves_with_every_layer_and_step(llama: Checkpoint) -> None:
     engine = build(llama.path)
     before = engine.progress
     step(engine, Outcome(), admit=[Request(1, PROMPT, GREEDY)])
-    assert engine.progress == before + 1 + 3
+    assert engine.progress == before + 1 + 2
 
 
 def test_an_empty_step_is_harmless(llama: Checkpoint) -> None:
@@ -229,12 +229,14 @@ def test_a_single_rank_needs_neither_deepspeed_nor_a_process_group(llama: Checkp
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_a_sampled_row_in_a_batch_does_not_change_greedy_rows(
-    llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Greedy rows never reach the sampling path."""
+def test_greedy_rows_pay_for_an_argmax_only(llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
     sample = sampler._sample
-    monkeypatch.setattr(sampler, "_sample", lambda logits, draws: rows.append(len(draws)) or sample(logits, draws))
+
+    def counting(logits: torch.Tensor, draws: list[sampler.Draw]) -> torch.Tensor:
+        rows.append(len(draws))
+        return sample(logits, draws)
+
+    monkeypatch.setattr(sampler, "_sample", counting)
     run(build(llama.path), [Request(1, PROMPT, GREEDY), Request(2, PROMPT, SEEDED)])
     assert set(rows) == {1}

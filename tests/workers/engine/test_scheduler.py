@@ -72,10 +72,10 @@ class Harness:
         for position in range(row.context):  # what attention would read
             seen = self.slots.get(self.slot(row, position))
             assert seen == (sequence.handle, position, sequence.tokens[position]), "somebody else's keys and values"
-        token = next_token(sequence.tokens.tolist()) if row.samples else None
-        finish = self.scheduler.advance(row, token)
-        if token is not None:
-            self.out[sequence.handle].append(token)
+        chosen = next_token(sequence.tokens.tolist()) if row.samples else None
+        finish = self.scheduler.advance(row, chosen)
+        if chosen is not None:
+            self.out[sequence.handle].append(chosen)
         if finish is not None:
             self.finished[sequence.handle] = finish
 

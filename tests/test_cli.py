@@ -1,0 +1,269 @@
+"""The command line on a real Redis; what only a process can show is in test_cli_processes."""
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hortator.cli import run
+from hortator.producer.redis_store import RedisStore
+from tests.producer.api_process import Worker
+
+MODEL = ["--model", "demo"]
+
+
+@pytest.fixture
+def worker(newest_redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
+    """The environment of a user who has a Redis, and a model group that the test plays."""
+    monkeypatch.setenv("HORTATOR_REDIS_URL", newest_redis_url)
+    monkeypatch.setenv("HORTATOR_TIMEOUT_S", "5")
+    with RedisStore(newest_redis_url, timeout_s=5.0) as store:
+        played = Worker(store)
+        played.beat()
+        yield played
+
+
+class Shell:
+    """Runs commands and keeps what they printed."""
+
+    def __init__(self, capture: pytest.CaptureFixture[str]) -> None:
+        self._capture = capture
+
+    def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        self._capture.readouterr()
+        code = run(arguments)
+        return (code, *self._capture.readouterr())
+
+    def out(self, *arguments: str) -> str:
+        code, out, err = self(*arguments)
+        assert (code, err) == (0, "")
+        return out.strip()
+
+    def error(self, *arguments: str) -> tuple[int, str]:
+        """The exit code, and the one line on stderr."""
+        code, out, err = self(*arguments)
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        return code, err.removeprefix("error: ").strip()
+
+
+@pytest.fixture
+def sh(capsys: pytest.CaptureFixture[str], worker: Worker) -> Shell:
+    return Shell(capsys)
+
+
+def test_enqueue_prints_the_id_and_result_the_answer(sh: Shell, worker: Worker) -> None:
+    job_id = sh.out("enqueue", "12+30=", *MODEL, "--max-tokens", "8")
+    assert worker.run_one(["4", "2"]) == job_id
+    assert sh.out("result", job_id) == "42"
+
+
+def test_result_of_a_job_that_is_not_done_says_so(sh: Shell) -> None:
+    job_id = sh.out("enqueue", "x", *MODEL)
+    assert sh.error("result", job_id) == (1, f"job {job_id} is queued; wait for it with --wait-s")
+
+
+def test_result_waits_when_told_to(sh: Shell, worker: Worker) -> None:
+    job_id = sh.out("enqueue", "x", *MODEL)
+    later = threading.Timer(0.2, worker.run_one)
+    later.start()
+    assert sh.out("result", job_id, "--wait-s", "10") == "42"
+    later.join()
+
+
+def test_enqueue_can_wait_for_the_answer(sh: Shell, worker: Worker) -> None:
+    later = threading.Timer(0.1, worker.run_one, args=(["forty", "-two"],))
+    later.start()
+    assert sh.out("enqueue", "x", *MODEL, "--wait") == "forty-two"
+    later.join()
+
+
+def test_the_result_of_a_failed_job_is_its_reason(sh: Shell, worker: Worker) -> None:
+    job_id = sh.out("enqueue", "x", *MODEL)
+    [claimed] = worker.claim()
+    worker.fail(claimed, "prompt_too_long", "too long")
+    code, line = sh.error("result", job_id)
+    assert code == 1
+    assert "prompt_too_long" in line
+    code, out, _ = sh("result", job_id, "--json")
+    assert (code, json.loads(out)["failure"]["code"]) == (1, "prompt_too_long")
+
+
+def test_an_unknown_id_is_said(sh: Shell) -> None:
+    for command in (["result", "nope"], ["tail", "nope"], ["cancel", "nope"]):
+        code, line = sh.error(*command)
+        assert code == 1
+        assert "nope" in line
+
+
+def test_tail_prints_all_tokens(sh: Shell, worker: Worker) -> None:
+    job_id = sh.out("enqueue", "x", *MODEL)
+    worker.run_one(["a ", "b ", "c"])
+    assert sh.out("tail", job_id) == "a b c"
+    assert sh.out("tail", job_id, "--after", "1") == "b c"
+    assert [json.loads(line)["index"] for line in sh.out("tail", job_id, "--json").splitlines()] == [0, 1, 2]
+
+
+def test_cancel_prints_the_state_of_each_job(sh: Shell, worker: Worker) -> None:
+    done, queued = sh.out("enqueue", "x", *MODEL), sh.out("enqueue", "y", *MODEL)
+    worker.run_one()
+    assert sh.out("cancel", done, queued).splitlines() == [f"{done} succeeded", f"{queued} cancelled"]
+
+
+def test_options_become_the_jobs_fields(sh: Shell, worker: Worker) -> None:
+    options = "--temperature 0.5 --top-p 0.9 --top-k 3 --seed 7 --stop A --stop B --priority batch --deadline-s 60"
+    sh.out("enqueue", "x", *MODEL, *options.split(), "--idempotency-key", "k")
+    [claimed] = worker.claim()
+    assert b"llm.generate" in claimed.message
+    assert claimed.deadline_ms is not None
+    assert json.loads(sh.out("enqueue", "x", *MODEL, *options.split(), "--idempotency-key", "k", "--json"))["duplicate"]
+
+
+def test_a_file_has_a_job_or_a_prompt_on_each_line(sh: Shell, worker: Worker, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(
+        '"1+1="\n\n{"prompt": "2+2=", "sampling": {"max_tokens": 4}}\n{"model": "demo", "token_ids": [1]}\n'
+    )
+    ids = sh.out("enqueue", "--file", str(file), *MODEL).splitlines()
+    assert [claimed.lease.job_id for claimed in worker.claim()] == ids
+    assert len(ids) == 3
+
+
+def test_answers_of_a_file_come_in_its_order(sh: Shell, worker: Worker, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('"first"\n"second"\n')
+
+    def backwards() -> None:
+        claimed: list[str] = []
+        jobs = []
+        while len(jobs) < 2:
+            jobs += worker.claim()
+        for number, job in reversed(list(enumerate(jobs))):
+            worker.succeed(job, [f"answer {number}"])
+            claimed.append(job.lease.job_id)
+
+    later = threading.Thread(target=backwards)
+    later.start()
+    assert sh.out("enqueue", "--file", str(file), *MODEL, "--wait").splitlines() == ["answer 0", "answer 1"]
+    later.join()
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", ":2: not JSON"),
+        ("7", ":2: neither a job"),
+        ('{"prompt": "x", "max_tokens": 5}', ":2: unknown field max_tokens"),
+        ('{"prompt": "x", "sampling": {"temprature": 1}}', ":2: unknown field sampling.temprature"),
+        ('{"prompt": "x", "sampling": {"max_tokens": 0}}', ":2: sampling.max_tokens"),
+        ('{"prompt": "x", "sampling": 7}', ":2: sampling"),
+        ('{"prompt": "x", "tenant": "\\u0000"}', ":2: tenant"),
+    ],
+)
+def test_a_wrong_line_is_named_and_nothing_is_enqueued(
+    sh: Shell, worker: Worker, tmp_path: Path, line: str, reason: str
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(f'"fine"\n{line}\n')
+    code, said = sh.error("enqueue", "--file", str(file), *MODEL)
+    assert code == 1
+    assert reason in said
+    assert worker.claim() == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "reason"),
+    [
+        (["enqueue"], 2, "PROMPT or --file"),
+        (["enqueue", "x", "--file", "y"], 2, "PROMPT or --file"),
+        (["enqueue", "--file", "/nope.jsonl", "--model", "demo"], 2, "cannot read /nope.jsonl"),
+        (["enqueue", "x"], 1, "which model"),
+        (["enqueue", "x", "--model", "a b"], 1, "model"),
+        (["enqueue", "x", "--model", "never-served"], 1, "never-served"),
+        (["enqueue", "", "--model", "demo"], 1, "prompt"),
+        (["enqueue", "x", "--model", "demo", "--max-tokens", "-1"], 1, "sampling.max_tokens"),
+        (["enqueue", "x", "--model", "demo", "--max-tokens", "many"], 2, "--max-tokens"),
+        (["enqueue", "x", "--model", "demo", "--temperature", "nan"], 1, "sampling.temperature"),
+        (["frobnicate"], 2, "frobnicate"),
+        (["result"], 2, "ID"),
+        (["keys", "new", "a b"], 2, "tenant"),
+        (["dead-letters", "show", "1-1"], 1, "1-1"),
+        (["dead-letters", "replay", "1-1"], 1, "1-1"),
+        (["dead-letters", "replay", "x y"], 1, "x y"),
+        (["worker", "--model", "/no/such/model"], 2, "/no/such/model: there is no such directory"),
+        (["worker", "--model", "/", "--tp", "0"], 2, "tensor_parallel_size"),
+        (["worker", "--model", "/"], 2, "no config.json"),
+        (["worker"], 2, "model_path is not set"),
+        (["serve", "--port", "70000"], 2, "port"),
+        (["status", "--redis-url", "http://u:sekret@h/"], 2, "redis://"),
+        (["status", "--redis-url", "redis://u:sekret@127.0.0.1:1/"], 1, "127.0.0.1:1"),
+        (["status", "--redis-url", "redis://u:sekret@127.0.0.1:x/"], 2, "Redis URL"),
+        (["status", "--namespace", "no end"], 2, "namespace"),
+    ],
+)
+def test_a_mistake_is_one_line_and_its_exit_code(sh: Shell, arguments: list[str], code: int, reason: str) -> None:
+    got, line = sh.error(*arguments)
+    assert reason in line
+    assert got == code
+    assert "sekret" not in line
+
+
+def test_settings_in_the_environment_are_checked_by_name(sh: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HORTATOR_MAX_QUEUED_PER_MODEL", "minus one")
+    code, line = sh.error("status")
+    assert code == 2
+    assert "max_queued_per_model" in line
+
+
+def test_a_namespace_is_a_world_of_its_own(sh: Shell, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = sh.out("enqueue", "x", *MODEL)
+    assert sh.error("result", job_id, "--namespace", "other:")[0] == 1
+    monkeypatch.setenv("HORTATOR_NAMESPACE", "other:")
+    assert sh.out("status") == "no model is known yet: start a worker"
+
+
+def test_a_tenant_does_not_see_anothers_job(sh: Shell) -> None:
+    job_id = sh.out("enqueue", "x", *MODEL, "--tenant", "acme")
+    assert sh.error("result", job_id, "--tenant", "beta")[0] == 1
+    assert sh.error("result", job_id, "--tenant", "acme")[1].startswith(f"job {job_id} is queued")
+
+
+def test_status_shows_queues_and_groups(sh: Shell) -> None:
+    sh.out("enqueue", "x", *MODEL)
+    lines = [line.split() for line in sh.out("status").splitlines() if line]
+    assert lines[0] == ["MODEL", "QUEUED", "OLDEST", "RUNNING", "SUSPECT", "GROUPS"]
+    assert lines[1][:2] == ["demo", "1"]
+    assert lines[3] == ["test-worker", "demo", "ready", "0", "8", "1"]
+    assert json.loads(sh.out("status", "--json"))["groups"][0]["group"] == "test-worker"
+
+
+def test_dead_letters_are_listed_shown_harmless_and_replayed(sh: Shell, worker: Worker) -> None:
+    sh.out("enqueue", "x", *MODEL)
+    [claimed] = worker.claim()
+    worker.fail(claimed, "poison", "it took two groups down")
+    letter = worker.store.bury("demo", claimed.message, reason="poison\x1b[31m", job_id=claimed.lease.job_id)
+    worker.store.bury("demo", b"\x1b]0;evil\x07\xff", reason="not JSON")
+    listed = sh.out("dead-letters", "list")
+    assert letter in listed
+    assert "not JSON" in listed
+    assert "\x1b" not in listed
+    newest = json.loads(sh.out("dead-letters", "list", "--json").splitlines()[0])["letter_id"]
+    shown = sh.out("dead-letters", "show", newest)
+    assert r"\x1b]0;evil\x07\xff" in shown
+    assert "\x1b" not in shown
+    assert sh.out("dead-letters", "replay", letter) == claimed.lease.job_id
+    assert [again.lease.job_id for again in worker.claim()] == [claimed.lease.job_id]
+
+
+def test_a_new_key_opens_the_api(sh: Shell) -> None:
+    from hortator.producer.api.keys import KeyRing
+
+    code, line, said = sh("keys", "new", "acme", "--operator")
+    key = said.strip().removeprefix("key (shown once): ")
+    assert code == 0
+    caller = KeyRing.read([line]).caller(key)
+    assert caller is not None
+    assert (caller.tenant, caller.operator) == ("acme", True)

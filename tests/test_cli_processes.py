@@ -1,0 +1,273 @@
+"""Commands as processes: servers that start, stop and say why they cannot; installs without the extras."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from hortator.producer.embedded import EmbeddedRedis
+from hortator.producer.redis_store import RedisStore
+from tests.producer.api_process import Worker, job, wait_for
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "hortator", *arguments]
+
+
+def hortator(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), env=os.environ | environment, capture_output=True, text=True, timeout=30, check=False
+    )
+
+
+@contextmanager
+def running(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """A server in the foreground; killed at the end if the test did not stop it."""
+    process = subprocess.Popen(
+        command(*arguments),
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@contextmanager
+def taken_port() -> Iterator[int]:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        yield holder.getsockname()[1]
+
+
+def serving(process: subprocess.Popen[str]) -> str:
+    """The address that a starting API prints."""
+    assert process.stderr is not None
+    line = process.stderr.readline()
+    assert line.startswith("hortator API on http://"), line
+    return line.split()[3]
+
+
+def test_redis_prints_its_url_serves_and_ends_with_ctrl_c(tmp_path: Path) -> None:
+    with running("redis", "--port", "0", "--dir", str(tmp_path)) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        with RedisStore(url, timeout_s=5.0) as store:
+            store.check()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
+        host, port = url.removeprefix("redis://").removesuffix("/0").split(":")
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((host, int(port)))
+
+
+def test_redis_ends_with_sigterm_and_leaves_no_server(tmp_path: Path) -> None:
+    with running("redis", "--port", "0") as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline().strip().removesuffix("/0").rpartition(":")[2])
+        process.terminate()
+        assert process.wait(10) == 0
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port))
+
+
+def test_redis_on_a_taken_port_is_one_line() -> None:
+    with taken_port() as port:
+        done = hortator("redis", "--port", str(port))
+    assert done.returncode == 1
+    assert f"port {port} is already in use" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_serve_on_a_taken_port_is_one_line_that_names_it(newest_redis_url: str) -> None:
+    with taken_port() as port:
+        done = hortator("serve", "--port", str(port), HORTATOR_REDIS_URL=newest_redis_url)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: cannot listen on 127.0.0.1:{port}: Address already in use; choose another")
+    assert done.stderr.count("\n") == 1
+
+
+def test_serve_accepts_jobs_and_ends_with_sigterm(newest_redis_url: str) -> None:
+    with (
+        RedisStore(newest_redis_url, timeout_s=5.0) as store,
+        running("serve", "--port", "0", HORTATOR_REDIS_URL=newest_redis_url) as process,
+    ):
+        url = serving(process)
+        worker = Worker(store)
+        worker.beat()
+        job_id = httpx.post(f"{url}/v1/jobs", json=job()).json()["id"]
+        worker.run_one()
+        assert httpx.get(f"{url}/v1/jobs/{job_id}", params={"wait_s": 5}).json()["result"]["text"] == "42"
+        process.terminate()
+        assert process.wait(5) in (0, -signal.SIGTERM)
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_a_stopping_serve_answers_who_waits(newest_redis_url: str) -> None:
+    with (
+        RedisStore(newest_redis_url, timeout_s=5.0) as store,
+        running("serve", "--port", "0", HORTATOR_REDIS_URL=newest_redis_url) as process,
+    ):
+        url = serving(process)
+        Worker(store).beat()
+        job_id = httpx.post(f"{url}/v1/jobs", json=job()).json()["id"]
+        with httpx.stream("GET", f"{url}/v1/jobs/{job_id}/tokens", timeout=20) as stream:
+            lines = stream.iter_lines()
+            assert next(lines).startswith("retry:")
+            process.terminate()
+            began = time.monotonic()
+            assert "event: done" not in list(lines)
+            assert time.monotonic() - began < 3
+        assert process.wait(5) in (0, -signal.SIGTERM)
+
+
+def test_serve_without_redis_starts_says_so_and_recovers(tmp_path: Path) -> None:
+    redis = EmbeddedRedis(tmp_path)
+    redis.start()
+    redis.kill()
+    try:
+        with running("serve", "--port", "0", "--redis-url", redis.url) as process:
+            assert process.stderr is not None
+            assert "warning: Redis at 127.0.0.1" in process.stderr.readline()
+            url = serving(process)
+            assert httpx.get(f"{url}/readyz").status_code == 503
+            redis.restart()
+            wait_for("readyz", lambda: httpx.get(f"{url}/readyz").status_code == 200)
+    finally:
+        redis.stop()
+
+
+def test_serve_refuses_a_redis_that_evicts(tmp_path: Path) -> None:
+    with EmbeddedRedis(tmp_path) as redis:
+        from redis import Redis
+
+        with Redis.from_url(redis.url) as raw:
+            raw.config_set("maxmemory-policy", "allkeys-lru")
+        done = hortator("serve", "--port", "0", "--redis-url", redis.url)
+    assert done.returncode == 1
+    assert "allkeys-lru" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_serve_never_prints_the_redis_password() -> None:
+    with running("serve", "--port", "0", "--redis-url", "redis://me:sekret@127.0.0.1:1/0?password=sekret") as process:
+        assert process.stderr is not None
+        lines = [process.stderr.readline() for _ in range(2)]
+        assert "redis://me:***@127.0.0.1:1/0" in lines[1]
+        assert "sekret" not in "".join(lines)
+
+
+def test_serve_refuses_a_key_file_that_holds_no_key(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("hk_a-key-in-clear acme\n")
+    done = hortator("serve", HORTATOR_API_KEYS_FILE=str(tmp_path / "keys"))
+    assert done.returncode == 2
+    assert f"{tmp_path / 'keys'}:1" in done.stderr
+    assert "in-clear" not in done.stderr
+
+
+def test_worker_becomes_a_celery_worker_with_the_settings_of_its_flags(tmp_path: Path) -> None:
+    """A stand-in for celery shows what it was started with."""
+    stand_in = tmp_path / "celery"
+    stand_in.mkdir()
+    (stand_in / "__init__.py").touch()
+    show = "import json, os, sys\nprint(json.dumps([sys.argv[1:], {k: v for k, v in os.environ.items() if 'HORTATOR' in k}]))"
+    (stand_in / "__main__.py").write_text(show)
+    model = tmp_path / "tiny"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    flags = [
+        "--model",
+        str(model),
+        "--tp",
+        "2",
+        "--device",
+        "cpu",
+        "--max-num-seqs",
+        "8",
+        "--group",
+        "g1",
+        "--",
+        "--pidfile",
+        "p",
+    ]
+    done = hortator("worker", *flags, PYTHONPATH=str(tmp_path), HORTATOR_REDIS_URL="redis://:sekret@h/0")
+    assert done.returncode == 0, done.stderr
+    arguments, environment = json.loads(done.stdout)
+    assert arguments == [
+        *("-A", "hortator.workers", "worker", "-Q", "tiny", "-l", "INFO", "-n", "g1@%h", "--pidfile", "p")
+    ]
+    assert environment["HORTATOR_MODEL_PATH"] == str(model)
+    assert environment["HORTATOR_TENSOR_PARALLEL_SIZE"] == "2"
+    assert environment["HORTATOR_MAX_NUM_SEQS"] == "8"
+    assert "sekret" not in " ".join(arguments)
+
+
+BLOCK = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {extra!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Missing())
+from hortator.__main__ import main
+main()
+"""
+API_EXTRA = {"fastapi", "starlette", "uvicorn", "prometheus_client"}
+WORKER_EXTRA = {"torch", "celery", "kombu", "transformers", "deepspeed", "tokenizers", "safetensors", "psutil"}
+
+
+def without_extras(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`hortator` as in a plain `pip install hortator`."""
+    code = BLOCK.format(extra=API_EXTRA | WORKER_EXTRA)
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(("arguments", "extra"), [(["serve"], "api"), (["worker", "--model", "/x"], "worker")])
+def test_a_missing_extra_is_one_line_that_says_what_to_install(arguments: list[str], extra: str) -> None:
+    done = without_extras(*arguments)
+    assert done.returncode == 1
+    assert f"pip install 'hortator[{extra}]'" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_producers_commands_need_no_extra(newest_redis_url: str) -> None:
+    with RedisStore(newest_redis_url, timeout_s=5.0) as store:
+        Worker(store).beat()
+    done = without_extras("enqueue", "x", "--model", "demo", HORTATOR_REDIS_URL=newest_redis_url)
+    assert done.returncode == 0, done.stderr
+    assert without_extras("--help").returncode == 0
+
+
+def test_a_reader_of_the_output_may_leave() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m hortator --help | head -c 1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr

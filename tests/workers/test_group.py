@@ -1,0 +1,349 @@
+"""A group of real processes (two ranks over gloo): it steps, and whatever happens to a rank, it comes back."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from hortator.producer.errors import GroupFailed
+from hortator.topology.launch import LineSink, LocalLauncher, RankCommand
+from hortator.workers.engine.step import Finish
+from hortator.workers.group import Down, Group, Ready, Stepped
+from hortator.workers.rank import CONFIG_VARIABLE
+from tests.workers.group_driver import Driver, alive, settings, wait_for
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Driver]:
+    """One group for all tests that leave it as it was: after a fault it restarts by itself."""
+    with Driver() as driver:
+        driver.ready()
+        yield driver
+
+
+@pytest.fixture
+def driver(shared: Driver) -> Driver:
+    if shared.group.state != "ready":
+        shared.ready()
+    return shared
+
+
+def assert_comes_back(driver: Driver, down: Down) -> None:
+    """The next epoch answers."""
+    ready = driver.ready()
+    assert ready.epoch == down.epoch + 1
+    assert driver.answer(b"again", 7) == b"againag"
+
+
+# --- stepping
+
+
+def test_a_request_travels_to_both_ranks_and_its_tokens_come_back(driver: Driver) -> None:
+    assert driver.answer(b"hello", 12) == b"hellohellohe"
+    last = driver.events[-1]
+    assert isinstance(last, Stepped)
+    assert last.idle
+    assert last.output.finished[0][1] is Finish.LENGTH
+
+
+def test_many_requests_run_together_and_a_cancel_frees_its_row(driver: Driver) -> None:
+    endless = driver.busy()
+    handles = [driver.submit(b"%d" % n, 20) for n in range(10)]
+    driver.finished(handles)
+    driver.group.submit(cancel=[endless])
+    idle = driver.until(Stepped, lambda event: event.idle)
+    assert idle.stats.running == 0
+    assert [driver.said(handle) for handle in handles] == [b"%d" % n * 20 for n in range(10)]
+
+
+def test_a_long_prompt_travels_like_a_short_one(driver: Driver) -> None:
+    prompt = bytes(range(1, 256)) * 400
+    assert driver.answer(prompt, 300) == (prompt * 2)[:300]
+
+
+def test_an_idle_group_answers_within_milliseconds(driver: Driver) -> None:
+    driver.answer()
+    time.sleep(0.3)
+    started = time.monotonic()
+    driver.answer(max_tokens=1)
+    assert time.monotonic() - started < 0.3
+
+
+def test_an_idle_group_uses_almost_no_cpu(driver: Driver) -> None:
+    def cpu_s() -> float:
+        ticks = [Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split() for pid in driver.group.pids.values()]
+        return sum(int(t[11]) + int(t[12]) for t in ticks) / os.sysconf("SC_CLK_TCK")
+
+    time.sleep(0.1)
+    before = cpu_s()
+    time.sleep(1.0)
+    assert cpu_s() - before < 0.1
+
+
+def test_strangers_on_the_control_port_do_not_disturb_a_running_group() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with Driver(control_port=port) as driver:
+        driver.ready()
+        driver.busy()
+        for garbage in (b"\x80\x04\x95", b"HRTC" + bytes(60), b"HR", os.urandom(5000)):
+            with socket.create_connection(("127.0.0.1", port), timeout=5) as stranger:
+                stranger.sendall(garbage)
+        assert driver.answer(b"calm", 8) == b"calmcalm"
+        assert driver.group.state == "ready"
+        wait_for("the strangers to be counted", lambda: sum(driver.group.rejected.values()) >= 4)
+
+
+# --- faults; each leaves the group to its own restart
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_takes_the_group_down_within_a_second(driver: Driver, rank: int) -> None:
+    driver.busy()
+    pids = driver.group.pids
+    killed = time.monotonic()
+    os.kill(pids[rank], signal.SIGKILL)
+    down = driver.down()
+    assert time.monotonic() - killed < 1.0
+    assert down.reason == f"rank {rank} (pid {pids[rank]} on {socket.gethostname()}) was killed by SIGKILL"
+    assert (down.permanent, down.retry_in_s) == (False, 0.1)
+    assert not any(alive(pid) for pid in pids.values())
+    assert_comes_back(driver, down)
+
+
+@pytest.mark.parametrize(("rank", "busy"), [(0, True), (1, False)])
+def test_a_stopped_rank_takes_the_group_down(driver: Driver, rank: int, busy: bool) -> None:
+    """Here silence is borne for 1.5 s; in production for 3."""
+    if busy:
+        driver.busy()
+    pids = driver.group.pids
+    stopped = time.monotonic()
+    os.kill(pids[rank], signal.SIGSTOP)
+    down = driver.down()
+    assert 1.0 < time.monotonic() - stopped < 1.5 + 1.0
+    assert down.reason.startswith(f"rank {rank} (pid {pids[rank]}")
+    assert "silent" in down.reason
+    assert not any(alive(pid) for pid in pids.values())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_loops_is_found_although_it_beats(driver: Driver, rank: int) -> None:
+    """Here standing still is borne for 1.5 s; in production for 5."""
+    driver.busy()
+    pids = driver.group.pids
+    started = time.monotonic()
+    driver.submit(b"H%d" % rank)
+    down = driver.down()
+    assert 1.2 < time.monotonic() - started < 1.5 + 1.0
+    assert down.reason.startswith(f"rank {rank} (pid {pids[rank]}")
+    assert "no progress" in down.reason
+    assert_comes_back(driver, down)
+
+
+def test_a_rank_that_disagrees_takes_the_group_down(driver: Driver) -> None:
+    pid = driver.group.pids[1]
+    driver.submit(b"D1")
+    down = driver.down()
+    assert down.reason.startswith(f"rank 1 (pid {pid} on {socket.gethostname()}): rank 1 disagrees with the leader")
+    assert not down.permanent
+
+
+def test_a_rank_that_aborts_is_named_with_its_signal(driver: Driver) -> None:
+    driver.submit(b"A1")
+    assert driver.down().reason.endswith("was killed by SIGABRT")
+
+
+def test_a_rank_that_raises_is_named_with_its_error_and_leaves_a_traceback_in_the_log(
+    driver: Driver, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "hortator.rank")
+    driver.submit(b"R0")
+    assert "ZeroDivisionError: the test asked for it" in driver.down().reason
+    assert any(line.startswith("[rank 0] Traceback") for line in caplog.messages)
+
+
+def test_nothing_of_an_old_epoch_comes_after_down(driver: Driver) -> None:
+    for _ in range(2):
+        driver.busy()
+        os.kill(driver.group.pids[0], signal.SIGKILL)
+        driver.down()
+        with pytest.raises(GroupFailed, match="nothing can be submitted"):
+            driver.submit()
+        driver.ready()
+        driver.answer()
+    epoch: int | None = None
+    for event in driver.events:
+        match event:
+            case Ready():
+                epoch = event.epoch
+            case Stepped():
+                assert event.epoch == epoch
+            case Down():
+                epoch = None
+
+
+def test_the_descriptor_stays_the_same_and_is_quiet_when_there_is_nothing(driver: Driver) -> None:
+    fd = driver.group.fileno()
+    os.kill(driver.group.pids[1], signal.SIGKILL)
+    driver.down()
+    driver.ready()
+    assert driver.group.fileno() == fd
+    assert [driver.turn(0.0) for _ in range(3)] == [[], [], []]
+    started = time.monotonic()
+    assert driver.turn(0.3) == []
+    assert time.monotonic() - started > 0.25
+
+
+# --- starting
+
+
+def test_idle_for_longer_than_a_collective_may_take_is_no_fault() -> None:
+    with Driver(collective_timeout_s=2.0) as driver:
+        driver.ready()
+        driver.answer()
+        time.sleep(4.0)
+        assert driver.turn(0.0) == []
+        started = time.monotonic()
+        assert driver.answer(b"hi", 4) == b"hihi"
+        assert time.monotonic() - started < 1.0
+        assert driver.group.epoch == 1
+
+
+class Tampering(LocalLauncher):
+    """Gives rank 1 another configuration than the front meant."""
+
+    def __init__(self, **changes: object) -> None:
+        super().__init__()
+        self._changes = changes
+
+    def launch(self, commands: Sequence[RankCommand], *, on_line: LineSink) -> None:
+        first, second = commands
+        config = json.dumps(json.loads(second.env[CONFIG_VARIABLE]) | self._changes)
+        tampered = RankCommand(1, second.argv, dict(second.env) | {CONFIG_VARIABLE: config})
+        super().launch([first, tampered], on_line=on_line)
+
+
+def test_a_rank_that_runs_something_else_is_refused_for_good_by_name_and_entry() -> None:
+    with Driver(launcher=Tampering(max_num_seqs=32)) as driver:
+        down = driver.down()
+        assert down.permanent
+        assert down.retry_in_s is None
+        assert "rank 1 (pid" in down.reason
+        assert "max_num_seqs is '32', on rank 0 it is '64'" in down.reason
+        assert driver.group.state == "down"
+        assert driver.group.last_failure == down.reason
+
+
+def test_a_rank_of_an_old_epoch_cannot_join() -> None:
+    with Driver(launcher=Tampering(epoch=0)) as driver:
+        down = driver.down()
+        assert not down.permanent
+        assert down.reason.startswith("rank 1 exited with 69")
+
+
+def test_a_configuration_error_at_load_is_told_in_one_line_and_is_final(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    with Driver(engine="tests.workers.rank_engines:cannot_work") as driver:
+        down = driver.down()
+        assert down.permanent
+        assert down.reason.endswith(": max_num_seqs=64 needs more memory than this device has: lower it")
+        assert not any("Traceback" in line for line in caplog.messages)
+        assert driver.turn(0.5) == []
+
+
+def test_a_crash_at_load_is_tried_again_with_growing_pauses() -> None:
+    with Driver(engine="tests.workers.rank_engines:crashes_at_load") as driver:
+        downs = [driver.down(), driver.down()]
+        assert [down.retry_in_s for down in downs] == [0.1, 0.2]
+        assert [down.epoch for down in downs] == [1, 2]
+        assert all("OSError: the test's disk is broken" in down.reason for down in downs)
+        assert not any(down.permanent for down in downs)
+
+
+def test_a_group_that_never_gets_ready_is_given_up() -> None:
+    with Driver(engine="tests.workers.rank_engines:never_ready", start_timeout_s=3.0) as driver:
+        assert driver.down().reason == "not ready after 3 s"
+
+
+def test_an_engine_that_does_not_exist_is_a_configuration_error() -> None:
+    with Driver(engine="tests.workers.rank_engines:nonsense") as driver:
+        down = driver.down()
+        assert down.permanent
+        assert "has no attribute 'nonsense'" in down.reason
+
+
+@pytest.mark.parametrize("setting", ["control_port", "store_port"])
+def test_a_port_that_is_taken_is_named(setting: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        port = held.getsockname()[1]
+        with Driver(**{setting: port}) as driver:
+            down = driver.down()
+            assert down.permanent
+            assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in down.reason
+
+
+# --- ending
+
+
+def test_close_leaves_no_process_even_if_ranks_are_stopped() -> None:
+    driver = Driver(engine="echo")
+    driver.ready()
+    pids = driver.group.pids
+    os.kill(pids[1], signal.SIGSTOP)
+    started = time.monotonic()
+    driver.group.close(timeout_s=1.0)
+    assert time.monotonic() - started < 2.5
+    assert not any(alive(pid) for pid in pids.values())
+    assert driver.group.state == "closed"
+    assert driver.group.poll() == []
+    driver.group.close()
+
+
+def test_close_in_the_middle_of_a_start_leaves_no_process() -> None:
+    group = Group(settings(engine="echo"))
+    group.start()
+    wait_for("the ranks to be there", lambda: len(group.pids) == 2)
+    pids = group.pids
+    started = time.monotonic()
+    group.close(timeout_s=2.0)
+    assert time.monotonic() - started < 3.0
+    assert not any(alive(pid) for pid in pids.values())
+
+
+def test_a_group_that_never_started_can_be_closed() -> None:
+    Group(settings()).close()
+
+
+@pytest.mark.parametrize("stop_first", [False, True])
+def test_no_rank_outlives_a_killed_front(stop_first: bool) -> None:
+    """Not even one that is stopped and cannot see that its connection ended."""
+    front = subprocess.Popen(
+        [sys.executable, "-m", "tests.workers.front_process", json.dumps({"engine": "echo"})],
+        stdout=subprocess.PIPE,
+        cwd=REPOSITORY,
+    )
+    assert front.stdout is not None
+    pids = list(json.loads(front.stdout.readline()).values())
+    assert all(alive(pid) for pid in pids)
+    if stop_first:
+        os.kill(pids[1], signal.SIGSTOP)
+    front.kill()
+    try:
+        assert wait_for("the ranks to end", gone(pids), timeout_s=2.0) < 2.0
+    finally:
+        front.communicate()
+        for pid in filter(alive, pids):
+            os.kill(pid, signal.SIGKILL)
+
+
+def gone(pids: list[int]) -> Callable[[], bool]:
+    return lambda: not any(alive(pid) for pid in pids)
