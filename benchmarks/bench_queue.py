@@ -214,8 +214,7 @@ class Arm:
         else:
             command = [*celery, "hortator.workers", "worker", "-Q", QUEUE, "-l", "WARNING"]
             if self._profile:
-                command = ["-m", "cProfile", "-o", self._profile, *command[1:]]
-                command = ["-m", "cProfile", "-o", self._profile, "-m", *command[4:]]
+                command = ["-m", "cProfile", "-o", self._profile, *command]
             env |= {
                 "HORTATOR_REDIS_URL": self.redis.url, "HORTATOR_MODEL": QUEUE, "HORTATOR_ENGINE": "echo",
                 "HORTATOR_ECHO_LATENCY_S": str(LATENCY_S), "HORTATOR_MAX_NUM_SEQS": str(IN_FLIGHT),
@@ -226,15 +225,15 @@ class Arm:
         )
         return psutil.Process(popen.pid)
 
-    def cpu_s(self) -> tuple[float, float]:
-        """CPU of the worker (the front, for hortator), and of its ranks."""
+    def cpu_s(self) -> tuple[float, float, float]:
+        """CPU of the worker (the front, for hortator), of its ranks, and of Redis."""
         children = self.process.children(recursive=True)
-        return _cpu(self.process), sum(map(_cpu, children))
+        return _cpu(self.process), sum(map(_cpu, children)), _cpu(psutil.Process(self.redis.pid))
 
     def closed_loop(self, seconds: float) -> dict[str, float]:
         driver, running, count = self.driver, 0, 0
         warm_until = time.monotonic() + 1.0
-        measuring, started, cpu = False, 0.0, (0.0, 0.0)
+        measuring, started, cpu = False, 0.0, (0.0, 0.0, 0.0)
         driver.push(IN_FLIGHT)
         running = IN_FLIGHT
         while not measuring or time.monotonic() < started + seconds:
@@ -245,9 +244,9 @@ class Arm:
             if not measuring and time.monotonic() > warm_until:
                 measuring, started, cpu, count = True, time.monotonic(), self.cpu_s(), 0
         elapsed = time.monotonic() - started
-        worker, ranks = (after - before for after, before in zip(self.cpu_s(), cpu, strict=True))
+        used = [(after - before) / count * 1e6 for after, before in zip(self.cpu_s(), cpu, strict=True)]
         self._drain(running)
-        return {"jobs/s": count / elapsed, "worker us": worker / count * 1e6, "ranks us": ranks / count * 1e6}
+        return {"jobs/s": count / elapsed} | dict(zip(("worker us", "ranks us", "redis us"), used, strict=True))
 
     def open_loop(self, seconds: float) -> dict[str, float]:
         sent: dict[str, float] = {}

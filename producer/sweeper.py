@@ -6,6 +6,8 @@ from collections.abc import Callable
 from hortator.producer.errors import StoreUnavailable
 from hortator.producer.store import Store, SweepReport
 
+GAP_S = 2.5  # ticks come about every second; a longer silence, on whichever side, breaks the contact
+
 
 class Sweeper:
     """Sweeps a store again and again without taking an outage of Redis for dead leaders.
@@ -19,6 +21,7 @@ class Sweeper:
         self._store = store
         self._lease_s = lease_s
         self._clock = clock
+        self._longest_gap_s = max(lease_s / 3, GAP_S)
         self._since = clock()  # start of the unbroken contact
         self._last = clock()
         self._last_ms = 0  # the last contact on the store's clock
@@ -26,7 +29,7 @@ class Sweeper:
     def tick(self) -> SweepReport:
         """One sweep; nothing (and no error) while the store is unavailable."""
         started = self._clock()
-        if started - self._last > self._lease_s / 3:
+        if started - self._last > self._longest_gap_s:
             self._since = started  # we were not looking, or stopped
         trusted = started - self._since > self._lease_s
         try:
@@ -37,6 +40,6 @@ class Sweeper:
             return SweepReport()
         self._last = self._clock()
         self._last_ms = report.now_ms
-        if self._last - started > self._lease_s / 3:
+        if self._last - started > self._longest_gap_s:
             self._since = self._last  # Redis was stopped meanwhile
         return report

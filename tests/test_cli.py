@@ -9,6 +9,7 @@ import pytest
 
 from hortator.cli import run
 from hortator.producer.redis_store import RedisStore
+from hortator.producer.store import Claimed
 from tests.producer.api_process import Worker
 
 MODEL = ["--model", "demo"]
@@ -137,13 +138,11 @@ def test_answers_of_a_file_come_in_its_order(sh: Shell, worker: Worker, tmp_path
     file.write_text('"first"\n"second"\n')
 
     def backwards() -> None:
-        claimed: list[str] = []
-        jobs = []
+        jobs: list[Claimed] = []
         while len(jobs) < 2:
             jobs += worker.claim()
         for number, job in reversed(list(enumerate(jobs))):
             worker.succeed(job, [f"answer {number}"])
-            claimed.append(job.lease.job_id)
 
     later = threading.Thread(target=backwards)
     later.start()
@@ -169,7 +168,7 @@ def test_a_wrong_line_is_named_and_nothing_is_enqueued(
     file = tmp_path / "prompts.jsonl"
     file.write_text(f'"fine"\n{line}\n')
     code, said = sh.error("enqueue", "--file", str(file), *MODEL)
-    assert code == 1
+    assert code == 2
     assert reason in said
     assert worker.claim() == ()
 
@@ -180,13 +179,13 @@ def test_a_wrong_line_is_named_and_nothing_is_enqueued(
         (["enqueue"], 2, "PROMPT or --file"),
         (["enqueue", "x", "--file", "y"], 2, "PROMPT or --file"),
         (["enqueue", "--file", "/nope.jsonl", "--model", "demo"], 2, "cannot read /nope.jsonl"),
-        (["enqueue", "x"], 1, "which model"),
-        (["enqueue", "x", "--model", "a b"], 1, "model"),
+        (["enqueue", "x"], 2, "which model"),
+        (["enqueue", "x", "--model", "a b"], 2, "model"),
         (["enqueue", "x", "--model", "never-served"], 1, "never-served"),
-        (["enqueue", "", "--model", "demo"], 1, "prompt"),
-        (["enqueue", "x", "--model", "demo", "--max-tokens", "-1"], 1, "sampling.max_tokens"),
+        (["enqueue", "", "--model", "demo"], 2, "prompt"),
+        (["enqueue", "x", "--model", "demo", "--max-tokens", "-1"], 2, "sampling.max_tokens"),
         (["enqueue", "x", "--model", "demo", "--max-tokens", "many"], 2, "--max-tokens"),
-        (["enqueue", "x", "--model", "demo", "--temperature", "nan"], 1, "sampling.temperature"),
+        (["enqueue", "x", "--model", "demo", "--temperature", "nan"], 2, "sampling.temperature"),
         (["frobnicate"], 2, "frobnicate"),
         (["result"], 2, "ID"),
         (["keys", "new", "a b"], 2, "tenant"),

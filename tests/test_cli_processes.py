@@ -186,26 +186,12 @@ def test_worker_becomes_a_celery_worker_with_the_settings_of_its_flags(tmp_path:
     stand_in = tmp_path / "celery"
     stand_in.mkdir()
     (stand_in / "__init__.py").touch()
-    show = "import json, os, sys\nprint(json.dumps([sys.argv[1:], {k: v for k, v in os.environ.items() if 'HORTATOR' in k}]))"
+    show = "import json, os, sys\nprint(json.dumps([sys.argv[1:], dict(os.environ)]))"
     (stand_in / "__main__.py").write_text(show)
     model = tmp_path / "tiny"
     model.mkdir()
     (model / "config.json").write_text("{}")
-    flags = [
-        "--model",
-        str(model),
-        "--tp",
-        "2",
-        "--device",
-        "cpu",
-        "--max-num-seqs",
-        "8",
-        "--group",
-        "g1",
-        "--",
-        "--pidfile",
-        "p",
-    ]
+    flags = f"--model {model} --tp 2 --device cpu --max-num-seqs 8 --group g1 -- --pidfile p".split()
     done = hortator("worker", *flags, PYTHONPATH=str(tmp_path), HORTATOR_REDIS_URL="redis://:sekret@h/0")
     assert done.returncode == 0, done.stderr
     arguments, environment = json.loads(done.stdout)

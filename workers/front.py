@@ -42,7 +42,8 @@ from hortator.workers.text import Text
 
 logger = logging.getLogger("hortator.front")
 
-BUSY_POLL_S, IDLE_POLL_S = 0.005, 0.020  # how often an empty queue is asked again, see docs/decisions
+# How soon a queue is asked again that gave less than there was room for: after a job, after none, after none for long.
+EAGER_POLL_S, BUSY_POLL_S, IDLE_POLL_S = 0.002, 0.005, 0.020
 BUSY_FOR_S = 2.0
 AWAY_POLL_S = 0.05
 OVERCLAIM = 0.25  # jobs beyond max_num_seqs that may wait inside the engine, so that a freed row is refilled at once
@@ -197,8 +198,13 @@ class Front:
         if claim.jobs:
             self._busy_until = now + BUSY_FOR_S
         if len(claim.jobs) < room:
-            self._claim_at = now + (BUSY_POLL_S if now < self._busy_until else IDLE_POLL_S)
+            self._claim_at = now + self._poll_s(now, len(claim.jobs))
         return claim.jobs
+
+    def _poll_s(self, now: float, num_claimed: int) -> float:
+        if num_claimed:
+            return EAGER_POLL_S
+        return BUSY_POLL_S if now < self._busy_until else IDLE_POLL_S
 
     def _claim(self, room: int) -> Claim:
         before = self._clock()

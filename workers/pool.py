@@ -137,10 +137,11 @@ class EnginePool(BasePool):  # type: ignore[misc]
         front = self.front
         front.on_events(self._group.poll())
         front.tick()
+        front.flush()  # results first: somebody waits for them, while the engine has a few jobs in reserve
         if self._deliver is not None:
             for claimed in front.take():
                 self._hand_in(claimed)
-        front.flush()
+            front.flush()
         if front.fatal is not None and worker_state.should_stop is None:
             logger.critical("%s", front.fatal)
             worker_state.should_stop = EX_FAILURE
@@ -164,7 +165,6 @@ class EnginePool(BasePool):  # type: ignore[misc]
     def _hand_in(self, claimed: Claimed) -> None:
         envelope = self.front.open(claimed)
         if envelope is not None and self._deliver is not None:
-            envelope.headers["id"] = claimed.lease.job_id
             self._deliver(ClaimedMessage(claimed, envelope))
 
     # ---- the task queue, for the transport

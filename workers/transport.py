@@ -17,6 +17,9 @@ from hortator.producer.store import Claimed, Lease
 from hortator.workers.envelope import Envelope
 
 
+REDACTED = "(redacted)"
+
+
 class Claims(Protocol):
     """Where the messages of the task queue come from, and where their acks go."""
 
@@ -46,12 +49,13 @@ class ClaimedMessage(Message):  # type: ignore[misc]
             content_encoding="utf-8",
             delivery_info=properties.get("delivery_info"),
             properties=properties,
-            headers=envelope.headers,
             channel=channel,
         )
         self.claimed = claimed
         self.envelope = envelope
-        self._decoded_cache: Any = (envelope.args, envelope.kwargs, {})
+        # Celery shows arguments in events, logs and `inspect`; a prompt is nobody's business there.
+        self.headers = envelope.headers | {"argsrepr": REDACTED, "kwargsrepr": REDACTED, "id": claimed.lease.job_id}
+        self._decoded_cache: Any = ([], {}, {})
 
 
 class QoS(virtual.QoS):  # type: ignore[misc]

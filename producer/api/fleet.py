@@ -1,5 +1,6 @@
 """The routes of the fleet: queues, dead letters, health, metrics."""
 
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Annotated
 
@@ -78,10 +79,8 @@ class FleetRoutes:
         if "/metrics" not in self._settings.open_paths and not caller_of(request).operator:
             raise Forbidden("metrics cover every tenant: this needs an operator's key")
         queues: list[QueueInfo] | None = None
-        try:
+        with suppress(StoreUnavailable):  # said by hortator_store_up
             queues = await self._store.queues()
-        except StoreUnavailable:
-            pass  # said by hortator_store_up
         self._metrics.waiters.set(self._watcher.waiters)
         return Response(self._metrics.page(queues), media_type=CONTENT_TYPE)
 

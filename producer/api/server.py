@@ -15,7 +15,7 @@ BACKLOG = 2048
 
 
 class Server(uvicorn.Server):
-    """Told to stop, it first ends all waiting: long polls are answered with the present state, streams end to be resumed.
+    """Told to stop, it first ends all waiting: long polls get the present state, streams end to be resumed.
 
     Without this, uvicorn would wait for them until its patience ends.
     """

@@ -1,6 +1,7 @@
 """The command line: every command by name, and what happens when one fails.
 
-Exit codes: 0 fine; 1 the job failed, is not there, or a server cannot be reached; 2 the command itself is wrong.
+Exit codes: 0 fine; 1 the job failed, is not there or was not taken, or a server cannot be reached; 2 the command, a
+setting or the job itself is wrong.
 Commands import what they need when they run, so `--help` is quick and a producer needs no torch.
 """
 

@@ -34,9 +34,9 @@ def fail_line(message: str, code: int) -> int:
 
 def explain(error: Exception) -> int | None:
     """Say what an expected error means, and give its exit code; None for a bug, which deserves its traceback."""
-    from hortator.producer.errors import ConfigError, HortatorError
+    from hortator.producer.errors import BadRequest, ConfigError, HortatorError
 
-    if isinstance(error, ConfigError):
+    if isinstance(error, BadRequest | ConfigError):
         return fail_line(error.message, EXIT_USAGE)
     if isinstance(error, HortatorError):
         return fail_line(error.message, EXIT_FAILED)

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,7 @@ from hortator.cli_store import AsJson, Namespace, RedisUrl, Tenant, client
 
 if TYPE_CHECKING:
     from hortator.producer.client import Client, JobHandle
-    from hortator.producer.schema import Job, Status
+    from hortator.producer.schema import Job
     from hortator.producer.store import QueueInfo
 
 JOBS = "Jobs"
@@ -30,6 +31,7 @@ def register(app: typer.Typer) -> None:
 
 def enqueue(
     prompt: Annotated[str | None, typer.Argument(help="leave it out with --file")] = None,
+    *,
     model: Annotated[
         str | None, typer.Option("--model", help="queue of the model; may stand in each line of --file")
     ] = None,
@@ -77,6 +79,7 @@ def enqueue(
 
 def result(
     job_id: JobIdArgument,
+    *,
     wait_s: WaitS = 0.0,
     tenant: Tenant = "default",
     as_json: AsJson = False,
@@ -90,6 +93,7 @@ def result(
 
 def tail(
     job_id: JobIdArgument,
+    *,
     after: Annotated[int, typer.Option(min=0, help="tokens to leave out")] = 0,
     tenant: Tenant = "default",
     as_json: AsJson = False,
@@ -216,11 +220,9 @@ def json_answer(handle: "JobHandle", *, wait_s: float | None) -> int:
     from hortator.producer.errors import JobFailed
     from hortator.producer.schema import State
 
-    try:
+    with suppress(JobFailed, TimeoutError):  # the status says it
         handle.result(timeout_s=wait_s)
-    except (JobFailed, TimeoutError):
-        pass  # the status says it
-    found: Status = handle.status()
+    found = handle.status()
     typer.echo(found.model_dump_json(exclude_none=True))
     return EXIT_OK if found.state is State.SUCCEEDED else EXIT_FAILED
 

@@ -1,6 +1,7 @@
 """Commands about dead letters: messages that can never run, and jobs that took groups down."""
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from hortator.producer.store import DeadLetter, Store
 
 PAGE = 200
+LETTER_ID = re.compile(r"[0-9]{1,16}-[0-9]{1,16}")
 
 
 def register(app: typer.Typer) -> None:
@@ -69,7 +71,10 @@ def replay(
     redis_url: RedisUrl = None,
     namespace: Namespace = None,
 ) -> int:
-    """Send dead letters to their queues again, with a clean record; prints the job ids."""
+    """Send dead letters to their queues again, with a clean record.  Prints the job ids."""
+    for letter_id in letter_ids:
+        if not LETTER_ID.fullmatch(letter_id):
+            return fail_line(f"there is no dead letter {letter_id}; nothing was replayed", EXIT_FAILED)
     with client(redis_url, namespace) as talk:
         for job_id in talk.store.replay(letter_ids):
             typer.echo(job_id)

@@ -89,6 +89,7 @@ def serve(
 
 def worker(
     context: typer.Context,
+    *,
     model: Annotated[Path | None, typer.Option("--model", help="directory in the Hugging Face format")] = None,
     name: Annotated[str | None, typer.Option("--name", help="queue; default: the directory's name")] = None,
     tp: Annotated[int | None, typer.Option("--tp", help="tensor parallel ranks")] = None,
@@ -137,7 +138,7 @@ def worker(
     if not any(argument.startswith(("-n", "--hostname")) for argument in context.args):
         arguments += ["-n", f"{settings.group}@%h"]
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, "-m", "celery", *arguments, *context.args], environment)
+    os.execve(sys.executable, [sys.executable, "-m", "celery", *arguments, *context.args], environment)  # noqa: S606
 
 
 def check_model_directory(path: Path | None) -> None:

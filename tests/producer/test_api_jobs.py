@@ -95,6 +95,14 @@ def test_an_unknown_job_is_404_and_not_queued(api: Api) -> None:
     assert (error["code"], error["job_id"]) == ("unknown_job", "0123456789abcdef")
 
 
+def test_a_job_whose_record_has_expired_is_410(api: Api) -> None:
+    job_id = api.submit()
+    assert api.redis.delete(f"hortator:job:{job_id}") == 1
+    for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/tokens")):
+        answer = api.http.request(method, f"/v1/jobs/{job_id}{path}")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (410, "unknown_job")
+
+
 @pytest.mark.parametrize("method", ["get", "delete"])
 @pytest.mark.parametrize("job_id", ["a%00b", "%ff%fe", "a%0ab", "-x", "x" * 129, "%F0%9F%98%80", "a%2Fb", "a b"])
 def test_an_id_that_cannot_be_one_is_refused(api: Api, method: str, job_id: str) -> None:

@@ -159,15 +159,25 @@ def test_a_wrong_last_event_id_is_refused(api: Api, position: str) -> None:
     assert answer.status_code == 400
 
 
+def test_when_the_journal_has_expired_the_result_stands_in_for_it(api: Api) -> None:
+    job_id = api.submit()
+    api.worker.run_one(["a", "b", "c"])
+    assert api.redis.delete(f"hortator:journal:{job_id}") == 1
+    assert text(read(api, job_id)) == "abc"
+    resumed = read(api, job_id, last_id="1")
+    assert [event.kind for event in resumed] == ["done"], "a text cannot be cut at tokens; done has all of it"
+    assert resumed[0].json["result"]["text"] == "abc"
+
+
 def test_the_stream_of_an_unknown_job_is_404(api: Api) -> None:
     assert api.http.get("/v1/jobs/never-issued/tokens").status_code == 404
 
 
 def test_a_reader_that_leaves_is_forgotten(api: Api) -> None:
     job_id = api.submit()
-    with pytest.raises(httpx.ReadTimeout):
-        with api.http.stream("GET", f"/v1/jobs/{job_id}/tokens", timeout=0.1) as answer:
-            list(answer.iter_lines())
+    path = f"/v1/jobs/{job_id}/tokens"
+    with pytest.raises(httpx.ReadTimeout), api.http.stream("GET", path, timeout=0.1) as answer:
+        list(answer.iter_lines())
     wait_for("the watch to go", lambda: api.app.state.watcher.waiters == 0)
 
 

@@ -105,6 +105,13 @@ def test_another_tenants_job_answers_byte_for_byte_as_an_unknown_one(api: Api, m
     )
 
 
+def test_only_its_own_tenant_learns_that_a_job_is_gone(api: Api) -> None:
+    job_id = api.submit(key=ACME)
+    api.redis.delete(f"hortator:job:{job_id}")
+    codes = [api.http.get(f"/v1/jobs/{job_id}", headers=bearer(key)).status_code for key in (ACME, BETA)]
+    assert codes == [410, 404]
+
+
 def test_among_many_ids_another_tenants_are_null(api: Api) -> None:
     mine, theirs = api.submit(key=ACME), api.submit(key=BETA)
     answer = api.http.post("/v1/jobs:status", json={"ids": [mine, theirs, "never"]}, headers=bearer(ACME))

@@ -22,6 +22,7 @@ from hortator.producer.store import GroupBeat
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ECHO = "echo"
+LEASE_S = 2.0
 T = TypeVar("T")
 
 
@@ -84,6 +85,11 @@ class Worker:
 
         wait_for(f"{self.group} ready", probe, timeout_s)
         return self
+
+    def running(self) -> int:
+        """Jobs that the group holds, by its last beat."""
+        beat = self.beat()
+        return beat.running if beat else 0
 
     def epoch(self) -> int:
         beat = self.beat()
@@ -161,7 +167,7 @@ class Fleet(AbstractContextManager["Fleet"]):
             "tensor_parallel_size": 2,
             "max_num_seqs": 32,
             "max_model_len": 4096,
-            "lease_s": 2.0,
+            "lease_s": LEASE_S,
             "device": "cpu",
             "restart_backoff_s": 0.1,
         } | settings

@@ -8,10 +8,15 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from tests.together.fleet import REPOSITORY, Fleet, alive, assert_all_right, wait_for
+from tests.together.fleet import LEASE_S, REPOSITORY, Fleet, alive, assert_all_right, wait_for
 
 LONG = 150  # tokens of a job that is killed in its middle: about 3 s of generation
 PROMPTS = [f"prompt number {i} is not like the others;" for i in range(8)]
+
+
+def tokens_of(fleet: Fleet, job_id: str) -> list[int]:
+    """The journal."""
+    return [token for chunk in fleet.store.chunks(job_id) for token in chunk.token_ids]
 
 
 def ask(fleet: Fleet, prompts: list[str] = PROMPTS, max_tokens: int = LONG) -> dict[str, str]:
@@ -20,24 +25,26 @@ def ask(fleet: Fleet, prompts: list[str] = PROMPTS, max_tokens: int = LONG) -> d
 
 
 def test_a_killed_leader_loses_no_job_when_another_group_serves_the_model(fleet: Fleet) -> None:
-    first = fleet.worker("one").ready()
+    groups = [fleet.worker("one"), fleet.worker("two")]
+    for group in groups:
+        group.ready()
     asked = ask(fleet)
     fleet.progressed(list(asked))
-    second = fleet.worker("two").ready()
-    journals = {job_id: fleet.store.chunks(job_id) for job_id in asked}
-    ranks = first.ranks()
-    os.kill(first.pid, signal.SIGKILL)
-    killed = time.monotonic()
+    victim = wait_for("a group that runs most of the jobs", lambda: next((g for g in groups if g.running() >= 4), None))
+    journals = {job_id: tokens_of(fleet, job_id) for job_id in asked}
+    ranks, held = victim.ranks(), victim.running()
+    victim.signal(signal.SIGKILL)
     wait_for("ranks of the killed leader gone", lambda: not any(map(alive, ranks)), 2.0)
+    killed = time.monotonic()
+    again = lambda: sum(s.attempt == 2 for s in fleet.store.statuses(list(asked)) if s)  # noqa: E731
+    wait_for("its jobs are run elsewhere", lambda: again() > 0, 5.0 + LEASE_S)
+    assert time.monotonic() - killed < 5.0 + LEASE_S
     done = fleet.finished(list(asked))
     assert_all_right(done, asked, LONG)
-    for job_id, before in journals.items():
-        after = fleet.store.chunks(job_id)
-        seen = [t for c in before for t in c.token_ids]
-        assert [t for c in after for t in c.token_ids][: len(seen)] == seen, "the accepted prefix never changes"
-        assert done[job_id].attempt == 2
-    assert second.process.poll() is None
-    assert time.monotonic() - killed < 60
+    assert {status.attempt for status in done.values()} <= {1, 2}
+    assert again() >= held - 1, "a job may have ended between the look and the kill"
+    for job_id, seen in journals.items():
+        assert tokens_of(fleet, job_id)[: len(seen)] == seen, "the accepted prefix never changes"
 
 
 def test_a_killed_leader_that_comes_back_finishes_its_jobs(fleet: Fleet) -> None:

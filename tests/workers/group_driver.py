@@ -17,7 +17,7 @@ T = TypeVar("T", bound=Event)
 
 def settings(**chosen: Any) -> WorkerSettings:
     """Two ranks that step an echo engine."""
-    defaults = {
+    defaults: dict[str, Any] = {
         "model": "test",
         "engine": "tests.workers.rank_engines:magic",
         "device": "cpu",
@@ -33,7 +33,7 @@ def settings(**chosen: Any) -> WorkerSettings:
 def alive(pid: int) -> bool:
     """Runs or is stopped; zombies are dead."""
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 
@@ -51,7 +51,8 @@ class Driver:
     """One group, closed at the end."""
 
     def __init__(self, *, launcher: Launcher | None = None, **chosen: Any) -> None:
-        self.group = Group(settings(**chosen), launcher=launcher)
+        self.settings = settings(**chosen)
+        self.group = Group(self.settings, launcher=launcher)
         self.events: list[Event] = []
         self._next_handle = 1
         self.group.start()

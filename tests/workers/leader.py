@@ -80,7 +80,13 @@ class Leader:
         self.store = MemoryStore(rules=Rules(require_known_model=False), clock=self.clock)
         self.redis = Redis(self.store)
         self.group = FakeGroup()
-        chosen: dict[str, Any] = {"model": MODEL, "engine": "echo", "max_num_seqs": 4, "lease_s": 6.0, "group": "g"} | settings
+        chosen: dict[str, Any] = {
+            "model": MODEL,
+            "engine": "echo",
+            "max_num_seqs": 4,
+            "lease_s": 6.0,
+            "group": "g",
+        } | settings
         self.settings = WorkerSettings(**chosen)
         self.info = EngineInfo(self.settings.max_num_seqs, max_model_len, 256, kv_tokens, (EOS,))
         self.ended_: list[tuple[Outcome, Verdict]] = []

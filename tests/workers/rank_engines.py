@@ -3,7 +3,6 @@
 Prompts do magic: their first byte says what happens, their second one on which rank.
 """
 
-import os
 import time
 
 from hortator.producer.errors import ConfigError
@@ -11,7 +10,7 @@ from hortator.workers.engine.echo import EchoEngine
 from hortator.workers.engine.step import StepOutput, StepPlan
 from hortator.workers.rank import RankConfig
 
-ABORT, HANG, DIVERGE, RAISE = b"AHDR"
+HANG, DIVERGE, RAISE = b"HDR"
 
 
 class Magic(EchoEngine):
@@ -29,8 +28,6 @@ class Magic(EchoEngine):
 
     def execute(self) -> StepOutput:
         time.sleep(0.005)
-        if self._spell == ABORT:
-            os.abort()
         if self._spell == RAISE:
             raise ZeroDivisionError("the test asked for it")
         while self._spell == HANG:
@@ -43,17 +40,8 @@ def magic(config: RankConfig, _mesh: object) -> Magic:
 
 
 def crashes_at_load(config: RankConfig, _mesh: object) -> Magic:
-    if config.rank == 1:
-        raise OSError("the test's disk is broken")
-    return Magic(config.rank)
+    raise OSError(f"the disk of rank {config.rank} is broken")
 
 
 def cannot_work(config: RankConfig, _mesh: object) -> Magic:
-    if config.rank == 1:
-        raise ConfigError("max_num_seqs=64 needs more memory than this device has: lower it")
-    return Magic(config.rank)
-
-
-def never_ready(config: RankConfig, _mesh: object) -> Magic:
-    time.sleep(3600)
-    return Magic(config.rank)
+    raise ConfigError(f"max_num_seqs={config.max_num_seqs} needs more memory than this device has: lower it")

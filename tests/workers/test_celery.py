@@ -237,22 +237,20 @@ def test_bad_bytes_end_in_the_dead_letters_and_never_end_the_worker(
 # ---- connections
 
 
-def test_nothing_runs_twice_when_all_connections_are_killed(
-    worker: Worker, client: Client, server: EmbeddedRedis
-) -> None:
-    results = [client.send(f"prompt {number}", tokens=2 * SECOND) for number in range(8)]
-    ids = [result.id for result in results]
-    worker.running(*ids)
-    with redis.Redis.from_url(server.url) as raw:
-        for kind in ("normal", "pubsub"):
-            raw.client_kill_filter(_type=kind, skipme=True)
-    client = Client(server.url)  # its connections were killed too
-    wait_for("an answer after the reconnect", lambda: client.answers(worker))
-    assert client.active(worker) == set(ids)
-    statuses = worker.terminal(*ids)
-    assert [status.state for status in statuses] == [State.SUCCEEDED] * 8
-    assert [status.attempt for status in statuses] == [1] * 8
-    wait_for("nothing active", lambda: client.active(worker) == set())
+def test_nothing_runs_twice_when_all_connections_are_killed(own_redis: EmbeddedRedis, tmp_path: Path) -> None:
+    with Worker(own_redis.url, tmp_path) as worker:
+        ids = push(own_redis, *["hello"] * 8, tokens=3 * SECOND)
+        worker.ready().running(*ids)
+        with redis.Redis.from_url(own_redis.url) as raw:
+            for kind in ("normal", "pubsub"):
+                raw.client_kill_filter(_type=kind, skipme=True)
+        client = Client(own_redis.url)
+        wait_for("an answer after the reconnect", lambda: client.answers(worker))
+        assert client.active(worker) == set(ids)
+        statuses = worker.terminal(*ids)
+        assert [status.state for status in statuses] == [State.SUCCEEDED] * 8
+        assert [status.attempt for status in statuses] == [1] * 8
+        wait_for("nothing active", lambda: client.active(worker) == set())
 
 
 def test_results_survive_a_redis_that_dies_and_comes_back(own_redis: EmbeddedRedis, tmp_path: Path) -> None:

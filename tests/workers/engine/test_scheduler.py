@@ -190,7 +190,7 @@ def test_requests_are_admitted_in_order_of_arrival() -> None:
     assert [row.sequence.handle for row in harness.step().rows] == [1]
 
 
-def test_more_sequences_than_budget_still_leaves_room_for_prompts() -> None:
+def test_more_sequences_than_the_budget_has_tokens_all_finish() -> None:
     harness = Harness(num_blocks=64, max_num_seqs=50, budget=3)
     for handle in range(8):
         harness.add(handle, (handle,) * 5, 4)
