@@ -133,6 +133,14 @@ def test_a_file_has_a_job_or_a_prompt_on_each_line(sh: Shell, worker: Worker, tm
     assert len(ids) == 3
 
 
+def test_columns_that_no_job_has_are_left_out_and_said(sh: Shell, worker: Worker, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    code, out, err = sh("enqueue", "--file", str(file), *MODEL)
+    assert (code, err) == (0, "note: left out of the jobs, which have no such field: answer\n")
+    assert worker.run_one() == out.strip()
+
+
 def test_answers_of_a_file_come_in_its_order(sh: Shell, worker: Worker, tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('"first"\n"second"\n')
@@ -155,7 +163,7 @@ def test_answers_of_a_file_come_in_its_order(sh: Shell, worker: Worker, tmp_path
     [
         ("{", ":2: not JSON"),
         ("7", ":2: neither a job"),
-        ('{"prompt": "x", "max_tokens": 5}', ":2: unknown field max_tokens"),
+        ('{"prompt": "x", "max_tokens": 5}', ":2: max_tokens: write it inside sampling"),
         ('{"prompt": "x", "sampling": {"temprature": 1}}', ":2: unknown field sampling.temprature"),
         ('{"prompt": "x", "sampling": {"max_tokens": 0}}', ":2: sampling.max_tokens"),
         ('{"prompt": "x", "sampling": 7}', ":2: sampling"),

@@ -118,7 +118,7 @@ def _time_limit_s(headers: dict[str, Any]) -> float | None:
 
 def _loads(data: bytes, what: str) -> Any:
     try:
-        return json.loads(data, parse_constant=_no_constant)
+        return _decode(data.decode())
     except RecursionError:
         raise BadRequest(f"{what} is nested too deeply") from None
     except (ValueError, UnicodeDecodeError) as error:
@@ -127,6 +127,9 @@ def _loads(data: bytes, what: str) -> Any:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
+
+
+_decode = json.JSONDecoder(parse_constant=_no_constant).decode
 
 
 def _kind(value: Any) -> str:

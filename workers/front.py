@@ -607,7 +607,7 @@ def _fit(job: Job, prompt: Sequence[int], info: EngineInfo) -> int:
     """max_tokens as far as the model's context goes; raises if the job can never run on this group."""
     if not prompt:
         raise BadRequest("the prompt has no tokens")
-    if not max(prompt) < info.vocab_size:
+    if job.token_ids is not None and max(prompt) >= info.vocab_size:
         raise BadRequest(f"token id {max(prompt)} is not in the vocabulary of {info.vocab_size}")
     room = info.max_model_len - len(prompt)
     if room < 1:

@@ -29,9 +29,11 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        length = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > self._max_bytes:
-            await linger(receive)
+            if "expect" not in headers:  # such a client sends nothing before it is told to
+                await linger(receive)
             await refusal(too_large(length[:20], self._max_bytes))(scope, receive, send)
             return
         await self._app(scope, Metered(receive, self._max_bytes, self._timeout_s), send)

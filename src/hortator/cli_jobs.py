@@ -148,7 +148,9 @@ def status(as_json: AsJson = False, redis_url: RedisUrl = None, namespace: Names
 def read_jobs(file: Path, common: dict[str, Any], sampling: dict[str, Any]) -> Iterator["Job"]:
     """The jobs of a JSON lines file; the options stand for what a line leaves out."""
     from hortator.producer.errors import BadRequest, ConfigError
+    from hortator.producer.schema import Job, Sampling
 
+    others: set[str] = set()  # a data set's own columns, or typing errors
     try:
         text = sys.stdin.read() if file == STDIN else file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
@@ -164,11 +166,16 @@ def read_jobs(file: Path, common: dict[str, Any], sampling: dict[str, Any]) -> I
         fields = {"prompt": entry} if isinstance(entry, str) else entry
         if not isinstance(fields, dict):
             raise BadRequest(f"{where}: neither a job (an object) nor a prompt (a string)")
+        others |= fields.keys() - Job.model_fields.keys() - Sampling.model_fields.keys()
         yield parsed(fields, common, sampling, where=where)
+    if others:
+        typer.echo(
+            f"note: left out of the jobs, which have no such field: {printable(', '.join(sorted(others)))}", err=True
+        )
 
 
 def parsed(fields: dict[str, Any], common: dict[str, Any], sampling: dict[str, Any], *, where: str) -> "Job":
-    """One job.  Raises BadRequest that names each wrong field; unlike the wire, a field nobody knows is one."""
+    """One job.  Raises BadRequest that names each wrong field."""
     from pydantic import ValidationError
 
     from hortator.producer.errors import BadRequest
@@ -177,10 +184,10 @@ def parsed(fields: dict[str, Any], common: dict[str, Any], sampling: dict[str, A
 
     own = fields.get("sampling", {})
     prefix = f"{where}: " if where else ""
-    unknown = [name for name in fields if name not in Job.model_fields]
-    unknown += (
-        [f"sampling.{name}" for name in own if name not in Sampling.model_fields] if isinstance(own, dict) else []
-    )
+    misplaced = [name for name in fields if name in Sampling.model_fields]
+    unknown = [f"sampling.{name}" for name in own if name not in Sampling.model_fields] if isinstance(own, dict) else []
+    if misplaced:
+        raise BadRequest(f"{prefix}{', '.join(misplaced)}: write it inside sampling")
     if unknown:
         raise BadRequest(f"{prefix}unknown field {', '.join(unknown)[:200]}")
     merged = {**common, **fields, "sampling": {**sampling, **own} if isinstance(own, dict) else own}

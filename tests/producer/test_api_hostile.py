@@ -22,6 +22,12 @@ def api() -> Iterator[Api]:
         yield running
 
 
+def connected(api: Api) -> socket.socket:
+    """For what a well-mannered HTTP client would not send."""
+    host, port = api.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=5)
+
+
 @pytest.mark.parametrize(
     ("body", "field"),
     [
@@ -119,6 +125,15 @@ def test_a_ten_megabyte_prompt_is_413(api: Api) -> None:
     assert "2000000" in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(("expect", "limit_s"), [("", 3.0), ("expect: 100-continue\r\n", 0.5)])
+def test_a_length_beyond_the_limit_is_413_before_the_body_is_sent(api: Api, expect: str, limit_s: float) -> None:
+    began = time.monotonic()
+    with connected(api) as link:
+        link.sendall(f"POST /v1/jobs HTTP/1.1\r\nhost: x\r\n{expect}content-length: 10000000\r\n\r\n".encode())
+        assert link.recv(100).startswith(b"HTTP/1.1 413")
+    assert time.monotonic() - began < limit_s
+
+
 def test_a_ten_megabyte_prompt_without_a_length_is_413(api: Api) -> None:
     answer = api.http.post("/v1/jobs", content=(b"x" * 100_000 for _ in range(100)), headers=JSON)
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
@@ -141,8 +156,7 @@ def test_a_prompt_may_hold_any_character_even_nul(api: Api) -> None:
 
 
 def test_a_body_that_never_comes_is_given_up(api: Api) -> None:
-    host, port = api.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=5) as link:
+    with connected(api) as link:
         link.sendall(
             b"POST /v1/jobs HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{"
         )
@@ -203,8 +217,7 @@ def test_no_path_makes_a_500(api: Api, raw: bytes, method: str) -> None:
     value=st.binary(min_size=0, max_size=40).filter(lambda v: not set(v) & set(b"\r\n\0")),
 )
 def test_no_header_makes_a_500(api: Api, name: str, value: bytes) -> None:
-    host, port = api.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=5) as link:
+    with connected(api) as link:
         link.sendall(b"GET /v1/jobs/x/tokens HTTP/1.1\r\nhost: x\r\nconnection: close\r\n")
         link.sendall(name.encode() + b": " + value + b"\r\n\r\n")
         assert link.recv(100).startswith((b"HTTP/1.1 4", b"HTTP/1.1 2")), (name, value)

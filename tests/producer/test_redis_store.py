@@ -48,7 +48,7 @@ def busy(rig: RedisRig) -> None:
     rig.store.commit([done(leases[0])])
     rig.store.release(leases[1:3], reason=ReleaseReason.CRASHED)
     rig.claim(1, owner="busy", idle=False)
-    rig.enqueue("e")
+    rig.enqueue("e", priority="interactive")
     rig.push(foreign("more"), step=9)
 
 
@@ -191,7 +191,7 @@ def test_a_lost_reply_is_not_told_to_a_restarted_leader_of_the_same_name(redis_r
 def test_a_lost_reply_leaves_out_what_ended_meanwhile(redis_rig: RedisRig) -> None:
     [a, b] = redis_rig.enqueue("a", "b")
     store = redis_rig.another()
-    call = store._calls.claim(MODEL, "a", 2, 0.02, True)
+    call = store._calls.claim(MODEL, "a", 2, 60, True)
     redis_rig.redis.eval(script("claim").text.decode(), 0, *call.args)
     from hortator.producer.store import Lease
 

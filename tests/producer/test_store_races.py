@@ -9,8 +9,8 @@ from hortator.producer.schema import Failure, State
 from hortator.producer.store import Lease, Outcome, ReleaseReason, Store, Verdict
 from tests.producer.rig import MODEL, MemoryRig, RedisRig, Rig, done
 
-ROUNDS = 8
-JOBS = 250  # 2000 races for each store
+ROUNDS = 4
+JOBS = 250  # 1000 races for each store
 
 
 def together(*actors: Callable[[], None]) -> None:

@@ -145,7 +145,7 @@ class Fleet(AbstractContextManager["Fleet"]):
         self.redis = EmbeddedRedis(self.directory / "redis")
         self.redis.__enter__()
         self.store = RedisStore(self.redis.url)
-        self.client = Client(self.redis.url)
+        self.client = Client(self.redis.url, require_known_model=False)  # jobs may come before the first worker
         return self
 
     def __exit__(

@@ -110,7 +110,6 @@ NOT_MESSAGES = [
 BAD_BODIES = [
     b"not json",
     b"[]",
-    b'[["x"], {}, {}]',
     b'[[], {"model": "echo", "prompt": 7}, {}]',
     b'[[], {"model": "echo", "prompt": "x", "sampling": {"max_tokens": -1}}, {}]',
     b'[[], {"model": "echo", "prompt": "x", "sampling": {"temperature": 1e999}}, {}]',

@@ -30,7 +30,11 @@ class PairResult:
 def run_pair(paths: dict[str, Path], folder: Path) -> tuple[PairResult, PairResult]:
     """Run all checkpoints in one pair of processes (starting them is what takes time)."""
     (folder / "paths.json").write_text(json.dumps({name: str(path) for name, path in paths.items()}))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+    }
     ranks = [
         subprocess.Popen(
             [sys.executable, __file__, str(rank), str(folder)],
