@@ -1,9 +1,9 @@
-"""Queue overhead: one hortator leader (echo engine) against stock Celery threads and raw Redis Streams.
+"""Queue overhead: a hortator leader (echo engine) against stock Celery threads and raw Redis Streams.
 
-    make bench-queue            or    python benchmarks/bench_queue.py [--rounds 3] [--seconds 5] [--arms hortator,stock]
+    make bench-queue            or    python benchmarks/bench_queue.py [--rounds 3] [--seconds 5] [--arms hortator]
 
-Every arm gets the same messages by the same driver: 1 KB prompts by LPUSH (XADD for Streams), results awaited by pub/sub,
-each job "generates" for 50 ms.  Closed loop: 256 jobs in flight, what is done per second and what CPU it takes.
+Every arm gets the same messages from the same driver: 1 KB prompts by LPUSH (XADD for Streams), results awaited by
+pub/sub, each job "generates" for 50 ms.  Closed loop: 256 jobs in flight, what is done per second and what CPU it takes.
 Open loop: 400 jobs/s, how much longer than 50 ms a job takes.  Arms alternate; the table shows medians of the rounds.
 """
 
@@ -210,7 +210,19 @@ class Arm:
         if self.name == "streams":
             command = [__file__, "--streams-worker", self.redis.url]
         elif self.name == "stock":
-            command = [*celery, "bench_queue", "worker", "-P", "threads", "-c", str(IN_FLIGHT), "-Q", QUEUE, "-l", "ERROR"]
+            command = [
+                *celery,
+                "bench_queue",
+                "worker",
+                "-P",
+                "threads",
+                "-c",
+                str(IN_FLIGHT),
+                "-Q",
+                QUEUE,
+                "-l",
+                "ERROR",
+            ]
         else:
             command = [*celery, "hortator.workers", "worker", "-Q", QUEUE, "-l", "WARNING"]
             if self._profile:

@@ -157,7 +157,7 @@ class Status(Wire):
 
 
 class Chunk(Wire):
-    """Tokens `index .. index + len(token_ids)` of a job's output.  `text` may be empty while a character is incomplete."""
+    """Tokens `index .. index + len(token_ids)` of a job's output; `text` may be empty inside a character."""
 
     index: int
     token_ids: tuple[int, ...]

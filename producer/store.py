@@ -103,7 +103,7 @@ class SweepReport:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """An accepted job: durable when this is returned.  `duplicate`: the idempotency key was known, nothing was added."""
+    """An accepted job: durable when this is returned.  `duplicate`: it was known already, nothing was added."""
 
     job_id: str
     duplicate: bool = False
@@ -176,7 +176,7 @@ class Store(Protocol):
         """Pop up to `limit` jobs and record their leases, atomically.  `idle`: the group runs nothing now."""
 
     def append(self, appends: Sequence[Append]) -> Signals:
-        """Journal the tokens of one step for all jobs.  Appends with a stale attempt change nothing and come back lost."""
+        """Journal the tokens of one step for all jobs.  Stale attempts change nothing and come back lost."""
 
     def renew(self, leases: Sequence[Lease], *, owner: str, lease_s: float) -> Signals:
         """Extend all leases in one call."""
@@ -208,7 +208,8 @@ class Store(Protocol):
         """Newest first."""
 
     def replay(self, letter_ids: Sequence[str]) -> list[str]:
-        """Send dead letters to their queue again with a clean record; the job ids.  Unknown letters raise UnknownJob."""
+        """Send dead letters to their queue again with a clean record; the job ids ("" where a letter has none).
+        An unknown letter raises UnknownJob, and nothing is replayed."""
 
     def check(self) -> None:
         """Raise StoreUnsuitable with the reason unless this server is safe to queue on; StoreUnavailable if away."""

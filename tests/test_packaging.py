@@ -1,6 +1,5 @@
 """What gets installed, and what it drags in."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -23,9 +22,8 @@ def folders() -> list[str]:
 
 
 def python(code: str, *, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=60, check=False
     )
 
 

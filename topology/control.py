@@ -269,8 +269,8 @@ class ControlServer:
             self._next_beat = now + self._heartbeat_s
             for connection in list(self._members.values()):
                 self._send(connection, Kind.BEAT)
-            alive = [self.vitals[rank] for rank, member in self._members.items() if member in self._connections]
-            self._troubles += silent(alive, now=now, timeout_s=self._heartbeat_timeout_s)
+        alive = [self.vitals[rank] for rank, member in self._members.items() if member in self._connections]
+        self._troubles += silent(alive, now=now, timeout_s=self._heartbeat_timeout_s)
         self._troubles += stalled(self.vitals.values(), timeout_s=self._stall_timeout_s)
 
 

@@ -13,25 +13,25 @@ class TopologyError(Exception):
     """Root; this folder knows nobody, so hortator.workers turns these into its own errors."""
 
 
-class PortTaken(TopologyError):  # noqa: N818 - named after what happened, like all errors here
+class PortTaken(TopologyError):
     """The address cannot be listened on."""
 
 
-class BadFrame(TopologyError):  # noqa: N818
+class BadFrame(TopologyError):
     """These bytes are not a frame of this epoch and key."""
 
 
-class Refused(TopologyError):  # noqa: N818
+class Refused(TopologyError):
     """The front does not let this rank in; the text says why."""
 
 
-class LeaderLost(TopologyError):  # noqa: N818
+class LeaderLost(TopologyError):
     """The front is gone or does not answer."""
 
 
-class MeshFailed(TopologyError):  # noqa: N818
+class MeshFailed(TopologyError):
     """The ranks did not find each other."""
 
 
-class NoDevice(TopologyError):  # noqa: N818
+class NoDevice(TopologyError):
     """This host has no such device."""

@@ -1,54 +1,43 @@
 """The heart of a leader: jobs between the store and the engine.  Knows nothing of Celery, and never waits.
 
-    take -> admit -> (engine) -> on_events -> flush          tick: renew, deadlines, beat, sweep
+    take -> open -> admit -> (engine) -> on_events -> flush          tick: renew, deadlines, beat, sweep
 
 Whoever drives it calls `on_events` when the group has something, `tick` when `wake_in` has passed, and after either
-`take`, `admit` for what was taken, and `flush`.
+`take`, then `open` and `admit` for what was taken, and `flush`.
 """
 
 import contextlib
-import hashlib
 import heapq
 import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from hortator.producer.errors import BadRequest, HortatorError, PromptTooLong, StoreUnavailable, StoreUnsuitable
 from hortator.producer.schema import Failure, FinishReason, Job, Result, State, Usage
-from hortator.producer.store import (
-    Claim,
-    Claimed,
-    ClaimMode,
-    GroupBeat,
-    Lease,
-    Outcome,
-    ReleaseReason,
-    Store,
-    Verdict,
-)
+from hortator.producer.store import Claimed, GroupBeat, Lease, Outcome, ReleaseReason, Store, Verdict
 from hortator.producer.sweeper import Sweeper
-from hortator.workers.engine.step import EngineInfo, EngineStats, Finish, Request, SamplingParams
+from hortator.workers.claimer import Claimer
+from hortator.workers.engine.step import EngineInfo, EngineStats, Finish, Request
 from hortator.workers.envelope import Envelope, job_of, open_envelope
+from hortator.workers.gauges import Gauges
 from hortator.workers.group import Event, Group, Ready, Stepped
+from hortator.workers.intake import Live, prepare
 from hortator.workers.link import Link
 from hortator.workers.outbox import Delivery, Letter, Outbox
-from hortator.workers.output import Output
 from hortator.workers.settings import WorkerSettings
 from hortator.workers.supervisor import Down
 from hortator.workers.text import Text
 
 logger = logging.getLogger("hortator.front")
 
-# How soon a queue is asked again that gave less than there was room for: after a job, after none, after none for long.
-EAGER_POLL_S, BUSY_POLL_S, IDLE_POLL_S = 0.002, 0.005, 0.020
-BUSY_FOR_S = 2.0
-AWAY_POLL_S = 0.05
-OVERCLAIM = 0.25  # jobs beyond max_num_seqs that may wait inside the engine, so that a freed row is refilled at once
 JOURNAL_EVERY_S = 0.03
 BEAT_EVERY_S = 1.0
+CROWDED_DELIVERY_S = 0.004  # a well filled group tells Redis of its results at most this often
+LONGEST_SLEEP_S = 0.05  # a revoke or a rejection by Celery comes between two turns, and waits no longer than this
+
+_REASONS = {Finish.STOP: FinishReason.STOP, Finish.LENGTH: FinishReason.LENGTH}
 
 
 class Watcher(Protocol):
@@ -59,27 +48,6 @@ class Watcher(Protocol):
 
     def gone(self, lease: Lease, reason: str) -> None:
         """The job left without an outcome: handed back, or lost."""
-
-
-@dataclass(slots=True, eq=False)
-class Live:
-    """A job that the engine has."""
-
-    lease: Lease
-    handle: int
-    output: Output
-    num_prompt: int
-    max_tokens: int
-    leased_at: float
-    num_inherited: int  # tokens of earlier attempts
-
-
-@dataclass(slots=True)
-class Alone:
-    """A suspect that runs with nothing beside it."""
-
-    lease: Lease
-    to_its_end: bool
 
 
 class Front:
@@ -104,33 +72,26 @@ class Front:
         self._queue = settings.queue
         self._watcher = watcher
         self._clock = clock
-        self._journal_every_s = journal_every_s
         self._link = Link(clock)
-        self._sweeper = Sweeper(store, settings.lease_s, clock=clock)
+        self._claimer = Claimer(store, self._link, settings, clock=clock)
         self._outbox = Outbox(store, model=self._queue)
+        self._sweeper = Sweeper(store, settings.lease_s, clock=clock)
+        self._gauges = Gauges(group, clock)
         self._handles = itertools.count(1)
-        self._info: EngineInfo | None = None
+        self._info: EngineInfo | None = None  # of the group that is up
         self._stats: EngineStats | None = None
         self._taken: dict[str, Claimed] = {}  # claimed, not admitted yet
-        self._live: dict[str, Live] = {}
+        self._live: dict[str, Live] = {}  # the engine has them
         self._by_handle: dict[int, Live] = {}
         self._unjournalled: dict[str, Live] = {}
         self._admits: list[Request] = []
         self._cancels: list[int] = []
         self._deadlines: list[tuple[float, int, Outcome]] = []  # (when, tie breaker, how it ends)
-        self._alone: Alone | None = None
-        self._waits_for_idle = False  # a suspect needs an empty group
         self._checked = False
         self._draining = False
-        now = clock()
-        self._redis_minus_clock_ms = 0.0
-        self._claim_at = self._beat_at = self._renew_at = self._journal_at = now
+        self._journal_every_s = journal_every_s
         self._renew_every_s = min(settings.lease_s / 3, 1.0)
-        self._claimed_at = now
-        self._busy_until = 0.0
-        self._num_steps = self._num_tokens = 0
-        self._rates = (0.0, 0.0)
-        self._counted_at = now
+        self._claimed_at = self._beat_at = self._renew_at = self._journal_at = self._deliver_at = clock()
 
     # ---- what others may know
 
@@ -152,86 +113,56 @@ class Front:
         return len(self._live)
 
     @property
+    def _crowded(self) -> bool:
+        """The engine is well filled: fewer, larger calls to Redis matter more than the last millisecond."""
+        return 2 * len(self._live) >= self.capacity
+
+    @property
     def busy(self) -> bool:
         """Something runs, or the store must still be told of something."""
         return bool(self._live or self._taken or self._outbox)
 
     def details(self) -> dict[str, Any]:
         """For people: the beat, `inspect stats`."""
-        stats, failure = self._stats, self._group.last_failure
-        steps_per_s, tokens_per_s = self._rates
-        kv_use = 1 - stats.free_blocks / stats.total_blocks if stats and stats.total_blocks else 0.0
-        return {
-            "steps_per_s": round(steps_per_s, 1),
-            "tokens_per_s": round(tokens_per_s, 1),
-            "kv_use": round(kv_use, 3),
-            "waiting": stats.waiting if stats else 0,
-            "preemptions": stats.preemptions if stats else 0,
-            "pids": list(self._group.pids.values()),
-            "last_failure": str(failure) if failure else None,
-            "redis_away": self._link.away,
-        }
+        return self._gauges.read(self._stats) | {"redis_away": self._link.away}
+
+    def beat(self) -> GroupBeat:
+        return GroupBeat(
+            group=self._settings.group,
+            model=self._queue,
+            running=len(self._live),
+            capacity=self.capacity,
+            epoch=self._group.epoch,
+            state=self.state,
+            info=self.details(),
+        )
 
     # ---- from the store to the engine
 
     def room(self) -> int:
         """How many jobs to claim now."""
-        if self._info is None or self._draining or self._alone or not self._checked:
+        if self._info is None or self._draining or not self._checked:
             return 0
-        if self._waits_for_idle and self._live:
-            return 0
-        spare = max(1, int(self.capacity * OVERCLAIM))
-        if self._stats and self._stats.waiting >= spare:
-            return 0  # rows are free, but not the KV blocks to fill them
-        return self.capacity + spare - len(self._live) - len(self._taken)
+        return self._claimer.room(len(self._live) + len(self._taken), self._info, self._stats)
 
     def take(self) -> Sequence[Claimed]:
-        """Claim what there is room for, at most every few milliseconds while the queue is empty."""
-        now, room = self._clock(), self.room()
-        if room <= 0 or now < self._claim_at:
+        """Claim what there is room for, if it is time to ask."""
+        before, idle = self._clock(), not self._live
+        claim = self._claimer.claim(self.room(), idle=idle, crowded=self._crowded)
+        if claim is None or not claim.jobs:
             return ()
-        try:
-            claim = self._claim(room)
-        except StoreUnavailable:
-            self._claim_at = now + IDLE_POLL_S
-            return ()
-        if claim.jobs:
-            self._busy_until = now + BUSY_FOR_S
-        if len(claim.jobs) < room:
-            self._claim_at = now + self._poll_s(now, len(claim.jobs))
-        return claim.jobs
-
-    def _poll_s(self, now: float, num_claimed: int) -> float:
-        if num_claimed:
-            return EAGER_POLL_S
-        return BUSY_POLL_S if now < self._busy_until else IDLE_POLL_S
-
-    def _claim(self, room: int) -> Claim:
-        before = self._clock()
-        claim = self._link.call(
-            self._store.claim,
-            self._queue,
-            owner=self._settings.group,
-            limit=room,
-            lease_s=self._settings.lease_s,
-            idle=not self._live,
-        )
-        self._redis_minus_clock_ms = claim.now_ms - self._clock() * 1000
-        if not self._live:
+        if idle:
             self._renew_at = before + self._renew_every_s
         self._claimed_at = before
-        self._waits_for_idle = claim.mode is ClaimMode.DRAIN
-        if claim.mode is ClaimMode.ALONE:
-            self._alone = Alone(claim.jobs[0].lease, claim.full_run_alone)
         self._taken.update((claimed.lease.job_id, claimed) for claimed in claim.jobs)
-        return claim
+        return claim.jobs
 
     def open(self, claimed: Claimed) -> Envelope | None:
         """The message's envelope; None if it is not one of ours, and then it is buried and its job has failed."""
         try:
             return open_envelope(claimed.message)
         except BadRequest as error:
-            self._refuse(claimed, error, bury=True)
+            self._refuse(claimed, error)
             return None
 
     def admit(self, claimed: Claimed, envelope: Envelope) -> bool:
@@ -241,19 +172,15 @@ class Front:
             return False
         try:
             live, request = self._prepare(claimed, envelope, self._info)
-        except PromptTooLong as error:
-            self._refuse(claimed, error, bury=False)
-            return False
         except BadRequest as error:
-            self._refuse(claimed, error, bury=True)
+            self._refuse(claimed, error)
             return False
         except Exception as error:
             # A fault of ours that one job brings out must not end the worker and all other jobs with it.
             logger.exception("job %s cannot be prepared", claimed.lease.job_id)
-            self._refuse(claimed, HortatorError(f"internal error: {type(error).__name__}"), bury=True)
+            self._refuse(claimed, HortatorError(f"internal error: {type(error).__name__}"))
             return False
-        self._taken.pop(claimed.lease.job_id, None)
-        self._live[claimed.lease.job_id] = self._by_handle[live.handle] = live
+        self._enter(live)
         reason = live.output.complete(max_tokens=live.max_tokens)
         if reason is not None:  # the attempt before died between its last token and its commit
             self._succeed(live, reason, in_engine=False)
@@ -263,32 +190,27 @@ class Front:
 
     def _prepare(self, claimed: Claimed, envelope: Envelope, info: EngineInfo) -> tuple[Live, Request]:
         job = job_of(envelope, model=self._queue)
-        prompt = _tokens(job, self._text)
-        max_tokens = _fit(job, prompt, info)
-        sampling = job.sampling
-        ends = frozenset(sampling.stop_token_ids) | frozenset(() if sampling.ignore_eos else info.eos_token_ids)
-        output = Output(
-            self._text.decoder(),
-            ends=ends,
-            stop=sampling.stop,
-            journal=claimed.journal,
-            logprobs=sampling.logprobs,
+        handle = next(self._handles)
+        prepared = prepare(
+            job, claimed.lease, claimed.journal, handle=handle, text=self._text, info=info, now=self._claimed_at
         )
         self._arm(claimed, job, envelope)
-        handle = next(self._handles)
-        num_inherited = len(output.token_ids)
-        live = Live(claimed.lease, handle, output, len(prompt), max_tokens, self._claimed_at, num_inherited)
-        params = _params(job, claimed.lease.job_id, max_tokens)
-        return live, Request(handle, prompt, params, tuple(output.token_ids))
+        return prepared
+
+    def _enter(self, live: Live) -> None:
+        job_id = live.lease.job_id
+        self._taken.pop(job_id, None)
+        if job_id in self._live:  # we lost its lease without noticing, and have now got it again
+            self._lose(self._live[job_id], "another attempt owns it")
+        self._live[job_id] = self._by_handle[live.handle] = live
 
     def _arm(self, claimed: Claimed, job: Job, envelope: Envelope) -> None:
         deadline_ms = claimed.deadline_ms
         if deadline_ms is None and job.deadline_s is not None:  # sent by a plain Celery client
             deadline_ms = claimed.enqueued_ms + int(job.deadline_s * 1000)
         if deadline_ms is not None:
-            at = (deadline_ms - self._redis_minus_clock_ms) / 1000
             failure = Failure(code="expired", message="the deadline passed before the job was finished")
-            self._end_at(at, Outcome(claimed.lease, State.EXPIRED, failure=failure))
+            self._end_at(self._claimer.clock_of(deadline_ms), Outcome(claimed.lease, State.EXPIRED, failure=failure))
         if envelope.time_limit_s is not None:
             failure = Failure(code="time_limit", message=f"the time limit of {envelope.time_limit_s:g} s is over")
             self._end_at(self._clock() + envelope.time_limit_s, Outcome(claimed.lease, State.FAILED, failure=failure))
@@ -300,11 +222,12 @@ class Front:
         """Celery can do nothing with a message that was taken."""
         claimed = self._taken.get(lease.job_id)
         if claimed is not None and claimed.lease == lease:
-            self._refuse(claimed, error, bury=True)
+            self._refuse(claimed, error)
 
-    def _refuse(self, claimed: Claimed, error: HortatorError, *, bury: bool) -> None:
+    def _refuse(self, claimed: Claimed, error: HortatorError) -> None:
+        """The job has failed; a message that should never have been sent is kept in the dead letters."""
         lease = claimed.lease
-        if bury:
+        if not isinstance(error, PromptTooLong):  # a sound message: another group may have room for it
             self._outbox.bury(Letter(claimed.message, error.message, lease.job_id))
         logger.debug("job %s is refused: %s", lease.job_id, error.code)
         self.end(lease.job_id, State.FAILED, Failure(code=error.code, message=error.message))
@@ -323,18 +246,17 @@ class Front:
                     self._down(event)
 
     def _ready(self, event: Ready) -> None:
-        self._info, self._stats = event.info, None
-        self._claim_at = self._clock()
+        info = self._info = event.info
+        self._stats = None
+        self._claimer.at = self._clock()
         logger.info(
             "group %s is ready after %.1f s: %s, epoch %d, %d sequences of up to %d tokens",
-            self._settings.group, event.start_s, self._queue, event.epoch,
-            event.info.max_num_seqs, event.info.max_model_len,
+            self._settings.group, event.start_s, self._queue, event.epoch, info.max_num_seqs, info.max_model_len,
         )  # fmt: skip
 
     def _stepped(self, event: Stepped) -> None:
         output, self._stats = event.output, event.stats
-        self._num_steps += 1
-        self._num_tokens += len(output.tokens)
+        self._gauges.count(output)
         by_handle, unjournalled = self._by_handle, self._unjournalled
         for token in output.tokens:
             live = by_handle.get(token.handle)
@@ -344,31 +266,25 @@ class Front:
             if live.output.feed(token.token_id, token.logprob):
                 self._succeed(live, FinishReason.STOP)
         for handle, finish in output.finished:
-            live = by_handle.get(handle)
-            if live is not None:
+            if live := by_handle.get(handle):
                 self._succeed(live, _REASONS[finish], in_engine=False)
         for fault in output.faults:
-            live = by_handle.get(fault.handle)
-            if live is not None:
+            if live := by_handle.get(fault.handle):
                 failure = Failure(code=fault.code, message=fault.message)
                 self._end(live, Outcome(live.lease, State.FAILED, failure=failure), in_engine=False)
-        if self._alone:
-            self._probation(self._alone)
+        self._probation()
 
-    def _probation(self, alone: Alone) -> None:
+    def _probation(self) -> None:
         """A suspect that got beyond the point where its group died is cleared, and others may join it."""
-        live = self._live.get(alone.lease.job_id)
-        if live is None or live.lease != alone.lease:
-            self._alone = None
-        elif not alone.to_its_end:
-            num_new = len(live.output.token_ids) - live.num_inherited
-            if num_new >= self._settings.probation_tokens:
-                self._outbox.clear(alone.lease)
-                self._alone = None
+        lease = self._claimer.suspect()
+        live = self._live.get(lease.job_id) if lease else None
+        if live and len(live.output.token_ids) - live.num_inherited >= self._settings.probation_tokens:
+            self._outbox.clear(live.lease)
+            self._claimer.let_join(live.lease)
 
     def _down(self, event: Down) -> None:
         """The engine has lost everything: hand all jobs back with the tokens that they have."""
-        if self._live or self._info:
+        if self._info is not None:
             logger.warning("group %s is down: %s; %d jobs go back", self._settings.group, event.reason, len(self._live))
         else:
             logger.warning("group %s did not start: %s", self._settings.group, event.reason)
@@ -392,14 +308,13 @@ class Front:
 
     def end(self, job_id: str, state: State, failure: Failure) -> bool:
         """End a job of ours from outside: revoked, refused, timed out.  False if it is not here."""
-        live = self._live.get(job_id)
-        if live is not None:
+        if live := self._live.get(job_id):
             self._end(live, Outcome(live.lease, state, failure=failure))
             return True
         claimed = self._taken.pop(job_id, None)
         if claimed is not None:
             self._outbox.commit(Outcome(claimed.lease, state, failure=failure))
-            self._not_alone(claimed.lease)
+            self._claimer.let_join(claimed.lease)
         return claimed is not None
 
     def cancel_elsewhere(self, job_id: str) -> None:
@@ -417,7 +332,7 @@ class Front:
     def _forget(self, live: Live, *, in_engine: bool = True) -> None:
         del self._live[live.lease.job_id], self._by_handle[live.handle]
         self._unjournalled.pop(live.lease.job_id, None)
-        self._not_alone(live.lease)
+        self._claimer.let_join(live.lease)
         if in_engine and self._info is not None:
             self._cancel(live.handle)
 
@@ -428,27 +343,22 @@ class Front:
             self._cancels.append(handle)
         self._admits = unsent
 
-    def _not_alone(self, lease: Lease) -> None:
-        if self._alone and self._alone.lease == lease:
-            self._alone = None
-
     # ---- handing back
-
-    def hand_back(self, leases: Iterable[Lease] | None = None, *, reason: str = "draining") -> None:
-        """Return jobs (default: all) to the queue at once, with their tokens; the attempt is not charged."""
-        wanted = None if leases is None else {lease.job_id for lease in leases}
-        live = [live for job_id, live in self._live.items() if wanted is None or job_id in wanted]
-        self._return(live, ReleaseReason.DRAINED, reason)
-        taken = [claimed for job_id, claimed in self._taken.items() if wanted is None or job_id in wanted]
-        for claimed in taken:
-            del self._taken[claimed.lease.job_id]
-            self._not_alone(claimed.lease)
-            self._outbox.release([claimed.lease], ReleaseReason.DRAINED)
-            self._watcher.gone(claimed.lease, reason)
 
     def drain(self) -> None:
         """Claim nothing more."""
         self._draining = True
+
+    def hand_back(self, leases: Iterable[Lease] | None = None, *, reason: str = "draining") -> None:
+        """Return jobs (default: all) to the queue at once, with their tokens; the attempt is not charged."""
+        wanted = {lease.job_id for lease in leases} if leases is not None else {*self._live, *self._taken}
+        live = [live for job_id, live in self._live.items() if job_id in wanted]
+        self._return(live, ReleaseReason.DRAINED, reason)
+        for claimed in [claimed for job_id, claimed in self._taken.items() if job_id in wanted]:
+            del self._taken[claimed.lease.job_id]
+            self._claimer.let_join(claimed.lease)
+            self._outbox.release([claimed.lease], ReleaseReason.DRAINED)
+            self._watcher.gone(claimed.lease, reason)
 
     def _return(self, jobs: list[Live], reason: ReleaseReason, why: str) -> None:
         for live in jobs:
@@ -465,22 +375,24 @@ class Front:
         now = self._clock()
         self._expire(now)
         for due in (self._check, self._keep_leases, self._beat):
-            try:
+            with contextlib.suppress(StoreUnavailable):
                 due(now)
-            except StoreUnavailable:
-                continue
 
     def wake_in(self) -> float:
-        """Seconds until `tick` and `take` have something to do."""
+        """Seconds until `tick`, `take` or `flush` has something to do."""
         now = self._clock()
-        at = min(self._beat_at, self._renew_at if self._live else now + 1.0)
+        at = min(self._beat_at, now + LONGEST_SLEEP_S)
+        if self._live:
+            at = min(at, self._renew_at)
         if self._unjournalled:
             at = min(at, self._journal_at)
+        if self._outbox:
+            at = min(at, self._deliver_at)
         if self._deadlines:
             at = min(at, self._deadlines[0][0])
         if self.room() > 0:
-            at = min(at, self._claim_at)
-        return max(at - now, AWAY_POLL_S if self._link.away else 0.001)
+            at = min(at, self._claimer.at)
+        return max(at - now, LONGEST_SLEEP_S if self._link.away else 0.001)
 
     def _check(self, _now: float) -> None:
         """Refuse a Redis that would lose jobs, before the first claim."""
@@ -542,26 +454,9 @@ class Front:
         if now < self._beat_at:
             return
         self._beat_at = now + BEAT_EVERY_S
-        self._count_rates(now)
+        self._gauges.turn_over()
         self._link.call(self._store.beat, self.beat())
         self._sweeper.tick()
-
-    def beat(self) -> GroupBeat:
-        return GroupBeat(
-            group=self._settings.group,
-            model=self._queue,
-            running=len(self._live),
-            capacity=self.capacity,
-            epoch=self._group.epoch,
-            state=self.state,
-            info=self.details(),
-        )
-
-    def _count_rates(self, now: float) -> None:
-        seconds = max(now - self._counted_at, 1e-3)
-        self._rates = (self._num_steps / seconds, self._num_tokens / seconds)
-        self._num_steps = self._num_tokens = 0
-        self._counted_at = now
 
     # ---- out
 
@@ -570,17 +465,15 @@ class Front:
         if self._admits or self._cancels:
             self._group.submit(admit=self._admits, cancel=self._cancels)
             self._admits, self._cancels = [], []
-        self._collect_tokens()
-        if self._outbox:
-            self._deliver()
-
-    def _collect_tokens(self) -> None:
         now = self._clock()
         if self._unjournalled and (now >= self._journal_at or self._draining):
             for live in self._unjournalled.values():
                 self._outbox.append(live.lease, live.output.take())
             self._unjournalled.clear()
             self._journal_at = now + self._journal_every_s
+        if self._outbox and (now >= self._deliver_at or self._draining):
+            self._deliver()
+            self._deliver_at = now + (CROWDED_DELIVERY_S if self._crowded else 0.0)
 
     def _deliver(self) -> None:
         delivery = Delivery()
@@ -589,56 +482,3 @@ class Front:
         for outcome, verdict in delivery.verdicts:
             self._watcher.ended(outcome, verdict)
         self._obey(delivery.cancelled, delivery.lost)
-
-
-_REASONS = {Finish.STOP: FinishReason.STOP, Finish.LENGTH: FinishReason.LENGTH}
-
-
-def _tokens(job: Job, text: Text) -> tuple[int, ...]:
-    if job.token_ids is not None:
-        return job.token_ids
-    if job.messages is not None:
-        return text.encode_chat(job.messages)
-    assert job.prompt is not None
-    return text.encode(job.prompt)
-
-
-def _fit(job: Job, prompt: Sequence[int], info: EngineInfo) -> int:
-    """max_tokens as far as the model's context goes; raises if the job can never run on this group."""
-    if not prompt:
-        raise BadRequest("the prompt has no tokens")
-    if job.token_ids is not None and max(prompt) >= info.vocab_size:
-        raise BadRequest(f"token id {max(prompt)} is not in the vocabulary of {info.vocab_size}")
-    room = info.max_model_len - len(prompt)
-    if room < 1:
-        raise PromptTooLong(
-            f"the prompt has {len(prompt)} tokens; the limit is {info.max_model_len - 1}"
-            f" (max_model_len {info.max_model_len}, and one to generate)"
-        )
-    max_tokens = min(job.sampling.max_tokens, room)
-    if len(prompt) + max_tokens > info.kv_tokens:
-        raise PromptTooLong(
-            f"prompt ({len(prompt)}) and max_tokens ({max_tokens}) need {len(prompt) + max_tokens} tokens;"
-            f" the KV pool holds {info.kv_tokens}: lower max_tokens or shorten the prompt"
-        )
-    return max_tokens
-
-
-def _params(job: Job, job_id: str, max_tokens: int) -> SamplingParams:
-    wanted = job.sampling
-    return SamplingParams(
-        max_tokens=max_tokens,
-        temperature=wanted.temperature,
-        top_p=wanted.top_p,
-        top_k=wanted.top_k,
-        min_p=wanted.min_p,
-        seed=seed_of(job_id) if wanted.seed is None else wanted.seed,
-        stop_token_ids=wanted.stop_token_ids,
-        ignore_eos=wanted.ignore_eos,
-        logprobs=wanted.logprobs,
-    )
-
-
-def seed_of(job_id: str) -> int:
-    """The seed of a job that names none: the same on every attempt and every group."""
-    return int.from_bytes(hashlib.blake2b(job_id.encode(), digest_size=8).digest(), "big") >> 1

@@ -121,8 +121,8 @@ def _payload(plan: StepPlan) -> bytes:
     for request in plan.admit:
         handle, prompt, generated, sampling = pack_request(request)
         rows.append([handle, len(prompt), len(generated), sampling])
-        tokens.extend(prompt)
-        tokens.extend(generated)
+        tokens += array("i", prompt)
+        tokens += array("i", generated)
     if sys.byteorder == "big":
         tokens.byteswap()
     head = json.dumps([rows, plan.cancel], separators=(",", ":")).encode()
@@ -162,18 +162,21 @@ class Inbox:
         self._entries.extend(cancel)
 
     def take(self, step: int) -> StepPlan:
-        """The next plan: as much as one plan should carry, at least one entry if there is any."""
-        admit: list[Request] = []
+        """The next plan: as much as one plan should carry, at least one entry if there is any.
+
+        A request that is cancelled before it has left never leaves, so a plan holds no handle twice.
+        """
+        admit: dict[int, Request] = {}
         cancel: list[int] = []
         num_tokens = 0
         while self._entries and num_tokens < PLAN_TOKENS:
             entry = self._entries.popleft()
             if isinstance(entry, Request):
-                admit.append(entry)
+                admit[entry.handle] = entry
                 num_tokens += len(entry.prompt) + len(entry.generated)
-            else:
+            elif admit.pop(entry, None) is None:
                 cancel.append(entry)
-        return StepPlan(step, tuple(admit), tuple(cancel))
+        return StepPlan(step, tuple(admit.values()), tuple(cancel))
 
 
 class Follower:
@@ -275,7 +278,7 @@ class DistributedChannel:
         return host, host.to(self._device)
 
     def _to_device(self, host: "Tensor", tensor: "Tensor") -> "Tensor":
-        return tensor if host is tensor else tensor.copy_(host, non_blocking=True)
+        return tensor if host is tensor else tensor.copy_(host)  # blocking: the next plan reuses the host's buffer
 
     def _bytes(self, host: "Tensor", tensor: "Tensor") -> bytes:
         if host is not tensor:

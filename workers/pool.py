@@ -39,6 +39,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
         self.settings: WorkerSettings = self.app.settings
         self.queue = self.settings.queue
         self.limit = self.settings.max_num_seqs
+        self.front: Any = None
         self._requests: dict[str, PromptRequest] = {}
         self._deliver: Callable[[ClaimedMessage], None] | None = None
         self._hub: Any = None
@@ -75,6 +76,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
         self._requests[request.id] = request
         if self.front.admit(request.claimed, request.envelope):
             request.accepted()
+        request.claimed = request.envelope = None  # the prompt may be large, and is in the engine now
 
     def on_apply(self, target: Any, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("this pool runs prompts only")
@@ -164,8 +166,14 @@ class EnginePool(BasePool):  # type: ignore[misc]
 
     def _hand_in(self, claimed: Claimed) -> None:
         envelope = self.front.open(claimed)
-        if envelope is not None and self._deliver is not None:
+        if envelope is None or self._deliver is None:
+            return
+        try:
             self._deliver(ClaimedMessage(claimed, envelope))
+        except Exception:
+            # Headers are bytes from outside: whatever Celery makes of them must not end the worker.
+            logger.exception("Celery cannot take job %s", claimed.lease.job_id)
+        self.front.refuse(claimed.lease, BadRequest("Celery did not accept the message"))  # unless it did
 
     # ---- the task queue, for the transport
 
@@ -207,6 +215,8 @@ class EnginePool(BasePool):  # type: ignore[misc]
     def _on_signal(self, celerys: Any) -> Callable[[int, Any], None]:
         def handle(number: int, frame: Any) -> None:
             self._num_signals += 1
+            if self.front is not None:
+                self.front.drain()
             if self._num_signals == 1 and number != signal.SIGQUIT and callable(celerys):
                 celerys(number, frame)
                 return

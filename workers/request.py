@@ -118,7 +118,7 @@ def strategy(task: Any, app: Any, consumer: Any) -> Callable[..., None]:
         request.claimed, request.envelope = message.claimed, message.envelope
         if (request.expires or request.id in revoked) and request.revoked():
             return
-        logger.debug("job %s attempt %d is claimed", request.id, request.claimed.lease.attempt)
+        logger.debug("job %s attempt %d is claimed", request.id, message.claimed.lease.attempt)
         if signals.task_received.receivers:
             signals.task_received.send(sender=consumer, request=request)
         if request._watched:

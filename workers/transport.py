@@ -12,10 +12,11 @@ from typing import Any, Protocol
 from kombu.exceptions import ChannelError
 from kombu.message import Message
 from kombu.transport import redis, virtual
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from hortator.producer.store import Claimed, Lease
 from hortator.workers.envelope import Envelope
-
 
 REDACTED = "(redacted)"
 
@@ -115,6 +116,10 @@ class Channel(redis.Channel):  # type: ignore[misc]
         if isinstance(raw_message, ClaimedMessage):
             return raw_message
         return super().message_to_python(raw_message)
+
+    def _connparams(self, asynchronous: bool = False) -> Any:
+        """redis-py would wait and retry for seconds inside one call; the front must go on meanwhile."""
+        return super()._connparams(asynchronous=asynchronous) | {"retry": Retry(NoBackoff(), 0)}
 
     def close(self) -> None:
         if self._claim_tags:

@@ -92,7 +92,7 @@ class RedisRig(Rig):
     def __init__(self, url: str) -> None:
         self.url = url
         self.names = Names(NAMESPACE)
-        self.redis: redis.Redis = redis.Redis.from_url(url)
+        self.redis: Any = redis.Redis.from_url(url)
         self._rules = Rules()
         self._stores: list[RedisStore] = []
         self.rule()
@@ -113,6 +113,9 @@ class RedisRig(Rig):
         store = RedisStore(self.url, namespace=NAMESPACE, rules=self._rules, timeout_s=10, connect_timeout_s=5)
         self._stores.append(store)
         return store
+
+    def all_keys(self, pattern: str = "*") -> list[str]:
+        return [raw.decode() for raw in self.redis.keys(pattern)]
 
     def close(self) -> None:
         for store in self._stores:

@@ -4,13 +4,19 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.producer.api_process import Api, job, served
+from hortator.producer.embedded import EmbeddedRedis
+from tests.producer.api_process import Api, job, newest, served
+
+
+@pytest.fixture(scope="module")
+def server(redis_servers: dict[str, EmbeddedRedis]) -> Iterator[Api]:
+    with served(newest(redis_servers)) as running:
+        yield running
 
 
 @pytest.fixture
-def api(newest_redis_url: str) -> Iterator[Api]:
-    with served(newest_redis_url) as running:
-        yield running
+def api(server: Api) -> Api:
+    return server.fresh()
 
 
 def test_queues_show_what_waits_what_runs_and_who_is_alive(api: Api) -> None:
@@ -60,12 +66,12 @@ def test_a_full_queue_says_when_to_come_back(api: Api, monkeypatch: pytest.Monke
     assert answer.headers["retry-after"] == "7"
 
 
-def test_metrics_hold_the_queues_and_the_requests_by_route_not_by_id(api: Api) -> None:
-    job_id = api.submit()
-    api.worker.beat()
-    api.http.get(f"/v1/jobs/{job_id}")
-    api.http.get("/no/such/route")
-    answer = api.http.get("/metrics")
+def test_metrics_hold_the_queues_and_the_requests_by_route_not_by_id(newest_redis_url: str) -> None:
+    with served(newest_redis_url) as api:
+        job_id = api.submit()
+        api.http.get(f"/v1/jobs/{job_id}")
+        api.http.get("/no/such/route")
+        answer = api.http.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
     lines = answer.text.splitlines()
     assert 'hortator_queue_depth{model="demo"} 1.0' in lines

@@ -8,6 +8,9 @@ import httpx
 import pytest
 
 from hortator.producer.embedded import EmbeddedRedis
+from hortator.producer.errors import StoreUnavailable
+from hortator.producer.redis_store import AsyncRedisStore
+from hortator.producer.schema import Chunk
 from hortator.producer.store import ReleaseReason
 from tests.producer.api_process import Api, Event, events, newest, served, wait_for
 
@@ -157,6 +160,22 @@ def test_a_wrong_last_event_id_is_refused(api: Api, position: str) -> None:
     job_id = api.submit()
     answer = api.http.get(f"/v1/jobs/{job_id}/tokens", headers={"last-event-id": position})
     assert answer.status_code == 400
+
+
+def test_a_journal_that_cannot_be_read_for_a_moment_is_read_again(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = api.submit()
+    api.worker.run_one(["a", "b"])
+    real, calls = AsyncRedisStore.chunks, []
+
+    async def shaky(self: AsyncRedisStore, job_id: str, *, after: int = 0) -> list[Chunk]:
+        calls.append(after)
+        if len(calls) <= 2:
+            raise StoreUnavailable("away for a moment")
+        return await real(self, job_id, after=after)
+
+    monkeypatch.setattr(AsyncRedisStore, "chunks", shaky)
+    assert text(read(api, job_id)) == "ab"
+    assert len(calls) == 3
 
 
 def test_when_the_journal_has_expired_the_result_stands_in_for_it(api: Api) -> None:

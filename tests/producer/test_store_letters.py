@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ class Canary:
         return os.mkdir, (str(self.path),)
 
 
-def headers(**changes: object) -> dict[str, object]:
+def headers(**changes: Any) -> dict[str, Any]:
     return {"task": "llm.generate", "id": "bad-1"} | changes
 
 
@@ -62,9 +63,10 @@ WITHOUT_ID = [
     json.dumps({"headers": {"id": "fat", "argsrepr": "x" * 100_000}, "body": "", "properties": {}}).encode(),
 ]
 
+untyped: dict[str, Any] = {"content-type": None}
 WITH_ID = [
     foreign("bad-1", **{"content-type": "application/x-python-serialize"}),
-    foreign("bad-1", **{"content-type": None}),
+    foreign("bad-1", **untyped),
     foreign("bad-1", body=None),
     foreign("bad-1", body={"prompt": "x"}),
     foreign("bad-1", properties=[1]),

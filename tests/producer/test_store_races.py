@@ -1,9 +1,11 @@
 """Cancel, commit, deadline, sweep and duplicates at the same moment: exactly one terminal state, told once."""
 
+import itertools
 import random
 import threading
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 from hortator.producer.schema import Failure, State
 from hortator.producer.store import Lease, Outcome, ReleaseReason, Store, Verdict
@@ -41,7 +43,7 @@ def other(rig: Rig) -> Store:
 def test_of_cancel_commit_and_deadline_exactly_one_wins(rig: Rig) -> None:
     rig.rule(deadline_grace_s=0.0)
     announced: Counter[str] = Counter()
-    pubsub = rig.redis.pubsub(ignore_subscribe_messages=True) if isinstance(rig, RedisRig) else None  # type: ignore[no-untyped-call]
+    pubsub = rig.redis.pubsub(ignore_subscribe_messages=True) if isinstance(rig, RedisRig) else None
     if pubsub:
         pubsub.psubscribe("*celery-task-meta-*")
     stores = [other(rig) for _ in range(4)]
@@ -76,11 +78,11 @@ def test_of_cancel_commit_and_deadline_exactly_one_wins(rig: Rig) -> None:
                 store.statuses(asked)
 
         together(
-            lambda r=running, v=verdicts: commits(stores[0], r, v),  # type: ignore[misc]
-            lambda v=verdicts: claims_and_commits(stores[1], v),  # type: ignore[misc]
-            lambda i=ids: cancels(stores[2], i),  # type: ignore[misc]
-            lambda: expires(stores[3]),
-            lambda i=ids: asks(rig.store, i),  # type: ignore[misc]
+            partial(commits, stores[0], running, verdicts),
+            partial(claims_and_commits, stores[1], verdicts),
+            partial(cancels, stores[2], ids),
+            partial(expires, stores[3]),
+            partial(asks, rig.store, ids),
         )
         rig.wait(0.08)
         rig.store.sweep()
@@ -109,8 +111,8 @@ def test_many_claimers_never_share_a_job(rig: Rig) -> None:
         while jobs := store.claim(MODEL, owner=str(owner), limit=7, lease_s=60, idle=True).jobs:
             taken[owner] += [one.lease.job_id for one in jobs]
 
-    together(*(lambda s=other(rig), n=n: claims(s, n) for n in range(4)))  # type: ignore[misc]
-    assert sorted(sum(taken, [])) == sorted(ids)
+    together(*(partial(claims, other(rig), n) for n in range(4)))
+    assert sorted(itertools.chain.from_iterable(taken)) == sorted(ids)
 
 
 def test_of_concurrent_submits_with_one_idempotency_key_one_job_comes(rig: Rig) -> None:
@@ -123,7 +125,7 @@ def test_of_concurrent_submits_with_one_idempotency_key_one_job_comes(rig: Rig) 
         for i in range(50):
             got.append(f"{i} {store.enqueue([job('x', idempotency_key=str(i))])[0].job_id}")
 
-    together(*(lambda s=store: submits(s) for store in stores))  # type: ignore[misc]
+    together(*(partial(submits, store) for store in stores))
     assert len(set(got)) == 50
     assert rig.depth() == 50
 
@@ -151,7 +153,7 @@ def test_jobs_that_wander_between_leaders_are_all_finished_once(rig: Rig) -> Non
                     with lock:
                         finished[one.lease.job_id] += 1
 
-    together(*(lambda s=other(rig), n=n: leads(s, str(n), n) for n in range(3)))  # type: ignore[misc]
+    together(*(partial(leads, other(rig), str(n), n) for n in range(3)))
     leads(rig.store, "last", 99)
     assert set(finished) == set(ids)
     assert set(finished.values()) == {1}

@@ -1,7 +1,6 @@
 """The memory twin and Redis do the same under the same calls, whatever their order."""
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ from hortator.producer.errors import HortatorError
 from hortator.producer.schema import Failure, State, Status
 from hortator.producer.store import Claim, Lease, Outcome, ReleaseReason
 from tests.conftest import flushed
-from tests.producer.rig import MODEL, MemoryRig, RedisRig, Rig, done, foreign, job, tokens
+from tests.producer.rig import MemoryRig, RedisRig, Rig, done, foreign, job, tokens
 
 LATER_S = 1000  # no time passes here: deadlines and leases have tests of their own
 PRIORITIES = ("interactive", "standard", "batch")
@@ -166,12 +165,12 @@ class Twins(RuleBasedStateMachine):
 
 
 @pytest.fixture
-def machine(redis_server: EmbeddedRedis) -> Iterator[type[Twins]]:
-    yield type("Machine", (Twins,), {"url": flushed(redis_server)})
+def machine(redis_server: EmbeddedRedis) -> type[Twins]:
+    return type("Machine", (Twins,), {"url": flushed(redis_server)})
 
 
 def test_the_twins_agree(machine: type[Twins]) -> None:
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         machine,
         settings=settings(
             max_examples=int(os.environ.get("HORTATOR_TEST_EXAMPLES", "12")),  # hundreds by hand

@@ -5,9 +5,11 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from hortator.producer import Job, Sampling
 from tests.together.fleet import LEASE_S, REPOSITORY, Fleet, alive, assert_all_right, wait_for
 
 LONG = 150  # tokens of a job that is killed in its middle: about 3 s of generation
@@ -36,7 +38,10 @@ def test_a_killed_leader_loses_no_job_when_another_group_serves_the_model(fleet:
     victim.signal(signal.SIGKILL)
     wait_for("ranks of the killed leader gone", lambda: not any(map(alive, ranks)), 2.0)
     killed = time.monotonic()
-    again = lambda: sum(s.attempt == 2 for s in fleet.store.statuses(list(asked)) if s)  # noqa: E731
+
+    def again() -> int:
+        return sum(s.attempt == 2 for s in fleet.store.statuses(list(asked)) if s)
+
     wait_for("its jobs are run elsewhere", lambda: again() > 0, 5.0 + LEASE_S)
     assert time.monotonic() - killed < 5.0 + LEASE_S
     done = fleet.finished(list(asked))
@@ -78,6 +83,34 @@ def test_a_killed_peer_takes_its_group_down_and_up_again(fleet: Fleet) -> None:
     leader.ready(after_epoch=epoch)
     assert_all_right(fleet.finished(list(asked)), asked, LONG)
     assert leader.process.poll() is None
+
+
+def test_greedy_and_seeded_jobs_end_the_same_with_and_without_a_crash(fleet: Fleet) -> None:
+    model: dict[str, Any] = {
+        "engine": "paged",
+        "model": "demo",
+        "model_path": REPOSITORY / "demo" / "model",
+        "max_model_len": 512,
+    }
+    leader = fleet.worker("one", **model).ready()
+    jobs = [
+        Job(model="demo", prompt="count(744,842)=", sampling=Sampling(max_tokens=400)),
+        Job(model="demo", prompt="12+30=", sampling=Sampling(max_tokens=300, temperature=5.0, seed=7, ignore_eos=True)),
+    ]
+    untouched = texts(fleet, [handle.id for handle in fleet.client.enqueue_many(jobs)])
+    assert untouched[0] == " ".join(map(str, range(744, 843)))
+    ids = [handle.id for handle in fleet.client.enqueue_many(jobs)]
+    fleet.progressed(ids, 40)
+    os.kill(leader.ranks()[1], signal.SIGKILL)
+    assert texts(fleet, ids) == untouched
+    assert {fleet.status(job_id).attempt for job_id in ids} == {2}
+
+
+def texts(fleet: Fleet, job_ids: list[str]) -> list[str]:
+    """The answers, in order, when all are there."""
+    done = fleet.finished(job_ids, timeout_s=90)
+    results = [done[job_id].result for job_id in job_ids]
+    return [result.text for result in results if result is not None]
 
 
 def test_a_stopped_peer_is_noticed_within_seconds(fleet: Fleet) -> None:

@@ -115,6 +115,7 @@ def test_inspect_works_without_a_model(worker: Worker, server: EmbeddedRedis) ->
         capture_output=True,
         text=True,
         timeout=30,
+        check=False,
     )
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert "pong" in answer.stdout

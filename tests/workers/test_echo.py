@@ -81,8 +81,8 @@ def test_no_more_than_max_num_seqs_run_and_the_others_follow_in_order() -> None:
 
 def test_a_cancelled_job_says_nothing_more_wherever_it_is() -> None:
     driver = Driver(EchoEngine(max_num_seqs=1, tokens_per_step=1))
-    driver.step(request(1, max_tokens=9), request(2), cancel=(2,))
-    driver.step(cancel=(1, 99))
+    driver.step(request(1, max_tokens=9), request(2))
+    driver.step(cancel=(1, 2, 99))
     assert driver.engine.idle
     assert (driver.said, driver.finished) == ({1: b"a"}, {})
 

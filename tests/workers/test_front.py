@@ -7,7 +7,7 @@ import pytest
 from hortator.producer.schema import FinishReason, State
 from hortator.producer.store import Verdict
 from hortator.workers.engine.step import Finish
-from hortator.workers.front import seed_of
+from hortator.workers.intake import seed_of
 from tests.workers.leader import EOS, MODEL, Leader
 from tests.workers.messages import message
 
@@ -519,8 +519,8 @@ def test_a_redis_that_hangs_is_not_asked_again_at_once() -> None:
 
             return call
 
-    leader.front._store = Hanging()  # type: ignore[assignment]
-    leader.front._outbox._store = Hanging()  # type: ignore[assignment]
+    for part in (leader.front, leader.front._outbox, leader.front._claimer, leader.front._sweeper):
+        part._store = Hanging()  # type: ignore[assignment]
     for _ in range(50):
         leader.step("a", after_s=0.01)
     assert asked < 10

@@ -80,6 +80,15 @@ def test_garbage_is_refused(garbage: bytes) -> None:
         decode_plan(garbage)
 
 
+@pytest.mark.parametrize("surplus", [-4, 4, 2])
+def test_tokens_that_do_not_add_up_are_refused(surplus: int) -> None:
+    frame = encode_plan(PLAN, epoch=1, digest=0)
+    frame = frame[:surplus] if surplus < 0 else frame + bytes(surplus)
+    frame = frame[:20] + struct.pack("<I", len(frame) - 32) + frame[24:]
+    with pytest.raises(LockstepError, match="cannot be read"):
+        decode_plan(frame)
+
+
 def test_an_announced_size_beyond_the_bound_is_refused() -> None:
     with pytest.raises(LockstepError, match="limit"):
         Header.read(struct.pack("<4sHHIQIQ", b"HRTP", 1, 0, 1, 1, MAX_PLAN_BYTES + 1, 0))
@@ -149,8 +158,14 @@ def test_a_cancel_never_overtakes_its_admission() -> None:
 def test_everything_that_fits_goes_into_one_plan() -> None:
     inbox = Inbox()
     inbox.put([request(1)], [])
-    inbox.put([request(2)], [1])
-    assert inbox.take(4) == StepPlan(4, (request(1), request(2)), (1,))
+    inbox.put([request(2)], [9])
+    assert inbox.take(4) == StepPlan(4, (request(1), request(2)), (9,))
+
+
+def test_a_request_that_is_cancelled_before_it_left_never_leaves() -> None:
+    inbox = Inbox()
+    inbox.put([request(1), request(2)], [1])
+    assert inbox.take(4) == StepPlan(4, (request(2),))
 
 
 # --- channels

@@ -62,14 +62,14 @@ class EchoEngine:
         return not self._waiting and not self._running
 
     def apply(self, plan: StepPlan) -> int:
+        for handle in plan.cancel:
+            self._drop(handle)
         for request in plan.admit:
             fault = refusal(request, self._info)
             if fault is None:
                 self._waiting[request.handle] = request
             else:
                 self._faults.append(fault)
-        for handle in plan.cancel:
-            self._drop(handle)
         self._schedule()
         admitted = tuple((r.handle, r.prompt, r.generated) for r in plan.admit)
         self._digest = hash((self._digest, plan.step, admitted, plan.cancel))

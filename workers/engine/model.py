@@ -24,6 +24,8 @@ from .parallel import Cut, Ranks, check_divides, cut_of, parallel_linear
 
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+# What a config.json may say about forward's output; ours is the only caller.
+_FORWARD_OPTIONS = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -84,7 +86,9 @@ def read_config(model_path: Path, *, dtype: str = "auto") -> ModelConfig:
     raw = read_json(model_path / "config.json")
     architecture = _architecture(raw, model_path)
     try:
-        hf = transformers.AutoConfig.from_pretrained(model_path, trust_remote_code=False, local_files_only=True)
+        hf = transformers.AutoConfig.from_pretrained(
+            model_path, trust_remote_code=False, local_files_only=True, **_FORWARD_OPTIONS
+        )
     except Exception as error:  # transformers raises whatever its validators raise
         raise ConfigError(f"transformers cannot read {model_path / 'config.json'}: {error}") from error
     rope = (getattr(hf, "rope_parameters", None) or {}).get("rope_type", "default")

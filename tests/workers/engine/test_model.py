@@ -130,6 +130,14 @@ def test_the_refusal_reaches_whoever_starts_the_rank(checkpoints: dict[str, Chec
         build(odd.path, TwoRanks(0, 0))
 
 
+@pytest.mark.parametrize(
+    "option", [{"return_dict": False}, {"output_hidden_states": True}, {"output_attentions": True}]
+)
+def test_what_the_config_says_about_outputs_does_not_matter(option: dict[str, bool], copy: Path) -> None:
+    edit(copy / "config.json", **option)
+    assert run(build(copy), [Request(1, (3, 4), SamplingParams(max_tokens=2))]).finished
+
+
 def test_eos_ids_come_from_the_generation_config_first(copy: Path) -> None:
     edit(copy / "generation_config.json", eos_token_id=[7, 9])
     assert read_config(copy).eos_token_ids == (7, 9)

@@ -1,0 +1,92 @@
+"""When to claim, and how much: the pace of an idle leader, suspects that must run alone, and room in the engine."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hortator.producer.errors import StoreUnavailable
+from hortator.producer.store import Claim, ClaimMode, Lease, Store
+from hortator.workers.engine.step import EngineInfo, EngineStats
+from hortator.workers.link import Link
+from hortator.workers.settings import WorkerSettings
+
+# How soon a queue is asked again that gave less than there was room for: after a job, after none, after none for long.
+EAGER_POLL_S, BUSY_POLL_S, IDLE_POLL_S = 0.002, 0.005, 0.020
+BUSY_FOR_S = 2.0
+OVERCLAIM = 0.25  # jobs beyond max_num_seqs that may wait inside the engine, so that a freed row is refilled at once
+
+
+@dataclass(slots=True)
+class _Alone:
+    """A suspect that runs with nothing beside it."""
+
+    lease: Lease
+    to_its_end: bool
+
+
+class Claimer:
+    """Asks the store for jobs of one queue."""
+
+    def __init__(self, store: Store, link: Link, settings: WorkerSettings, *, clock: Callable[[], float]) -> None:
+        self.at = clock()  # not to be asked before
+        self._store = store
+        self._link = link
+        self._settings = settings
+        self._clock = clock
+        self._busy_until = 0.0
+        self._alone: _Alone | None = None
+        self._waits_for_idle = False  # a suspect needs an empty group
+        self._redis_minus_clock_ms = 0.0
+
+    def room(self, num_live: int, info: EngineInfo, stats: EngineStats | None) -> int:
+        """How many jobs to claim now."""
+        if self._alone or (self._waits_for_idle and num_live):
+            return 0
+        spare = max(1, int(info.max_num_seqs * OVERCLAIM))
+        if stats and stats.waiting >= spare:
+            return 0  # rows are free, but not the KV blocks to fill them
+        return max(0, info.max_num_seqs + spare - num_live)
+
+    def claim(self, room: int, *, idle: bool, crowded: bool) -> Claim | None:
+        """Up to `room` jobs; None if it is too early to ask, or Redis is away.  `crowded`: better many than soon."""
+        now = self._clock()
+        if room <= 0 or now < self.at:
+            return None
+        try:
+            claim = self._ask(room, idle=idle)
+        except StoreUnavailable:
+            self.at = now + IDLE_POLL_S
+            return None
+        if claim.jobs:
+            self._busy_until = now + BUSY_FOR_S
+        if len(claim.jobs) < room:
+            self.at = now + self._pause_s(now, len(claim.jobs), crowded=crowded)
+        return claim
+
+    def clock_of(self, redis_ms: int) -> float:
+        """A time of Redis on the front's clock."""
+        return (redis_ms - self._redis_minus_clock_ms) / 1000
+
+    def suspect(self) -> Lease | None:
+        """The job that must pass its probation, if one runs alone for that."""
+        return self._alone.lease if self._alone and not self._alone.to_its_end else None
+
+    def let_join(self, lease: Lease) -> None:
+        """This job is cleared, or has left: others may be claimed."""
+        if self._alone and self._alone.lease == lease:
+            self._alone = None
+
+    def _ask(self, room: int, *, idle: bool) -> Claim:
+        settings = self._settings
+        claim = self._link.call(
+            self._store.claim, settings.queue, owner=settings.group, limit=room, lease_s=settings.lease_s, idle=idle
+        )
+        self._redis_minus_clock_ms = claim.now_ms - self._clock() * 1000
+        self._waits_for_idle = claim.mode is ClaimMode.DRAIN
+        if claim.mode is ClaimMode.ALONE:
+            self._alone = _Alone(claim.jobs[0].lease, claim.full_run_alone)
+        return claim
+
+    def _pause_s(self, now: float, num_claimed: int, *, crowded: bool) -> float:
+        if num_claimed and not crowded:
+            return EAGER_POLL_S
+        return BUSY_POLL_S if now < self._busy_until else IDLE_POLL_S

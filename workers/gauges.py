@@ -1,0 +1,43 @@
+"""What a group says of itself, for people: in its beat and in `inspect stats`."""
+
+from collections.abc import Callable
+from typing import Any
+
+from hortator.workers.engine.step import EngineStats, StepOutput
+from hortator.workers.group import Group
+
+
+class Gauges:
+    """Counts steps and tokens between two beats."""
+
+    def __init__(self, group: Group, clock: Callable[[], float]) -> None:
+        self._group = group
+        self._clock = clock
+        self._since = clock()
+        self._num_steps = self._num_tokens = 0
+        self._steps_per_s = self._tokens_per_s = 0.0
+
+    def count(self, output: StepOutput) -> None:
+        self._num_steps += 1
+        self._num_tokens += len(output.tokens)
+
+    def turn_over(self) -> None:
+        """Rates are those since the last call."""
+        now = self._clock()
+        seconds = max(now - self._since, 1e-3)
+        self._steps_per_s, self._tokens_per_s = self._num_steps / seconds, self._num_tokens / seconds
+        self._num_steps = self._num_tokens = 0
+        self._since = now
+
+    def read(self, stats: EngineStats | None) -> dict[str, Any]:
+        failure = self._group.last_failure
+        kv_use = 1 - stats.free_blocks / stats.total_blocks if stats and stats.total_blocks else 0.0
+        return {
+            "steps_per_s": round(self._steps_per_s, 1),
+            "tokens_per_s": round(self._tokens_per_s, 1),
+            "kv_use": round(kv_use, 3),
+            "waiting": stats.waiting if stats else 0,
+            "preemptions": stats.preemptions if stats else 0,
+            "pids": list(self._group.pids.values()),
+            "last_failure": str(failure) if failure else None,
+        }

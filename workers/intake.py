@@ -1,0 +1,89 @@
+"""From a job to what the engine is asked; the errors name the real limits."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hortator.producer.errors import BadRequest, PromptTooLong
+from hortator.producer.schema import Chunk, Job
+from hortator.producer.store import Lease
+from hortator.workers.engine.step import EngineInfo, Request, SamplingParams
+from hortator.workers.output import Output
+from hortator.workers.text import Text
+
+
+@dataclass(slots=True, eq=False)
+class Live:
+    """A job that the engine has."""
+
+    lease: Lease
+    handle: int
+    output: Output
+    num_prompt: int
+    max_tokens: int
+    num_inherited: int  # tokens of earlier attempts
+    leased_at: float  # on the front's clock: when the lease was last known to be ours
+
+
+def prepare(
+    job: Job, lease: Lease, journal: Sequence[Chunk], *, handle: int, text: Text, info: EngineInfo, now: float
+) -> tuple[Live, Request]:
+    """Tokens, limits and the state in which an earlier attempt left the job.  Raises BadRequest, PromptTooLong."""
+    prompt = _tokens(job, text)
+    max_tokens = _fit(job, prompt, info)
+    sampling = job.sampling
+    ends = frozenset(sampling.stop_token_ids) | frozenset(() if sampling.ignore_eos else info.eos_token_ids)
+    output = Output(text.decoder(), ends=ends, stop=sampling.stop, journal=journal, logprobs=sampling.logprobs)
+    generated = tuple(output.token_ids)
+    live = Live(lease, handle, output, len(prompt), max_tokens, len(generated), now)
+    return live, Request(handle, prompt, _params(job, lease.job_id, max_tokens), generated)
+
+
+def seed_of(job_id: str) -> int:
+    """The seed of a job that names none: the same on every attempt and every group."""
+    return int.from_bytes(hashlib.blake2b(job_id.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _tokens(job: Job, text: Text) -> tuple[int, ...]:
+    if job.token_ids is not None:
+        return job.token_ids
+    if job.messages is not None:
+        return text.encode_chat(job.messages)
+    assert job.prompt is not None
+    return text.encode(job.prompt)
+
+
+def _fit(job: Job, prompt: Sequence[int], info: EngineInfo) -> int:
+    """max_tokens as far as the model's context goes; raises if the job can never run on this group."""
+    if not prompt:
+        raise BadRequest("the prompt has no tokens")
+    if job.token_ids is not None and max(prompt) >= info.vocab_size:
+        raise BadRequest(f"token id {max(prompt)} is not in the vocabulary of {info.vocab_size}")
+    room = info.max_model_len - len(prompt)
+    if room < 1:
+        raise PromptTooLong(
+            f"the prompt has {len(prompt)} tokens; the limit is {info.max_model_len - 1}"
+            f" (max_model_len {info.max_model_len}, and one to generate)"
+        )
+    max_tokens = min(job.sampling.max_tokens, room)
+    if len(prompt) + max_tokens > info.kv_tokens:
+        raise PromptTooLong(
+            f"prompt ({len(prompt)}) and max_tokens ({max_tokens}) need {len(prompt) + max_tokens} tokens;"
+            f" the KV pool holds {info.kv_tokens}: lower max_tokens or shorten the prompt"
+        )
+    return max_tokens
+
+
+def _params(job: Job, job_id: str, max_tokens: int) -> SamplingParams:
+    wanted = job.sampling
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=wanted.temperature,
+        top_p=wanted.top_p,
+        top_k=wanted.top_k,
+        min_p=wanted.min_p,
+        seed=seed_of(job_id) if wanted.seed is None else wanted.seed,
+        stop_token_ids=wanted.stop_token_ids,
+        ignore_eos=wanted.ignore_eos,
+        logprobs=wanted.logprobs,
+    )
