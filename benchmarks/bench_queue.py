@@ -3,7 +3,7 @@
     make bench-queue            or    python benchmarks/bench_queue.py [--rounds 3] [--seconds 5] [--arms hortator]
 
 Every arm gets the same messages from the same driver: 1 KB prompts by LPUSH (XADD for Streams), results awaited by
-pub/sub, each job "generates" for 50 ms.  Closed loop: 256 jobs in flight, what is done per second and what CPU it takes.
+pub/sub, each job "generates" for 50 ms.  Closed loop: 256 jobs in flight, what is done a second and the CPU it takes.
 Open loop: 400 jobs/s, how much longer than 50 ms a job takes.  Arms alternate; the table shows medians of the rounds.
 """
 

@@ -166,14 +166,15 @@ class EmbeddedRedis:
 
     def _launch(self) -> None:
         warden = Path(__file__).with_name("warden.py")
-        self._warden = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(warden), *self._arguments()],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,  # Ctrl-C is for us: the server must still be there while we put things in order
-        )
+        with self.log.open("ab") as log:  # what it says before it opens its log itself
+            self._warden = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(warden), *self._arguments()],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,  # Ctrl-C is for us: the server must be there while we put things in order
+            )
         assert self._warden.stdout is not None
         line = self._warden.stdout.readline()
         self.pid = int(line) if line.strip() else 0

@@ -1,8 +1,8 @@
 """Run one command and end it when whoever started this script is gone, however that happened.
 
 Started as a plain script (`python -I warden.py COMMAND ...`, stdin a pipe that nobody writes to), never imported: it
-must be small and quick.  It prints the child's pid and waits.  The child is told to end when the pipe closes or the
-parent changes, and the kernel kills it if this script itself is killed.
+must be small and quick.  It prints the child's pid and waits; what the child prints goes to stderr.  The child is told
+to end when the pipe closes or the parent changes, and the kernel kills it if this script itself is killed.
 """
 
 import ctypes
@@ -34,7 +34,7 @@ def _end(child: "subprocess.Popen[bytes]") -> None:
 def main() -> int:
     parent = os.getppid()
     # preexec_fn is safe here: this process has one thread, and it is the one whose death the kernel watches.
-    child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent)  # noqa: PLW1509
+    child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, stdout=2, preexec_fn=_die_with_parent)  # noqa: PLW1509
     sys.stdout.write(f"{child.pid}\n")
     sys.stdout.flush()
     wakeup_read, wakeup_write = os.pipe()

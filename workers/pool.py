@@ -44,6 +44,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
         self._deliver: Callable[[ClaimedMessage], None] | None = None
         self._hub: Any = None
         self._timer: Any = None
+        self._timer_at = 0.0
         self._stopping = False
         self._num_signals = 0
         self._now = False  # do not wait for what runs
@@ -68,8 +69,8 @@ class EnginePool(BasePool):  # type: ignore[misc]
     def register_with_event_loop(self, loop: Any) -> None:
         """Called again after every reconnect of the broker."""
         self._hub = loop
-        loop.add_reader(self._group.fileno(), self.turn)
-        self._schedule()
+        loop.add_reader(self._group.fileno(), self._on_readable)
+        self._on_timer()
 
     def run(self, request: PromptRequest) -> None:
         """A request of the consumer goes to the engine."""
@@ -155,6 +156,11 @@ class EnginePool(BasePool):  # type: ignore[misc]
             select.select([self._group.fileno()], [], [], min(left, self.front.wake_in()))
             self.turn()
 
+    def _on_readable(self) -> None:
+        self.turn()
+        if time.monotonic() + self.front.wake_in() < self._timer_at:
+            self._schedule()
+
     def _on_timer(self) -> None:
         self.turn()
         self._schedule()
@@ -162,7 +168,9 @@ class EnginePool(BasePool):  # type: ignore[misc]
     def _schedule(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._hub.call_later(self.front.wake_in(), self._on_timer)
+        delay = self.front.wake_in()
+        self._timer_at = time.monotonic() + delay
+        self._timer = self._hub.call_later(delay, self._on_timer)
 
     def _hand_in(self, claimed: Claimed) -> None:
         envelope = self.front.open(claimed)

@@ -1,16 +1,13 @@
 """One rank of a model group: `python -m hortator.workers.rank`, started by the front.
 
 The order of a rank's life: read the configuration, prove to the front that it is about to run the same as rank 0, meet
-the other ranks, load the engine, then step in lock-step until the front says STOP or is gone.
-
-An idle group is parked: rank 0 waits on its pipe and the peers on the control connection, nobody in a collective.
+the other ranks, load the engine, then step in lock-step (stroke.py) until the front says STOP or is gone.
 """
 
 import ctypes
 import gc
 import importlib
 import os
-import select
 import signal
 import socket
 import traceback
@@ -29,26 +26,15 @@ from hortator.topology.errors import LeaderLost, MeshFailed, NoDevice, PortTaken
 from hortator.topology.tether import EXIT_LEADER_LOST, ControlClient, exit_process
 
 from .engine.echo import DEFAULT_MODEL_LEN, EchoEngine
-from .engine.step import Engine, EngineInfo, StepOutput, StepPlan
-from .lockstep import (
-    Channel,
-    CollectiveFailed,
-    DistributedChannel,
-    Follower,
-    Inbox,
-    InProcessChannel,
-    LockstepError,
-    encode_park,
-    encode_plan,
-)
-from .pipe import Pipe, PipeBroken, read_submission, report
+from .engine.step import Engine, EngineInfo
+from .lockstep import Channel, CollectiveFailed, DistributedChannel, Follower, InProcessChannel, LockstepError
+from .pipe import Pipe, PipeBroken
+from .stroke import Leader, Peer
 
 if TYPE_CHECKING:
     from hortator.topology.mesh import Mesh
 
 CONFIG_VARIABLE = "HORTATOR_RANK_CONFIG"
-LINGER_S = 0.02
-"""An idle group keeps the peers at the channel this long before it parks, so that a steady trickle costs no WAKE."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -306,101 +292,6 @@ def read_description(payload: dict[str, Any]) -> EngineInfo:
     return EngineInfo(**limits, eos_token_ids=eos_token_ids, details=payload["details"])
 
 
-# --- the loops
-
-
-class Leader:
-    """Rank 0: takes what the front submits, calls every step, reports what it gave."""
-
-    def __init__(self, engine: Engine, channel: Channel, control: ControlClient, pipe: Pipe, *, epoch: int) -> None:
-        self._engine = engine
-        self._channel = channel
-        self._control = control
-        self._pipe = pipe
-        self._epoch = epoch
-        self._inbox = Inbox()
-        self._step = 1
-        self._poller = select.poll()
-
-    def run(self) -> None:
-        """Until the process ends."""
-        self._park()
-        while True:
-            self._receive()
-            if self._inbox or not self._engine.idle:
-                self._beat_drum()
-            elif not self._await_front(LINGER_S):
-                self._channel.broadcast_plan(encode_park(epoch=self._epoch, step=self._step))
-                self._park()
-
-    def _beat_drum(self) -> None:
-        plan = self._inbox.take(self._step)
-        digest = self._engine.apply(plan)
-        self._channel.broadcast_plan(encode_plan(plan, epoch=self._epoch, digest=digest))
-        output = self._engine.execute()
-        self._control.step = self._step
-        self._step += 1
-        self._report(plan, output)
-
-    def _report(self, plan: StepPlan, output: StepOutput) -> None:
-        """Steps in which nothing happened are not worth a message."""
-        idle = self._engine.idle and not self._inbox
-        if idle or plan.admit or plan.cancel or output != _NOTHING:
-            self._pipe.send(report(plan.step, output, self._engine.stats(), idle=idle))
-        elif self._pipe.unsent:
-            self._pipe.flush()
-
-    def _park(self) -> None:
-        """Wait for the front while the peers wait for WAKE."""
-        self._control.busy = False
-        while not self._await_front(None):
-            pass
-        self._control.busy = True
-        self._control.wake()
-
-    def _receive(self) -> None:
-        for message in self._pipe.receive():
-            self._inbox.put(*read_submission(message))
-
-    def _await_front(self, timeout_s: float | None) -> bool:
-        """Whether there is something to read; meanwhile the front may take what it has left lying."""
-        self._poller.register(self._pipe.fileno(), select.POLLIN | (select.POLLOUT if self._pipe.unsent else 0))
-        events = dict(self._poller.poll(None if timeout_s is None else timeout_s * 1000))
-        if events.get(self._pipe.fileno(), 0) & select.POLLOUT:
-            self._pipe.flush()
-        return bool(events.get(self._pipe.fileno(), 0) & ~select.POLLOUT)
-
-
-class Peer:
-    """Every other rank: takes the same plans and checks that it derives the same."""
-
-    def __init__(self, engine: Engine, channel: Channel, control: ControlClient, follower: Follower) -> None:
-        self._engine = engine
-        self._channel = channel
-        self._control = control
-        self._follower = follower
-
-    def run(self) -> None:
-        """Until the process ends."""
-        while True:
-            self._control.busy = False
-            self._control.wait_wake()
-            self._control.busy = True
-            while self._pull():
-                pass
-
-    def _pull(self) -> bool:
-        """One step with everybody; False when the group is parked."""
-        header, plan = self._follower.read(self._channel.wait())
-        if header.park:
-            return False
-        self._follower.check(header, self._engine.apply(plan))
-        self._engine.execute()
-        self._control.step = plan.step
-        return True
-
-
-_NOTHING = StepOutput()
 _SHARED_FIELDS = {
     "engine",
     "dtype",

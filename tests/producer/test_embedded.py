@@ -124,6 +124,11 @@ def test_a_taken_port_is_a_clear_error(executable: Path) -> None:
             assert client.ping()
 
 
+def test_a_wrong_setting_is_a_clear_error(executable: Path) -> None:
+    with pytest.raises(ConfigError, match=r"did not start.*memory"):
+        EmbeddedRedis(executable=executable, maxmemory="lots").start()
+
+
 def test_an_executable_that_is_none_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no-such-redis"):
         EmbeddedRedis(executable="no-such-redis")
@@ -132,7 +137,7 @@ def test_an_executable_that_is_none_is_a_clear_error(tmp_path: Path) -> None:
     fake.chmod(0o755)
     with pytest.raises(ConfigError, match="not a redis-server"):
         server_version(fake)
-    with pytest.raises(ConfigError, match="did not start"):
+    with pytest.raises(ConfigError, match="did not start: I am not Redis"):
         EmbeddedRedis(executable=fake).start()
 
 

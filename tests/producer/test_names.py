@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -10,7 +11,7 @@ from pydantic import ValidationError
 import hortator.producer
 from hortator.producer.errors import ConfigError
 from hortator.producer.ids import Mint
-from hortator.producer.names import Names
+from hortator.producer.names import TABLE, Names
 from hortator.producer.rules import Rules
 from hortator.producer.settings import StoreSettings
 
@@ -93,3 +94,9 @@ def test_ids_are_uuids_that_prove_their_issuer_and_tenant() -> None:
     assert not any(mint.issued(one, "other") for one in ids)
     assert not any(Mint(b"another").issued(one, "acme") for one in ids)
     assert not mint.issued(str(uuid.uuid4()), "acme")
+
+
+def test_the_documentation_lists_exactly_the_keys_of_the_table() -> None:
+    text = Path("docs/02-wire-and-keys.md").read_text()
+    listed = text.partition("<!-- keys")[2].partition("<!-- /keys")[0].splitlines()[3:]
+    assert listed == [f"| `{row.pattern}` | {row.type} | {row.meaning} | {row.expiry} |" for row in TABLE]

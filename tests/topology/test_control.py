@@ -200,7 +200,7 @@ def test_a_rank_that_stops_beating_is_noticed(front: Front, monkeypatch: pytest.
     took_s = front.wait(lambda: front.troubles)
     assert front.troubles[0].ranks == (1,)
     assert front.troubles[0].cause is Cause.SILENT
-    assert 0.5 < took_s < 1.0
+    assert 0.5 < took_s < 1.5
 
 
 def test_a_busy_rank_without_progress_is_noticed_although_it_beats(front: Front) -> None:
@@ -212,7 +212,7 @@ def test_a_busy_rank_without_progress_is_noticed_although_it_beats(front: Front)
     took_s = front.wait(lambda: front.troubles)
     assert front.troubles[0].ranks == (1,)
     assert front.troubles[0].cause is Cause.STALLED
-    assert 0.9 < took_s < 1.7
+    assert 0.9 < took_s < 2.2
 
 
 def test_progress_keeps_a_busy_rank_alive(front: Front) -> None:
@@ -242,7 +242,7 @@ def test_a_rank_ends_when_the_front_is_silent(front: Front) -> None:
     front.polling.clear()
     took_s = front.wait(lambda: [e for e in front.ended if e[0] == 0])
     assert "silent" in front.ended[0][2]
-    assert 0.4 < took_s < 1.2
+    assert 0.4 < took_s < 1.7
     front.polling.set()
 
 

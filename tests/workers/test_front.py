@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 
+from hortator.producer.errors import StoreUnavailable
 from hortator.producer.schema import FinishReason, State
-from hortator.producer.store import Verdict
+from hortator.producer.store import Lease, Outcome, ReleaseReason, Verdict
 from hortator.workers.engine.step import Finish
 from hortator.workers.intake import seed_of
+from hortator.workers.outbox import COMMITS_PER_CALL, Delivery, Outbox
 from tests.workers.leader import EOS, MODEL, Leader
 from tests.workers.messages import message
 
@@ -283,6 +285,21 @@ def test_a_celery_time_limit_fails_the_job() -> None:
     assert failure.code == "time_limit"
 
 
+def test_the_time_limit_of_an_earlier_attempt_does_not_end_the_next() -> None:
+    leader = Leader()
+    leader.store.push(MODEL, message("plain-1", prompt="hi", headers={"timelimit": [3.0, None]}))
+    leader.turn(after_s=0.1)
+    leader.turn(after_s=2.0)
+    leader.front.hand_back()
+    leader.turn(after_s=0.1)
+    leader.turn(after_s=0.1)
+    assert leader.status("plain-1").state is State.RUNNING
+    leader.turn(after_s=1.5)
+    assert leader.status("plain-1").state is State.RUNNING
+    leader.turn(after_s=2.0)
+    assert leader.status("plain-1").state is State.FAILED
+
+
 def test_a_deadline_of_an_earlier_attempt_does_not_end_a_finished_job() -> None:
     leader = Leader()
     leader.run(deadline_s=2.0)
@@ -313,7 +330,9 @@ def test_a_job_that_is_cancelled_before_the_engine_heard_of_it_is_never_submitte
 def test_jobs_of_a_dead_group_go_back_with_their_tokens_and_go_on_where_they_were() -> None:
     leader = Leader(probation_tokens=2)
     leader.run(max_tokens=8)
-    leader.step("abc", after_s=0.001)  # not journalled yet: the crash must not lose it
+    leader.step("ab")
+    leader.step("c", after_s=0.001)
+    assert leader.journal() == "ab"  # the crash must not lose what is not journalled yet
     leader.down()
     assert leader.gone_ == [("id-1", "the group went down")]
     assert leader.journal() == "abc"
@@ -392,7 +411,7 @@ def test_a_suspect_runs_alone_until_it_is_past_the_point_of_the_crash() -> None:
     assert leader.front.num_live == 1
     leader.step("ab")
     leader.turn(after_s=0.1)
-    assert leader.front.num_live == 1
+    assert leader.redis.calls.count("clear") == 0
     leader.step("c")
     leader.turn(after_s=0.1)
     assert leader.redis.calls.count("clear") == 1
@@ -400,6 +419,18 @@ def test_a_suspect_runs_alone_until_it_is_past_the_point_of_the_crash() -> None:
     leader.step("d", finish=Finish.LENGTH)
     leader.turn(after_s=0.1)
     assert leader.front.num_live == 1
+
+
+def test_nothing_joins_a_suspect_before_it_is_cleared() -> None:
+    leader = Leader(probation_tokens=3)
+    crashed_batch(leader, jobs=1)
+    leader.run(job_id="next")
+    leader.step("ab", of=leader.group.admitted[-1].handle)
+    assert leader.status("next").state is State.QUEUED
+    leader.step("c")
+    leader.turn(after_s=0.1)
+    assert leader.status("next").state is State.RUNNING
+    assert leader.front.num_live == 2
 
 
 def test_a_suspect_that_ends_makes_room_for_the_next() -> None:
@@ -468,6 +499,16 @@ def test_an_absence_shorter_than_the_lease_costs_nothing() -> None:
     assert leader.status().attempt == 1
 
 
+def test_an_absence_is_counted_from_the_last_renewal() -> None:
+    leader = Leader()
+    leader.run()
+    for _ in range(20):
+        leader.turn(after_s=0.5)
+    leader.redis.away = True
+    leader.turn(after_s=3.0)
+    assert leader.gone_ == []
+
+
 def test_a_front_that_cannot_renew_stops_its_jobs_by_itself() -> None:
     leader = Leader()
     leader.run()
@@ -503,6 +544,42 @@ def test_a_zombies_commit_is_fenced() -> None:
     assert [verdict for _, verdict in leader.ended_] == [Verdict.FENCED]
     assert leader.status().state is State.RUNNING
     assert leader.status().attempt == other.lease.attempt
+
+
+def test_outcomes_are_sent_in_bounded_calls_and_what_fails_is_kept() -> None:
+    sent: list[int] = []
+
+    class Half:
+        def commit(self, outcomes: list[Outcome]) -> list[Verdict]:
+            if sent:
+                raise StoreUnavailable("away")
+            sent.append(len(outcomes))
+            return [Verdict.COMMITTED] * len(outcomes)
+
+    outbox = Outbox(Half(), model=MODEL)  # type: ignore[arg-type]
+    for number in range(COMMITS_PER_CALL + 5):
+        outbox.commit(Outcome(Lease(f"id-{number}", 1), State.FAILED))
+    delivery = Delivery()
+    with pytest.raises(StoreUnavailable):
+        outbox.flush(delivery)
+    assert sent == [len(delivery.verdicts)] == [COMMITS_PER_CALL]
+    assert len(outbox.leases) == 5
+
+
+def test_a_job_whose_lease_was_lost_unnoticed_may_come_back_to_the_same_front() -> None:
+    leader = Leader()
+    leader.run(max_tokens=8)
+    (old,) = leader.group.admitted
+    leader.store.release([leader.front._live["id-1"].lease], reason=ReleaseReason.DRAINED)
+    leader.turn(after_s=0.1)
+    new = leader.group.admitted[-1]
+    assert new.handle != old.handle
+    assert leader.group.cancelled == [old.handle]
+    leader.step("stale", of=old.handle, finish=Finish.LENGTH)
+    leader.step("abc", of=new.handle, finish=Finish.LENGTH)
+    result = leader.status().result
+    assert result is not None
+    assert result.text == "abc"
 
 
 def test_a_redis_that_hangs_is_not_asked_again_at_once() -> None:

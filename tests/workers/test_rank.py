@@ -15,7 +15,6 @@ import pytest
 from hortator.producer.errors import ConfigError
 from hortator.topology.errors import LeaderLost, MeshFailed, PortTaken, Refused
 from hortator.topology.tether import ControlClient
-from hortator.workers import rank as rank_module
 from hortator.workers.engine.echo import EchoEngine
 from hortator.workers.engine.step import EngineInfo, Request, SamplingParams, StepPlan
 from hortator.workers.lockstep import CollectiveFailed, Follower, InProcessChannel, LockstepError
@@ -23,8 +22,6 @@ from hortator.workers.pipe import Message, Pipe, PipeBroken, read_report, submis
 from hortator.workers.rank import (
     CONFIG_VARIABLE,
     Exit,
-    Leader,
-    Peer,
     RankConfig,
     _kind_of,
     describe,
@@ -32,6 +29,7 @@ from hortator.workers.rank import (
     load_engine,
     read_description,
 )
+from hortator.workers.stroke import LINGER_S, Leader, Peer
 
 CONFIG: dict[str, Any] = {
     "rank": 0,
@@ -151,7 +149,7 @@ def test_an_idle_group_parks_and_is_woken_by_the_next_submission(ranks: Ranks) -
     for expected in (1, 2):
         ranks.submit(b"abc")
         ranks.until_idle()
-        time.sleep(5 * rank_module.LINGER_S)
+        time.sleep(5 * LINGER_S)
         assert not ranks.control.busy
         assert not ranks.peer_control.busy
         assert ranks.control.wakes == expected
