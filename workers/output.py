@@ -116,6 +116,5 @@ class Output:
             probs = chunk.logprobs or ()
             for at, token_id in enumerate(chunk.token_ids):
                 self.feed(token_id, probs[at] if at < len(probs) else None)
-        sent = sum(len(chunk.text) for chunk in journal)
         self._num_journalled = len(self.token_ids)
-        self._unsent = [rest] if (rest := self.text[sent:]) else []
+        self._unsent.clear()  # the same tokens give the same text, and the same end of it was held back

@@ -48,7 +48,7 @@ class Worker:
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
                 [*command, *(("-Q", queue) if queue else ()), *arguments],
-                env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | env,
+                env=os.environ | {"PYTHONPATH": f"{REPOSITORY / 'src'}{os.pathsep}{REPOSITORY}"} | env,
                 cwd=directory,
                 stdout=out,
                 stderr=subprocess.STDOUT,
