@@ -21,6 +21,7 @@ from rich.table import Table
 from hortator.producer import Client, Job
 from hortator.producer.embedded import EmbeddedRedis, server_version
 from hortator.producer.redis_store import RedisStore
+from hortator.producer.rules import Rules
 from hortator.producer.schema import Chunk, FinishReason, Result, State, Usage
 from hortator.producer.store import Append, GroupBeat, Outcome
 
@@ -47,7 +48,7 @@ def fresh(url: str) -> tuple[RedisStore, Any]:
     """A store on an emptied Redis that knows the model, and a plain client."""
     client: Any = redis.Redis.from_url(url)
     client.flushall()
-    store = RedisStore(url, timeout_s=30)
+    store = RedisStore(url, rules=Rules(max_queued_per_model=10**7, max_queued_per_tenant=10**7), timeout_s=30)
     store.beat(GroupBeat("bench", MODEL, 0, 1, 1, "ready"))
     return store, client
 

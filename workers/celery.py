@@ -106,11 +106,12 @@ def _line(problem: Any) -> str:
 
 
 def _config(settings: WorkerSettings | BrokerSettings) -> dict[str, Any]:
-    options = {"global_keyprefix": settings.namespace, "socket_timeout": 5.0, "socket_connect_timeout": 2.0}
+    options = {"global_keyprefix": settings.namespace, "socket_timeout": 2.0, "socket_connect_timeout": 2.0}
+    no_waiting = {"max_retries": 0, "interval_start": 0, "interval_step": 0}  # kombu would sleep in the front's thread
     return {
         "broker_url": _kombu_url(settings.redis_url),
         "broker_transport": "hortator",
-        "broker_transport_options": options | {"socket_keepalive": True},
+        "broker_transport_options": options | no_waiting | {"socket_keepalive": True},
         "broker_connection_retry_on_startup": True,
         "result_backend": f"hortator.workers.backend:StoreBackend+{settings.redis_url}",
         "result_backend_transport_options": {"global_keyprefix": settings.namespace},

@@ -2,12 +2,16 @@
 
 import logging
 import warnings
+from collections.abc import Callable
 from typing import Any
 
-from celery.exceptions import CPendingDeprecationWarning
+from celery.exceptions import CPendingDeprecationWarning, InvalidTaskError
 from celery.worker import control
 from celery.worker.consumer import Consumer
+from kombu.exceptions import OperationalError
 from celery.worker.state import maybe_shutdown
+
+from hortator.producer.schema import TASK_NAME
 
 logger = logging.getLogger("hortator.front")
 
@@ -32,8 +36,8 @@ class LeaderConsumer(Consumer):  # type: ignore[misc]
         while True:
             maybe_shutdown()
             try:
-                conn.connect()
-            except conn.connection_errors + conn.channel_errors as error:
+                conn.ensure_connection(max_retries=0)  # connect() would sleep for 2 s
+            except (*conn.connection_errors, *conn.channel_errors, OperationalError) as error:
                 if failures == 0:
                     logger.error("cannot connect to %s: %s; trying again", conn.as_uri(), error)
                 failures += 1
@@ -43,6 +47,18 @@ class LeaderConsumer(Consumer):  # type: ignore[misc]
             else:
                 self.first_connection_attempt = False
                 return conn
+
+    def create_task_handler(self, *_: Any) -> Callable[[Any], None]:
+        """Claimed messages are known to be ours and decoded: no promises around acks that a lease makes needless."""
+        receive = self.strategies[TASK_NAME]
+
+        def on_task_received(message: Any) -> None:
+            try:
+                receive(message, None, message.ack_log_error, message.reject_log_error, self.on_task_message)
+            except InvalidTaskError as error:
+                self.on_invalid_task(None, message, error)
+
+        return on_task_received
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """Without the advice on a setting that a leader does not need: its prompts go on, their leases are renewed."""

@@ -1,9 +1,12 @@
 """What only Redis has: keys, expiry, memory, timeouts, lost replies, other processes."""
 
 import asyncio
+import contextlib
 import re
+import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from hortator.producer.names import TABLE
 from hortator.producer.redis_store import AsyncRedisStore, RedisStore
 from hortator.producer.rules import Rules
 from hortator.producer.schema import State
-from hortator.producer.store import GroupBeat, Receipt, ReleaseReason, Verdict
+from hortator.producer.store import GroupBeat, Lease, Receipt, ReleaseReason, Signals, Verdict
 from tests.conftest import REDIS_EXECUTABLES
 from tests.producer.rig import MODEL, NAMESPACE, RedisRig, done, foreign, job, prompts_of, tokens
 
@@ -192,11 +195,72 @@ def test_a_lost_reply_leaves_out_what_ended_meanwhile(redis_rig: RedisRig) -> No
     store = redis_rig.another()
     call = store._calls.claim(MODEL, "a", 2, 60, True)
     redis_rig.redis.eval(script("claim").text.decode(), 0, *call.args)
-    from hortator.producer.store import Lease
-
     store.commit([done(Lease(a, 1))])
     claim = store.claim(MODEL, owner="a", limit=5, lease_s=60, idle=True)
     assert [one.lease.job_id for one in claim.jobs] == [b]
+
+
+class Proxy:
+    """Passes bytes on to Redis; when armed it swallows the next reply and cuts that connection."""
+
+    def __init__(self, port: int) -> None:
+        self._upstream = port
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._server.getsockname()[1]
+        self.armed = False
+        self.swallowed = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._server.accept()
+                redis_end = socket.create_connection(("127.0.0.1", self._upstream))
+                for pair in ((client, redis_end, False), (redis_end, client, True)):
+                    threading.Thread(target=self._pass, args=pair, daemon=True).start()
+
+    def _pass(self, source: socket.socket, sink: socket.socket, is_reply: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if is_reply and self.armed:
+                    self.armed = False
+                    self.swallowed += 1
+                    break
+                sink.sendall(data)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+
+def test_a_reply_that_is_cut_off_is_asked_for_again_and_nothing_happens_twice(redis_rig: RedisRig) -> None:
+    proxy = Proxy(int(redis_rig.url.rpartition(":")[2].partition("/")[0]))
+    with RedisStore(f"redis://127.0.0.1:{proxy.port}/0", namespace=NAMESPACE, timeout_s=5) as store:
+        store.queues()  # connected
+
+        def cut(call: Callable[[], Any]) -> Any:
+            proxy.armed = True
+            return call()
+
+        receipts = cut(lambda: store.enqueue([job("a"), job("b")], job_ids=["a", "b"]))
+        assert [receipt.job_id for receipt in receipts] == ["a", "b"]
+        assert redis_rig.depth() == 2
+        claim = cut(lambda: store.claim(MODEL, owner="o", limit=5, lease_s=60, idle=True))
+        leases = [one.lease for one in claim.jobs]
+        assert leases == [Lease("a", 1), Lease("b", 1)]
+        assert cut(lambda: store.append([tokens(lease, 0, 7) for lease in leases])) == Signals()
+        assert redis_rig.status("a").num_tokens == 1
+        assert cut(lambda: store.renew(leases, owner="o", lease_s=60)) == Signals()
+        assert cut(lambda: store.commit([done(leases[0])])) == [Verdict.COMMITTED]
+        cut(lambda: store.release(leases[1:], reason=ReleaseReason.CRASHED))
+        assert redis_rig.store.queues()[0].suspects == 1
+        assert redis_rig.claim().jobs[0].lease == Lease("b", 2)
+        assert cut(lambda: store.cancel(["a", "b"])) == [State.SUCCEEDED, State.RUNNING]
+        assert proxy.swallowed == 7
+    proxy.close()
 
 
 def test_killed_connections_are_only_a_reconnect(redis_rig: RedisRig) -> None:

@@ -85,6 +85,18 @@ def test_after_an_outage_leaders_get_a_lease_of_time_to_renew(store: Flaky) -> N
     assert ticks(sweeper, store.turned, 3) == ["j"]
 
 
+def test_a_short_outage_counts_when_leases_are_short_too(store: Flaky) -> None:
+    sweeper = Sweeper(store, 2.0, clock=store.turned)
+    ticks(sweeper, store.turned, 20)
+    store.claim(MODEL, owner="a", limit=1, lease_s=2.0, idle=True)
+    ticks(sweeper, store.turned, 1)
+    store.away = True
+    ticks(sweeper, store.turned, 1)
+    store.away = False
+    assert ticks(sweeper, store.turned, 2) == []
+    assert ticks(sweeper, store.turned, 3) == ["j"]
+
+
 def test_a_stall_in_the_middle_of_a_sweep_is_an_outage_too(store: Flaky) -> None:
     sweeper = Sweeper(store, LEASE_S, clock=store.turned)
     ticks(sweeper, store.turned, 20)

@@ -233,6 +233,9 @@ def test_bad_bytes_end_in_the_dead_letters_and_never_end_the_worker(
         assert status.state is State.FAILED, job_id
         assert status.failure is not None
         assert status.failure.message, job_id
+    refused = worker.status("bad-expires")
+    assert refused is not None
+    assert "invalid expires value" in str(refused.failure)
 
 
 # ---- connections
@@ -257,10 +260,11 @@ def test_nothing_runs_twice_when_all_connections_are_killed(own_redis: EmbeddedR
 def test_results_survive_a_redis_that_dies_and_comes_back(own_redis: EmbeddedRedis, tmp_path: Path) -> None:
     with Worker(own_redis.url, tmp_path) as worker:
         worker.ready()
-        ids = push(own_redis, *["hello"] * 8, tokens=SECOND)
+        ids = push(own_redis, *["hello"] * 8, tokens=2 * SECOND)
         worker.running(*ids)
         time.sleep(1.1)  # appendfsync everysec
         own_redis.kill()
+        wait_for("the front to notice", lambda: "Redis does not answer" in worker.output(), 1.0)
         time.sleep(1.5)
         assert worker.process.poll() is None, worker.output()
         own_redis.start()
