@@ -8,8 +8,8 @@ from typing import Any
 from celery.exceptions import CPendingDeprecationWarning, InvalidTaskError
 from celery.worker import control
 from celery.worker.consumer import Consumer
-from kombu.exceptions import OperationalError
 from celery.worker.state import maybe_shutdown
+from kombu.exceptions import OperationalError
 
 from hortator.producer.schema import TASK_NAME
 

@@ -218,11 +218,11 @@ class Front:
     def _end_at(self, at: float, outcome: Outcome) -> None:
         heapq.heappush(self._deadlines, (at, next(self._handles), outcome))
 
-    def refuse(self, lease: Lease, error: HortatorError) -> None:
+    def refuse(self, lease: Lease, reason: str) -> None:
         """Celery can do nothing with a message that was taken."""
         claimed = self._taken.get(lease.job_id)
         if claimed is not None and claimed.lease == lease:
-            self._refuse(claimed, error)
+            self._refuse(claimed, BadRequest(reason))
 
     def _refuse(self, claimed: Claimed, error: HortatorError) -> None:
         """The job has failed; a message that should never have been sent is kept in the dead letters."""

@@ -16,7 +16,7 @@ from celery.exceptions import WorkerShutdown
 from celery.platforms import EX_FAILURE
 from celery.worker import state as worker_state
 
-from hortator.producer.errors import BadRequest, HortatorError
+from hortator.producer.errors import HortatorError
 from hortator.producer.store import Claimed, Lease, Outcome, Verdict
 from hortator.workers.request import PromptRequest
 from hortator.workers.settings import WorkerSettings
@@ -181,7 +181,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
         except Exception:
             # Headers are bytes from outside: whatever Celery makes of them must not end the worker.
             logger.exception("Celery cannot take job %s", claimed.lease.job_id)
-        self.front.refuse(claimed.lease, BadRequest("Celery did not accept the message"))  # unless it did
+        self.front.refuse(claimed.lease, "Celery did not accept the message")  # unless it did
 
     # ---- the task queue, for the transport
 
@@ -195,11 +195,11 @@ class EnginePool(BasePool):  # type: ignore[misc]
         if requeue:
             self.front.hand_back([lease], reason="rejected")
         else:
-            self.front.refuse(lease, BadRequest("the message was rejected"))
+            self.front.refuse(lease, "the message was rejected")
 
     def refuse(self, message: ClaimedMessage, reason: str) -> None:
         """Celery cannot make a request of it."""
-        self.front.refuse(cast(Lease, message.delivery_tag), BadRequest(reason))
+        self.front.refuse(cast(Lease, message.delivery_tag), reason)
 
     # ---- front.Watcher
 

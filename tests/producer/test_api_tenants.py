@@ -47,7 +47,11 @@ def api(server: Api) -> Api:
     return server.fresh()
 
 
-@pytest.mark.parametrize("authorization", [None, "Bearer wrong", f"Basic {ACME}", ACME_LINE, "Bearer"])
+@pytest.mark.parametrize(
+    "authorization",
+    [None, "Bearer wrong", f"Basic {ACME}", ACME_LINE, "Bearer"],
+    ids=["nothing", "wrong key", "other scheme", "the hash itself", "no key"],
+)
 def test_without_a_key_nothing_but_the_probes_is_open(api: Api, authorization: str | None) -> None:
     headers = {"authorization": authorization} if authorization else {}
     answers = {route: api.http.request(*route, headers=headers) for route in ROUTES}
