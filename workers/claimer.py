@@ -9,9 +9,9 @@ from hortator.workers.engine.step import EngineInfo, EngineStats
 from hortator.workers.link import Link
 from hortator.workers.settings import WorkerSettings
 
-# How soon a queue is asked again that gave less than there was room for: after a job, after none, after none for long.
+# How soon a queue is asked again that gave less than there was room for: while jobs arrive, a little later, idle.
 EAGER_POLL_S, BUSY_POLL_S, IDLE_POLL_S = 0.002, 0.005, 0.020
-BUSY_FOR_S = 2.0
+EAGER_FOR_S, BUSY_FOR_S = 0.05, 2.0
 OVERCLAIM = 0.25  # jobs beyond max_num_seqs that may wait inside the engine, so that a freed row is refilled at once
 
 
@@ -32,7 +32,7 @@ class Claimer:
         self._link = link
         self._settings = settings
         self._clock = clock
-        self._busy_until = 0.0
+        self._last_job_at = float("-inf")
         self._alone: _Alone | None = None
         self._waits_for_idle = False  # a suspect needs an empty group
         self._redis_minus_clock_ms = 0.0
@@ -57,9 +57,9 @@ class Claimer:
             self.at = now + IDLE_POLL_S
             return None
         if claim.jobs:
-            self._busy_until = now + BUSY_FOR_S
+            self._last_job_at = now
         if len(claim.jobs) < room:
-            self.at = now + self._pause_s(now, len(claim.jobs), crowded=crowded)
+            self.at = now + self._pause_s(now - self._last_job_at, crowded=crowded)
         return claim
 
     def clock_of(self, redis_ms: int) -> float:
@@ -86,7 +86,7 @@ class Claimer:
             self._alone = _Alone(claim.jobs[0].lease, claim.full_run_alone)
         return claim
 
-    def _pause_s(self, now: float, num_claimed: int, *, crowded: bool) -> float:
-        if num_claimed and not crowded:
+    def _pause_s(self, since_job_s: float, *, crowded: bool) -> float:
+        if since_job_s < EAGER_FOR_S and not crowded:
             return EAGER_POLL_S
-        return BUSY_POLL_S if now < self._busy_until else IDLE_POLL_S
+        return BUSY_POLL_S if since_job_s < BUSY_FOR_S else IDLE_POLL_S
