@@ -72,7 +72,10 @@ class App(Celery):  # type: ignore[misc]
         from hortator.workers.front import Front
 
         settings = self.settings
-        rules = Rules(result_ttl_s=settings.result_ttl_s)
+        rules = Rules(
+            result_ttl_s=settings.result_ttl_s,
+            journal_ttl_s=min(Rules.journal_ttl_s, settings.result_ttl_s),  # no journal outlives its record
+        )
         store = RedisStore(
             settings.redis_url, namespace=settings.namespace, rules=rules,
             timeout_s=STORE_TIMEOUT_S, connect_timeout_s=STORE_TIMEOUT_S / 2,

@@ -11,6 +11,8 @@ from pydantic import ValidationError
 from hortator.producer.errors import BadRequest
 from hortator.producer.schema import SCHEMA_VERSION, TASK_NAME, Job, Sampling
 
+MAX_TIME_LIMIT_S = 30 * 86_400
+
 _SAMPLING_FIELDS = frozenset(Sampling.model_fields)
 _LINKS = ("callbacks", "errbacks", "chain", "chord")
 
@@ -111,8 +113,8 @@ def _time_limit_s(headers: dict[str, Any]) -> float | None:
     hard = limits[0] if isinstance(limits, list) and limits else None
     if hard is None:
         return None
-    if isinstance(hard, bool) or not isinstance(hard, int | float) or hard <= 0:
-        raise BadRequest("the time limit must be a positive number of seconds")
+    if isinstance(hard, bool) or not isinstance(hard, int | float) or not 0 < hard <= MAX_TIME_LIMIT_S:
+        raise BadRequest(f"the time limit must be a positive number of seconds, at most {MAX_TIME_LIMIT_S}")
     return float(hard)
 
 
