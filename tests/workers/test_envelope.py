@@ -66,6 +66,7 @@ def _bent(**changes: Any) -> bytes:
         ({"headers__eta": "2030-01-01T00:00:00"}, "eta and countdown"),
         ({"headers__timelimit": ["soon", None]}, "time limit"),
         ({"headers__timelimit": [-1, None]}, "time limit"),
+        ({"headers__timelimit": [10**400, None]}, "time limit"),
         ({"body": base64.b64encode(b'[[],{},{"chord":{"task":"x"}}]').decode()}, "chord"),
     ],
 )
