@@ -29,6 +29,7 @@ def prepare(
     job: Job, lease: Lease, journal: Sequence[Chunk], *, handle: int, text: Text, info: EngineInfo, now: float
 ) -> tuple[Live, Request]:
     """Tokens, limits and the state in which an earlier attempt left the job.  Raises BadRequest, PromptTooLong."""
+    _refuse_hopeless(job, text, info)
     prompt = _tokens(job, text)
     max_tokens = _fit(job, prompt, info)
     sampling = job.sampling
@@ -42,6 +43,16 @@ def prepare(
 def seed_of(job_id: str) -> int:
     """The seed of a job that names none: the same on every attempt and every group."""
     return int.from_bytes(hashlib.blake2b(job_id.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _refuse_hopeless(job: Job, text: Text, info: EngineInfo) -> None:
+    """Spare the front the tokenising of megabytes that no tokenisation fits into the model's context."""
+    num_chars = len(job.prompt or "") + sum(len(message.content) for message in job.messages or ())
+    if num_chars > info.max_model_len * text.max_token_chars:
+        raise PromptTooLong(
+            f"the prompt has {num_chars} characters, more than fit into max_model_len {info.max_model_len} tokens"
+            f" of at most {text.max_token_chars} characters"
+        )
 
 
 def _tokens(job: Job, text: Text) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from hortator.producer.errors import BadRequest, ConfigError
 from hortator.producer.schema import Message
 
 REPLACEMENT = "\ufffd"
+LONG_TEXT_CHARS = 20_000
 
 
 class Decoder(Protocol):
@@ -35,6 +36,10 @@ class Decoder(Protocol):
 class Text(Protocol):
     """What the front asks of a tokenizer."""
 
+    @property
+    def max_token_chars(self) -> int:
+        """Characters of the longest token: n tokens stand for at most n times as many characters of known text."""
+
     def encode(self, prompt: str) -> tuple[int, ...]:
         """Token ids with the special tokens (BOS) that the model expects around a prompt."""
 
@@ -50,6 +55,8 @@ class Text(Protocol):
 
 class ByteText:
     """A token is a byte of UTF-8: the tokenizer of the echo engine."""
+
+    max_token_chars = 1
 
     def encode(self, prompt: str) -> tuple[int, ...]:
         return tuple(prompt.encode())
@@ -89,6 +96,7 @@ class HFText:
         self._rust = tokenizer.backend_tokenizer
         self._rust.no_truncation()
         self._rust.no_padding()
+        self.max_token_chars = max(map(len, self._rust.get_vocab()))
 
     @classmethod
     def load(cls, path: Path) -> "HFText":
@@ -103,7 +111,7 @@ class HFText:
             raise ConfigError(f"{path}: the tokenizer cannot be loaded: {error}") from error
 
     def encode(self, prompt: str) -> tuple[int, ...]:
-        return tuple(self._rust.encode(prompt).ids)
+        return self._ids(prompt)
 
     def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
         if not self._tokenizer.chat_template:
@@ -113,7 +121,14 @@ class HFText:
             text = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # the template may refuse a role or an order of turns, with any error
             raise BadRequest(f"the model's chat template refuses these messages: {error}") from None
-        return tuple(self._rust.encode(text, add_special_tokens=False).ids)
+        return self._ids(text, add_special_tokens=False)
+
+    def _ids(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        if len(text) < LONG_TEXT_CHARS:
+            return tuple(self._rust.encode(text, add_special_tokens=add_special_tokens).ids)
+        # `encode` holds the interpreter: a long text would silence the heartbeats.  The batch call lets go of it.
+        [encoding] = self._rust.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return tuple(encoding.ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self._rust.decode(list(token_ids), skip_special_tokens=True))

@@ -1,9 +1,12 @@
 """Tokenizers: the same ids as AutoTokenizer, and text that never takes anything back."""
 
+import itertools
 import json
 import random
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +87,30 @@ def test_a_prompt_has_the_ids_that_auto_tokenizer_gives(text: HFText, model_path
     from transformers import AutoTokenizer
 
     assert list(text.encode(prompt)) == AutoTokenizer.from_pretrained(model_path)(prompt).input_ids
+
+
+def test_a_long_prompt_is_tokenised_like_a_short_one(text: HFText, model_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    prompt = "a rather long prompt, told again and again; " * 1000
+    assert list(text.encode(prompt)) == AutoTokenizer.from_pretrained(model_path)(prompt).input_ids
+
+
+def test_heartbeats_go_on_while_megabytes_are_tokenised(text: HFText) -> None:
+    ticks, done = [time.monotonic()], threading.Event()
+
+    def beat() -> None:
+        while not done.wait(0.01):
+            ticks.append(time.monotonic())
+
+    heart = threading.Thread(target=beat)
+    heart.start()
+    text.encode("beat on; " * 200_000)
+    ticks.append(time.monotonic())
+    done.set()
+    heart.join()
+    silence = max(later - earlier for earlier, later in itertools.pairwise(ticks))
+    assert silence < max(0.5, (ticks[-1] - ticks[0]) / 2)
 
 
 def test_a_chat_has_the_ids_that_its_template_gives(text: HFText, model_path: Path) -> None:
