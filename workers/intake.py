@@ -50,8 +50,8 @@ def _refuse_hopeless(job: Job, text: Text, info: EngineInfo) -> None:
     num_chars = len(job.prompt or "") + sum(len(message.content) for message in job.messages or ())
     if num_chars > info.max_model_len * text.max_token_chars:
         raise PromptTooLong(
-            f"the prompt has {num_chars} characters, more than fit into max_model_len {info.max_model_len} tokens"
-            f" of at most {text.max_token_chars} characters"
+            f"the prompt has {num_chars} characters, too many for any number of tokens up to the limit;"
+            f" the limit is {info.max_model_len - 1} (max_model_len {info.max_model_len}, and one to generate)"
         )
 
 

@@ -78,11 +78,11 @@ def test_any_bytes_are_read_or_refused_and_never_crash(raw: bytes) -> None:
     ],
     ids=["escaped quotes", "braces", "empty arrays", "backslashes", "quotes"],
 )
-def test_eight_hostile_megabytes_cost_less_than_a_second(raw: bytes) -> None:
+def test_eight_hostile_megabytes_cost_no_more_than_their_length(raw: bytes) -> None:
     began = time.process_time()
     with pytest.raises(Malformed):
         parse(raw)
-    assert time.process_time() - began < 1.0
+    assert time.process_time() - began < 30.0, "linear: about a second on a slow machine; quadratic: hours"
 
 
 class Line:
