@@ -11,6 +11,7 @@
 -- | journal:{id}                 | stream | read: tokens of earlier attempts                         |
 -- | leases:{model}               | zset   | the new leases                                           |
 -- | depth:{model}                | hash   | one less for the tenant                                  |
+-- | deadlines                    | zset   | the default one of a foreign message                     |
 -- | claimed:{owner}              | string | this reply's leases, until the next call proves it seen  |
 -- | pace:{model}                 | hash   | claims per second                                        |
 -- | models                       | hash   | so that the sweeper finds the leases                     |
@@ -183,9 +184,10 @@ local function take(raw, step)
     return false
   end
   if not job then
-    job = {state = 'queued', model = model, tenant = 'default', attempt = 0, tokens = 0, suspicion = 0, enqueued = now}
+    job = {state = 'queued', model = model, tenant = 'default', attempt = 0, tokens = 0, suspicion = 0, enqueued = now,
+      deadline = set_deadline(id, DEFAULT_DEADLINE_MS)}
     redis.call('HSET', own .. 'job:' .. id, 'state', 'queued', 'model', model, 'tenant', 'default', 'attempt', 0,
-      'enqueued', now)
+      'enqueued', now, 'deadline', job.deadline)
   elseif is_terminal(job.state) then
     count_queued(model, '!dead', -1)
     return false

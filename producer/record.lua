@@ -7,21 +7,22 @@
 -- | journal:{id}         | stream | closed with the job's end                         |
 -- | celery-task-meta-{id}| string | written and published with the job's end          |
 -- | leases:{model}       | zset   | left at the end of an attempt                     |
--- | deadlines            | zset   | left at the job's end                             |
+-- | deadlines            | zset   | joined with a deadline, left at the job's end     |
 -- | suspects:{model}     | list   | joined after a crash, left at the job's end       |
 -- | depth:{model}        | hash   | kept in step with the queue                       |
 -- | letters              | stream | poison jobs and bad messages                      |
 --
--- ARGV 1..7 are the same for all scripts; arg(i) is the i-th of the script's own.
+-- ARGV 1..8 are the same for all scripts; arg(i) is the i-th of the script's own.
 local namespace = ARGV[1]
 local own = namespace .. 'hortator:'
 local RESULT_TTL_MS, JOURNAL_TTL_MS = tonumber(ARGV[2]), tonumber(ARGV[3])
 local DATE_DONE = ARGV[4]
 local MAX_ATTEMPTS, GRACE_MS, MAX_LETTERS = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
+local DEFAULT_DEADLINE_MS = tonumber(ARGV[8])
 local STEPS = {'0', '3', '6', '9'}
 
-local function arg(i) return ARGV[7 + i] end
-local num_args = #ARGV - 7
+local function arg(i) return ARGV[8 + i] end
+local num_args = #ARGV - 8
 
 local clock = redis.call('TIME')
 local now = tonumber(clock[1]) * 1000 + math.floor(tonumber(clock[2]) / 1000)
@@ -42,6 +43,13 @@ local function read(id)
   return {state = v[1], model = v[2], tenant = v[3], attempt = tonumber(v[4]), free = tonumber(v[5] or 0),
     tokens = tonumber(v[6] or 0), suspicion = tonumber(v[7] or 0), alone = v[8] == '1', cancel = v[9] == '1',
     deadline = v[10] and tonumber(v[10]), step = v[11] or '0', enqueued = v[12]}
+end
+
+-- Every job has a deadline, so that it becomes terminal even if no worker ever comes.  Says when it is.
+local function set_deadline(id, ms)
+  local deadline = now + ms
+  redis.call('ZADD', own .. 'deadlines', deadline, id)
+  return deadline
 end
 
 local function is_terminal(state) return state ~= 'queued' and state ~= 'running' end

@@ -16,6 +16,7 @@ class Rules:
     max_message_bytes: int = 16 * 2**20
     max_letters: int = 10_000
     max_attempts: int = 20
+    default_deadline_s: float = 7 * 86_400.0  # of a job that names none, so that it ends even if no worker ever comes
     deadline_grace_s: float = 5.0  # how long a leader may take to end a running job that is past its deadline
     beat_ttl_s: float = 5.0  # a group silent for longer is not alive
     memory_headroom: float = 0.1  # share of maxmemory that submits leave to running jobs and results

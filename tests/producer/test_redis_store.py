@@ -88,6 +88,7 @@ def test_names_build_exactly_the_keys_that_the_scripts_use(redis_rig: RedisRig) 
         names.job(job_id),
         names.queue(MODEL, 3),
         names.depth(MODEL),
+        names.deadlines,
         names.models,
         names.groups,
         names.secret,
