@@ -4,6 +4,7 @@
 -- |------------------------------|--------|-------------------------------------------------|
 -- | {model}, {model}\6\22{step}  | list   | LPUSH of the Celery message                     |
 -- | job:{id}                     | hash   | the new record                                  |
+-- | journal:{id}, celery-task-meta-{id} | stream, string | dropped: of an earlier life of the id      |
 -- | idempotency:{tenant}:{hash}  | string | read; "digest id" of a new job                  |
 -- | deadlines                    | zset   | the job's deadline                              |
 -- | depth:{model}                | hash   | read for the limits; one more for the tenant    |
@@ -95,6 +96,7 @@ for _, at in ipairs(fresh) do
   local record = {'state', 'queued', 'model', model, 'tenant', tenant, 'attempt', 0, 'enqueued', now, 'deadline', deadline}
   if metadata ~= '' then record[#record + 1], record[#record + 2] = 'metadata', metadata end
   redis.call('HSET', own .. 'job:' .. id, unpack(record))
+  forget(id)
   redis.call('LPUSH', queue(model, step), message)
   redis.call('HINCRBY', own .. 'depth:' .. model, tenant, 1)
   if key ~= '' then redis.call('SET', key, by_key[key], 'PX', IDEMPOTENCY_TTL_MS) end

@@ -159,7 +159,7 @@ class MemoryStore:
                 if seen[0] != message.digest(job):
                     raise idempotency_conflict(job_id)
                 return seen[1]
-        record = self._records.get(job_id)
+        record = self._record(job_id)
         owner = new_ids.get(job_id) or (record.tenant if record else None)
         if owner is not None and owner != job.tenant:
             raise BadRequest("this job id cannot be used: leave ids to hortator", job_id=job_id)

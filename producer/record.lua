@@ -81,8 +81,24 @@ local function celery_result(id, state, code, text, result)
     .. DATE_DONE .. '", "task_id": "' .. id .. '"}'
 end
 
--- Write a terminal state, once: callers have checked that `job.state` is not terminal.
+-- An id that is used again, after its record has expired, begins with nothing of its earlier life.
+local function forget(id) redis.call('DEL', own .. 'journal:' .. id, namespace .. 'celery-task-meta-' .. id) end
+
+-- The last entry of the journal.  One that does not belong to this job (its ids are beyond ours) makes room.
+local function close_journal(id, tokens, state)
+  local key = own .. 'journal:' .. id
+  local added = redis.pcall('XADD', key, tokens .. '-1', 'state', state)
+  if type(added) == 'table' and added.err then
+    redis.call('DEL', key)
+    redis.call('XADD', key, tokens .. '-1', 'state', state)
+  end
+  redis.call('PEXPIRE', key, JOURNAL_TTL_MS)
+end
+
+-- Write a terminal state, once: callers have checked that `job.state` is not terminal.  What could fail comes first.
 local function finish(id, job, state, code, text, result, seal)
+  local announced = namespace .. 'celery-task-meta-' .. id
+  local meta = celery_result(id, state, code, text, result)
   redis.call('DEL', own .. 'message:' .. id)
   if job.state == 'running' then
     redis.call('ZREM', own .. 'leases:' .. job.model, id)
@@ -93,6 +109,8 @@ local function finish(id, job, state, code, text, result, seal)
     end
   end
   if job.deadline then redis.call('ZREM', own .. 'deadlines', id) end
+  close_journal(id, job.tokens, state)
+  redis.call('SET', announced, meta, 'PX', RESULT_TTL_MS)
   local key = own .. 'job:' .. id
   redis.call('HDEL', key, 'owner', 'alone', 'cancel', 'step', 'suspicion')
   if state == 'succeeded' then
@@ -101,11 +119,6 @@ local function finish(id, job, state, code, text, result, seal)
     redis.call('HSET', key, 'state', state, 'finished', now, 'seal', seal or '', 'code', code, 'error', text)
   end
   redis.call('PEXPIRE', key, RESULT_TTL_MS)
-  redis.call('XADD', own .. 'journal:' .. id, job.tokens .. '-1', 'state', state)
-  redis.call('PEXPIRE', own .. 'journal:' .. id, JOURNAL_TTL_MS)
-  local announced = namespace .. 'celery-task-meta-' .. id
-  local meta = celery_result(id, state, code, text, result)
-  redis.call('SET', announced, meta, 'PX', RESULT_TTL_MS)
   redis.call('PUBLISH', announced, meta)
   job.state = state
 end

@@ -27,7 +27,7 @@ local function clean_record(id, f)
   redis.call('HSET', key, 'state', 'queued', 'model', f.model, 'tenant', job and job.tenant or f.tenant,
     'attempt', attempt, 'free', attempt, 'enqueued', now, 'deadline', set_deadline(id, DEFAULT_DEADLINE_MS))
   redis.call('PERSIST', key)
-  redis.call('DEL', own .. 'journal:' .. id, namespace .. 'celery-task-meta-' .. id)
+  forget(id)
   redis.call('HINCRBY', own .. 'depth:' .. f.model, job and job.tenant or f.tenant, 1)
   return true
 end

@@ -24,7 +24,7 @@ class StoreSettings(BaseSettings):
     timeout_s: float = Field(default=TIMEOUT_S, gt=0, description="longest wait for one answer of Redis")
 
     result_ttl_s: float = Field(default=Rules.result_ttl_s, ge=1)
-    journal_ttl_s: float = Field(default=Rules.journal_ttl_s, ge=1)
+    journal_ttl_s: float = Field(default=Rules.journal_ttl_s, ge=1, description="cut to result_ttl_s")
     idempotency_ttl_s: float = Field(default=Rules.idempotency_ttl_s, ge=1)
     require_known_model: bool = Rules.require_known_model
     max_queued_per_model: int = Field(default=Rules.max_queued_per_model, ge=1)

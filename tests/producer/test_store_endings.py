@@ -218,3 +218,23 @@ def test_a_replayed_job_has_a_fresh_default_deadline(rig: Rig) -> None:
     assert rig.state(job_id) is State.QUEUED
     rig.wait(0.08)
     assert rig.store.sweep().expired == (job_id,)
+
+
+def test_an_id_whose_record_has_expired_may_be_used_again(rig: Rig) -> None:
+    """By a Celery client that sends its task again, or by whoever chooses ids."""
+    rig.rule(result_ttl_s=0.05, journal_ttl_s=3600)
+    for life in range(2):
+        rig.push(foreign("again"))
+        rig.store.enqueue([job()], job_ids=["chosen"])
+        leases = [one.lease for one in rig.claim().jobs]
+        assert [lease.attempt for lease in leases] == [1, 1]
+        assert rig.store.chunks("again") == rig.store.chunks("chosen") == []
+        assert rig.store.append([tokens(lease, 0, 1, 2) for lease in leases]).lost == frozenset()
+        assert rig.store.commit([done(lease) for lease in leases]) == [Verdict.COMMITTED] * 2
+        assert rig.status("again").num_tokens == 2, life
+        rig.wait(0.1)
+
+
+def test_a_journal_never_outlives_its_record(rig: Rig) -> None:
+    rig.rule(result_ttl_s=60, journal_ttl_s=3600)
+    assert rig.store.rules.journal_ttl_s == 60  # type: ignore[attr-defined]
