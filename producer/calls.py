@@ -234,6 +234,7 @@ class Calls:
             rules.max_attempts,
             _ms(rules.deadline_grace_s),
             rules.max_letters,
+            _ms(rules.default_deadline_s),
         ]
         return Call(name, [*shared, *args], parse)
 

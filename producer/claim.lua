@@ -8,9 +8,10 @@
 -- | turn:{model}                 | string | the round of priority classes goes on where it stood     |
 -- | job:{id}                     | hash   | becomes running; made for foreign messages               |
 -- | message:{id}                 | string | the message while it is in no list                       |
--- | journal:{id}                 | stream | read: tokens of earlier attempts                         |
+-- | journal:{id}                 | stream | read: tokens of earlier attempts; dropped with a new record |
 -- | leases:{model}               | zset   | the new leases                                           |
 -- | depth:{model}                | hash   | one less for the tenant                                  |
+-- | deadlines                    | zset   | the default one of a foreign message                     |
 -- | claimed:{owner}              | string | this reply's leases, until the next call proves it seen  |
 -- | pace:{model}                 | hash   | claims per second                                        |
 -- | models                       | hash   | so that the sweeper finds the leases                     |
@@ -158,6 +159,7 @@ local function refuse(id, problem, raw, step)
   bury(model, id or '', 'default', step, problem, raw)
   local job = id and read(id)
   if id and not job then
+    forget(id)
     redis.call('HSET', own .. 'job:' .. id, 'model', model, 'tenant', 'default', 'attempt', 0, 'enqueued', now)
     finish(id, {state = 'new', model = model, tenant = 'default', tokens = 0}, 'failed', 'malformed', problem)
   elseif job and job.state == 'queued' then -- a replayed letter that is still bad
@@ -183,9 +185,11 @@ local function take(raw, step)
     return false
   end
   if not job then
-    job = {state = 'queued', model = model, tenant = 'default', attempt = 0, tokens = 0, suspicion = 0, enqueued = now}
+    job = {state = 'queued', model = model, tenant = 'default', attempt = 0, tokens = 0, suspicion = 0, enqueued = now,
+      deadline = set_deadline(id, DEFAULT_DEADLINE_MS)}
+    forget(id)
     redis.call('HSET', own .. 'job:' .. id, 'state', 'queued', 'model', model, 'tenant', 'default', 'attempt', 0,
-      'enqueued', now)
+      'enqueued', now, 'deadline', job.deadline)
   elseif is_terminal(job.state) then
     count_queued(model, '!dead', -1)
     return false

@@ -4,8 +4,9 @@
 -- |------------------------------|--------|-------------------------------------------------|
 -- | {model}, {model}\6\22{step}  | list   | LPUSH of the Celery message                     |
 -- | job:{id}                     | hash   | the new record                                  |
+-- | journal:{id}, celery-task-meta-{id} | stream, string | dropped: of an earlier life of the id      |
 -- | idempotency:{tenant}:{hash}  | string | read; "digest id" of a new job                  |
--- | deadlines                    | zset   | the job's deadline, if it has one               |
+-- | deadlines                    | zset   | the job's deadline                              |
 -- | depth:{model}                | hash   | read for the limits; one more for the tenant    |
 -- | suspects:{model}             | list   | read for the limits                             |
 -- | models                       | hash   | read: is the model known                        |
@@ -91,14 +92,11 @@ end
 for _, at in ipairs(fresh) do
   local id, model, tenant, step = arg(at + 1), arg(at + 2), arg(at + 3), arg(at + 4)
   local message, deadline_s, metadata, key = arg(at + 5), arg(at + 6), arg(at + 7), arg(at + 8)
-  local record = {'state', 'queued', 'model', model, 'tenant', tenant, 'attempt', 0, 'enqueued', now}
-  if deadline_s ~= '' then
-    local deadline = now + math.ceil(tonumber(deadline_s) * 1000)
-    record[#record + 1], record[#record + 2] = 'deadline', deadline
-    redis.call('ZADD', own .. 'deadlines', deadline, id)
-  end
+  local deadline = set_deadline(id, deadline_s == '' and DEFAULT_DEADLINE_MS or math.ceil(tonumber(deadline_s) * 1000))
+  local record = {'state', 'queued', 'model', model, 'tenant', tenant, 'attempt', 0, 'enqueued', now, 'deadline', deadline}
   if metadata ~= '' then record[#record + 1], record[#record + 2] = 'metadata', metadata end
   redis.call('HSET', own .. 'job:' .. id, unpack(record))
+  forget(id)
   redis.call('LPUSH', queue(model, step), message)
   redis.call('HINCRBY', own .. 'depth:' .. model, tenant, 1)
   if key ~= '' then redis.call('SET', key, by_key[key], 'PX', IDEMPOTENCY_TTL_MS) end

@@ -1,5 +1,6 @@
 """The store's twin in memory: the same promises without Redis, for tests of everything above it.  One process only."""
 
+import math
 import threading
 import time
 from collections import Counter, deque
@@ -158,14 +159,14 @@ class MemoryStore:
                 if seen[0] != message.digest(job):
                     raise idempotency_conflict(job_id)
                 return seen[1]
-        record = self._records.get(job_id)
+        record = self._record(job_id)
         owner = new_ids.get(job_id) or (record.tenant if record else None)
         if owner is not None and owner != job.tenant:
             raise BadRequest("this job id cannot be used: leave ids to hortator", job_id=job_id)
         return job_id if owner is not None else None
 
     def _accept(self, job: Job, job_id: str, now: int) -> None:
-        deadline = None if job.deadline_s is None else now + round(job.deadline_s * 1000)
+        deadline = self._default_deadline(now) if job.deadline_s is None else now + math.ceil(job.deadline_s * 1000)
         self._records[job_id] = _Record(
             job.model, job.tenant, now, deadline=deadline, metadata=dict(job.metadata), step=STEP_OF[job.priority]
         )
@@ -296,7 +297,9 @@ class MemoryStore:
             return None
         queue = self._queue(model)
         if record is None:
-            record = self._records[opened.job_id] = _Record(model, "default", self._now())
+            now = self._now()
+            record = _Record(model, "default", now, deadline=self._default_deadline(now))
+            self._records[opened.job_id] = record
             queue.queued["default"] += 1
         if self._overdue(record) and record.state is State.QUEUED and record.message is None:
             self._expire(opened.job_id, record)
@@ -514,7 +517,10 @@ class MemoryStore:
         old = self._record(job_id)
         if old is not None and not old.state.terminal:
             return False
-        new = _Record(model, old.tenant if old else tenant, self._now(), metadata=old.metadata if old else {})
+        now, metadata = self._now(), old.metadata if old else {}
+        new = _Record(
+            model, old.tenant if old else tenant, now, deadline=self._default_deadline(now), metadata=metadata
+        )
         new.attempt = new.free = old.attempt if old else 0
         self._records[job_id] = new
         self._queue(model).queued[new.tenant] += 1
@@ -558,6 +564,9 @@ class MemoryStore:
     def _expire(self, job_id: str, record: _Record) -> None:
         text = f"its deadline passed while it was {record.state.value}"
         self._end(job_id, record, State.EXPIRED, Failure(code="expired", message=text))
+
+    def _default_deadline(self, now: int) -> int:
+        return now + round(self.rules.default_deadline_s * 1000)
 
     def _overdue(self, record: _Record) -> bool:
         return record.overdue(self._now(), round(self.rules.deadline_grace_s * 1000))

@@ -7,21 +7,22 @@
 -- | journal:{id}         | stream | closed with the job's end                         |
 -- | celery-task-meta-{id}| string | written and published with the job's end          |
 -- | leases:{model}       | zset   | left at the end of an attempt                     |
--- | deadlines            | zset   | left at the job's end                             |
+-- | deadlines            | zset   | joined with a deadline, left at the job's end     |
 -- | suspects:{model}     | list   | joined after a crash, left at the job's end       |
 -- | depth:{model}        | hash   | kept in step with the queue                       |
 -- | letters              | stream | poison jobs and bad messages                      |
 --
--- ARGV 1..7 are the same for all scripts; arg(i) is the i-th of the script's own.
+-- ARGV 1..8 are the same for all scripts; arg(i) is the i-th of the script's own.
 local namespace = ARGV[1]
 local own = namespace .. 'hortator:'
 local RESULT_TTL_MS, JOURNAL_TTL_MS = tonumber(ARGV[2]), tonumber(ARGV[3])
 local DATE_DONE = ARGV[4]
 local MAX_ATTEMPTS, GRACE_MS, MAX_LETTERS = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
+local DEFAULT_DEADLINE_MS = tonumber(ARGV[8])
 local STEPS = {'0', '3', '6', '9'}
 
-local function arg(i) return ARGV[7 + i] end
-local num_args = #ARGV - 7
+local function arg(i) return ARGV[8 + i] end
+local num_args = #ARGV - 8
 
 local clock = redis.call('TIME')
 local now = tonumber(clock[1]) * 1000 + math.floor(tonumber(clock[2]) / 1000)
@@ -42,6 +43,13 @@ local function read(id)
   return {state = v[1], model = v[2], tenant = v[3], attempt = tonumber(v[4]), free = tonumber(v[5] or 0),
     tokens = tonumber(v[6] or 0), suspicion = tonumber(v[7] or 0), alone = v[8] == '1', cancel = v[9] == '1',
     deadline = v[10] and tonumber(v[10]), step = v[11] or '0', enqueued = v[12]}
+end
+
+-- Every job has a deadline, so that it becomes terminal even if no worker ever comes.  Says when it is.
+local function set_deadline(id, ms)
+  local deadline = now + ms
+  redis.call('ZADD', own .. 'deadlines', deadline, id)
+  return deadline
 end
 
 local function is_terminal(state) return state ~= 'queued' and state ~= 'running' end
@@ -73,8 +81,24 @@ local function celery_result(id, state, code, text, result)
     .. DATE_DONE .. '", "task_id": "' .. id .. '"}'
 end
 
--- Write a terminal state, once: callers have checked that `job.state` is not terminal.
+-- An id that is used again, after its record has expired, begins with nothing of its earlier life.
+local function forget(id) redis.call('DEL', own .. 'journal:' .. id, namespace .. 'celery-task-meta-' .. id) end
+
+-- The last entry of the journal.  One that does not belong to this job (its ids are beyond ours) makes room.
+local function close_journal(id, tokens, state)
+  local key = own .. 'journal:' .. id
+  local added = redis.pcall('XADD', key, tokens .. '-1', 'state', state)
+  if type(added) == 'table' and added.err then
+    redis.call('DEL', key)
+    redis.call('XADD', key, tokens .. '-1', 'state', state)
+  end
+  redis.call('PEXPIRE', key, JOURNAL_TTL_MS)
+end
+
+-- Write a terminal state, once: callers have checked that `job.state` is not terminal.  What could fail comes first.
 local function finish(id, job, state, code, text, result, seal)
+  local announced = namespace .. 'celery-task-meta-' .. id
+  local meta = celery_result(id, state, code, text, result)
   redis.call('DEL', own .. 'message:' .. id)
   if job.state == 'running' then
     redis.call('ZREM', own .. 'leases:' .. job.model, id)
@@ -85,6 +109,8 @@ local function finish(id, job, state, code, text, result, seal)
     end
   end
   if job.deadline then redis.call('ZREM', own .. 'deadlines', id) end
+  close_journal(id, job.tokens, state)
+  redis.call('SET', announced, meta, 'PX', RESULT_TTL_MS)
   local key = own .. 'job:' .. id
   redis.call('HDEL', key, 'owner', 'alone', 'cancel', 'step', 'suspicion')
   if state == 'succeeded' then
@@ -93,11 +119,6 @@ local function finish(id, job, state, code, text, result, seal)
     redis.call('HSET', key, 'state', state, 'finished', now, 'seal', seal or '', 'code', code, 'error', text)
   end
   redis.call('PEXPIRE', key, RESULT_TTL_MS)
-  redis.call('XADD', own .. 'journal:' .. id, job.tokens .. '-1', 'state', state)
-  redis.call('PEXPIRE', own .. 'journal:' .. id, JOURNAL_TTL_MS)
-  local announced = namespace .. 'celery-task-meta-' .. id
-  local meta = celery_result(id, state, code, text, result)
-  redis.call('SET', announced, meta, 'PX', RESULT_TTL_MS)
   redis.call('PUBLISH', announced, meta)
   job.state = state
 end

@@ -7,6 +7,7 @@
 -- | journal:{id}, celery-task-meta-{id} | stream, string | dropped                                     |
 -- | {model}, {model}\6\22{step} | list   | LPUSH of the message                                        |
 -- | depth:{model}, models       | hash   | one more for the tenant; the model is listed                |
+-- | deadlines                   | zset   | a fresh default one                                         |
 --
 -- args: letter ids.  reply: 'ok' and the job ids ('' where a letter has none), or 'unknown' and the letter's id
 local letters = {}
@@ -22,11 +23,11 @@ local function clean_record(id, f)
   local key, job = own .. 'job:' .. id, read(id)
   if job and not is_terminal(job.state) then return false end
   local attempt = job and job.attempt or 0
-  redis.call('HDEL', key, 'claimed', 'first', 'finished', 'tokens', 'deadline', 'code', 'error', 'seal')
+  redis.call('HDEL', key, 'claimed', 'first', 'finished', 'tokens', 'code', 'error', 'seal')
   redis.call('HSET', key, 'state', 'queued', 'model', f.model, 'tenant', job and job.tenant or f.tenant,
-    'attempt', attempt, 'free', attempt, 'enqueued', now)
+    'attempt', attempt, 'free', attempt, 'enqueued', now, 'deadline', set_deadline(id, DEFAULT_DEADLINE_MS))
   redis.call('PERSIST', key)
-  redis.call('DEL', own .. 'journal:' .. id, namespace .. 'celery-task-meta-' .. id)
+  forget(id)
   redis.call('HINCRBY', own .. 'depth:' .. f.model, job and job.tenant or f.tenant, 1)
   return true
 end

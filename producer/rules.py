@@ -8,7 +8,7 @@ class Rules:
     """All producers and leaders of one namespace should have the same ones."""
 
     result_ttl_s: float = 86_400.0  # records and results, from the job's end
-    journal_ttl_s: float = 3_600.0  # streams, from the job's end
+    journal_ttl_s: float = 3_600.0  # streams, from the job's end; cut to result_ttl_s: none outlives its record
     idempotency_ttl_s: float = 86_400.0  # from acceptance
     require_known_model: bool = True  # refuse models that no group has ever beaten for
     max_queued_per_model: int = 1_000_000
@@ -16,6 +16,10 @@ class Rules:
     max_message_bytes: int = 16 * 2**20
     max_letters: int = 10_000
     max_attempts: int = 20
+    default_deadline_s: float = 7 * 86_400.0  # of a job that names none, so that it ends even if no worker ever comes
     deadline_grace_s: float = 5.0  # how long a leader may take to end a running job that is past its deadline
     beat_ttl_s: float = 5.0  # a group silent for longer is not alive
     memory_headroom: float = 0.1  # share of maxmemory that submits leave to running jobs and results
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "journal_ttl_s", min(self.journal_ttl_s, self.result_ttl_s))

@@ -15,6 +15,7 @@ TASK_NAME = "llm.generate"
 MAX_PROMPT_CHARS = 8_000_000
 MAX_TOKENS = 1_000_000
 MAX_STOPS = 16
+MAX_DEADLINE_S = 30 * 86_400
 
 ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")]
 JobId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")]
@@ -85,7 +86,9 @@ class Job(Wire):
     messages: tuple[Message, ...] | None = Field(default=None, min_length=1, max_length=1024)
     sampling: Sampling = Sampling()
     priority: Priority = Priority.STANDARD
-    deadline_s: float | None = Field(default=None, gt=0, le=30 * 86400, description="seconds from acceptance")
+    deadline_s: float | None = Field(
+        default=None, gt=0, le=MAX_DEADLINE_S, description="seconds from acceptance; None: the store's default, 7 days"
+    )
     idempotency_key: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
     tenant: Tenant = "default"
     metadata: dict[

@@ -6,6 +6,7 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from hortator.producer.rules import Rules
+from hortator.producer.schema import MAX_DEADLINE_S
 
 # A submit must fail within 300 ms when Redis is away: connecting and one answer together stay below that.
 CONNECT_TIMEOUT_S = 0.1
@@ -23,7 +24,7 @@ class StoreSettings(BaseSettings):
     timeout_s: float = Field(default=TIMEOUT_S, gt=0, description="longest wait for one answer of Redis")
 
     result_ttl_s: float = Field(default=Rules.result_ttl_s, ge=1)
-    journal_ttl_s: float = Field(default=Rules.journal_ttl_s, ge=1)
+    journal_ttl_s: float = Field(default=Rules.journal_ttl_s, ge=1, description="cut to result_ttl_s")
     idempotency_ttl_s: float = Field(default=Rules.idempotency_ttl_s, ge=1)
     require_known_model: bool = Rules.require_known_model
     max_queued_per_model: int = Field(default=Rules.max_queued_per_model, ge=1)
@@ -31,6 +32,9 @@ class StoreSettings(BaseSettings):
     max_message_bytes: int = Field(default=Rules.max_message_bytes, ge=4096)
     max_letters: int = Field(default=Rules.max_letters, ge=1)
     max_attempts: int = Field(default=Rules.max_attempts, ge=1)
+    default_deadline_s: float = Field(
+        default=Rules.default_deadline_s, gt=0, le=MAX_DEADLINE_S, description="of jobs that name none"
+    )
     memory_headroom: float = Field(default=Rules.memory_headroom, ge=0, lt=1)
 
     def rules(self) -> Rules:

@@ -10,6 +10,7 @@ import contextlib
 import heapq
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
@@ -206,8 +207,9 @@ class Front:
 
     def _arm(self, claimed: Claimed, job: Job, envelope: Envelope) -> None:
         deadline_ms = claimed.deadline_ms
-        if deadline_ms is None and job.deadline_s is not None:  # sent by a plain Celery client
-            deadline_ms = claimed.enqueued_ms + int(job.deadline_s * 1000)
+        if job.deadline_s is not None:  # of a plain Celery client's job only the body knows it
+            asked_ms = claimed.enqueued_ms + math.ceil(job.deadline_s * 1000)
+            deadline_ms = asked_ms if deadline_ms is None else min(deadline_ms, asked_ms)
         if deadline_ms is not None:
             failure = Failure(code="expired", message="the deadline passed before the job was finished")
             self._end_at(self._claimer.clock_of(deadline_ms), Outcome(claimed.lease, State.EXPIRED, failure=failure))

@@ -88,6 +88,7 @@ def test_names_build_exactly_the_keys_that_the_scripts_use(redis_rig: RedisRig) 
         names.job(job_id),
         names.queue(MODEL, 3),
         names.depth(MODEL),
+        names.deadlines,
         names.models,
         names.groups,
         names.secret,
@@ -439,3 +440,32 @@ def test_the_asyncio_store_fails_as_fast(own_redis: EmbeddedRedis) -> None:
             own_redis.resume()
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("kind", ["string", "a longer journal"])
+def test_what_lies_under_a_job_s_keys_cannot_stop_its_end(redis_rig: RedisRig, kind: str) -> None:
+    [queued, running] = redis_rig.enqueue("a", "b")
+    redis_rig.store.cancel([queued])
+    lease = redis_rig.claim_one()
+    for job_id in (queued, running):
+        if kind == "string":
+            redis_rig.redis.set(redis_rig.names.journal(job_id), "x")
+        else:
+            redis_rig.redis.xadd(redis_rig.names.journal(job_id), {"c": "x"}, id="99-0")
+    assert redis_rig.store.commit([done(lease)]) == [Verdict.COMMITTED]
+    assert redis_rig.state(running) is State.SUCCEEDED
+    assert [entry[0] for entry in redis_rig.redis.xrange(redis_rig.names.journal(running))] == [b"0-1"]
+
+
+def test_nothing_of_an_earlier_life_of_an_id_is_left(redis_rig: RedisRig) -> None:
+    for job_id in ("own", "foreign", "malformed"):
+        redis_rig.redis.xadd(redis_rig.names.journal(job_id), {"c": '[0,[1],"old",null]'}, id="1-0")
+        redis_rig.redis.set(redis_rig.names.result(job_id), "old")
+    redis_rig.store.enqueue([job()], job_ids=["own"])
+    redis_rig.push(foreign("foreign"))
+    redis_rig.push(foreign("malformed", properties=None))
+    redis_rig.claim()
+    for job_id in ("own", "foreign"):
+        assert redis_rig.store.chunks(job_id) == []
+        assert not redis_rig.redis.exists(redis_rig.names.result(job_id))
+    assert redis_rig.state("malformed") is State.FAILED

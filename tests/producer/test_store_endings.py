@@ -2,7 +2,7 @@
 
 from hortator.producer.schema import State
 from hortator.producer.store import ReleaseReason, Verdict
-from tests.producer.rig import Rig, done, job, tokens
+from tests.producer.rig import Rig, done, foreign, job, tokens
 
 
 def test_a_queued_job_is_cancelled_at_once(rig: Rig) -> None:
@@ -178,3 +178,63 @@ def test_chunks_of_nothing_are_nothing(rig: Rig) -> None:
     assert rig.store.chunks("no id!") == []
     [job_id] = rig.enqueue("a")
     assert rig.store.chunks(job_id, after=-5) == []
+
+
+def test_a_job_that_names_no_deadline_ends_at_the_default_one(rig: Rig) -> None:
+    """Promise 2: terminal, whether or not a worker ever comes."""
+    rig.rule(default_deadline_s=0.03)
+    [unasked, unread] = rig.enqueue("a", "b")
+    rig.wait(0.06)
+    assert rig.state(unasked) is State.EXPIRED
+    assert rig.store.sweep().expired == (unread,)
+    assert rig.depth() == 0
+
+
+def test_a_jobs_own_deadline_wins_over_the_default_one(rig: Rig) -> None:
+    rig.rule(default_deadline_s=0.03)
+    [job_id] = rig.enqueue("a", deadline_s=100)
+    rig.wait(0.06)
+    assert rig.store.sweep().expired == ()
+    assert rig.state(job_id) is State.QUEUED
+
+
+def test_a_foreign_job_has_the_default_deadline_from_its_claim(rig: Rig) -> None:
+    rig.rule(default_deadline_s=0.05, deadline_grace_s=0.0)
+    rig.push(foreign("theirs"))
+    [claimed] = rig.claim().jobs
+    assert claimed.deadline_ms == claimed.enqueued_ms + 50
+    rig.wait(0.08)
+    assert rig.store.sweep().expired == ("theirs",)
+    assert rig.state("theirs") is State.EXPIRED
+
+
+def test_a_replayed_job_has_a_fresh_default_deadline(rig: Rig) -> None:
+    rig.rule(default_deadline_s=0.05)
+    [job_id] = rig.enqueue("a", deadline_s=100)
+    [claimed] = rig.claim().jobs
+    letter_id = rig.store.bury("tiny", claimed.message, reason="test", job_id=job_id)
+    rig.store.commit([done(claimed.lease)])
+    assert rig.store.replay([letter_id]) == [job_id]
+    assert rig.state(job_id) is State.QUEUED
+    rig.wait(0.08)
+    assert rig.store.sweep().expired == (job_id,)
+
+
+def test_an_id_whose_record_has_expired_may_be_used_again(rig: Rig) -> None:
+    """By a Celery client that sends its task again, or by whoever chooses ids."""
+    rig.rule(result_ttl_s=0.05, journal_ttl_s=3600)
+    for life in range(2):
+        rig.push(foreign("again"))
+        rig.store.enqueue([job()], job_ids=["chosen"])
+        leases = [one.lease for one in rig.claim().jobs]
+        assert [lease.attempt for lease in leases] == [1, 1]
+        assert rig.store.chunks("again") == rig.store.chunks("chosen") == []
+        assert rig.store.append([tokens(lease, 0, 1, 2) for lease in leases]).lost == frozenset()
+        assert rig.store.commit([done(lease) for lease in leases]) == [Verdict.COMMITTED] * 2
+        assert rig.status("again").num_tokens == 2, life
+        rig.wait(0.1)
+
+
+def test_a_journal_never_outlives_its_record(rig: Rig) -> None:
+    rig.rule(result_ttl_s=60, journal_ttl_s=3600)
+    assert rig.store.rules.journal_ttl_s == 60  # type: ignore[attr-defined]

@@ -264,7 +264,7 @@ def test_a_foreign_message_gets_a_record_when_it_is_claimed(rig: Rig) -> None:
     claim = rig.claim()
     assert (claim.jobs[0].lease, claim.jobs[0].tenant) == (Lease("celery-1", 1), "default")
     assert abs(claim.jobs[0].enqueued_ms - claim.now_ms) < 1000
-    assert claim.jobs[0].deadline_ms is None
+    assert claim.jobs[0].deadline_ms == claim.jobs[0].enqueued_ms + 7 * 86_400_000
     rig.store.commit([done(claim.jobs[0].lease)])
     assert rig.state("celery-1") is State.SUCCEEDED
 

@@ -85,7 +85,7 @@ class Twins(RuleBasedStateMachine):
     @rule(limit=st.integers(0, 5), owner=st.sampled_from(["a", "b"]), idle=st.booleans())
     def claim(self, limit: int, owner: str, idle: bool) -> None:
         def shown(claim: Claim) -> Any:
-            jobs = [(one.lease, one.message, one.tenant, one.deadline_ms, one.journal) for one in claim.jobs]
+            jobs = [(one.lease, one.message, one.tenant, one.deadline_ms is None, one.journal) for one in claim.jobs]
             return claim.mode, claim.full_run_alone, jobs
 
         _, _, jobs = self.both(lambda rig: shown(rig.claim(limit, owner=owner, idle=idle, lease_s=LATER_S)))
