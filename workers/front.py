@@ -192,9 +192,7 @@ class Front:
     def _prepare(self, claimed: Claimed, envelope: Envelope, info: EngineInfo) -> tuple[Live, Request]:
         job = job_of(envelope, model=self._queue)
         handle = next(self._handles)
-        prepared = prepare(
-            job, claimed.lease, claimed.journal, handle=handle, text=self._text, info=info, now=self._claimed_at
-        )
+        prepared = prepare(job, claimed, handle=handle, text=self._text, info=info, now=self._claimed_at)
         self._arm(claimed, job, envelope)
         return prepared
 

@@ -1,15 +1,18 @@
 """From a job to what the engine is asked; the errors name the real limits."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hortator.producer.errors import BadRequest, PromptTooLong
-from hortator.producer.schema import Chunk, Job
-from hortator.producer.store import Lease
+from hortator.producer.schema import Job, Priority
+from hortator.producer.store import Claimed, Lease
 from hortator.workers.engine.step import EngineInfo, Request, SamplingParams
 from hortator.workers.output import Output
 from hortator.workers.text import Text
+
+_CLASSES = tuple(Priority)  # interactive first
 
 
 @dataclass(slots=True, eq=False)
@@ -26,7 +29,7 @@ class Live:
 
 
 def prepare(
-    job: Job, lease: Lease, journal: Sequence[Chunk], *, handle: int, text: Text, info: EngineInfo, now: float
+    job: Job, claimed: Claimed, *, handle: int, text: Text, info: EngineInfo, now: float
 ) -> tuple[Live, Request]:
     """Tokens, limits and the state in which an earlier attempt left the job.  Raises BadRequest, PromptTooLong."""
     _refuse_hopeless(job, text, info)
@@ -34,15 +37,24 @@ def prepare(
     max_tokens = _fit(job, prompt, info)
     sampling = job.sampling
     ends = frozenset(sampling.stop_token_ids) | frozenset(() if sampling.ignore_eos else info.eos_token_ids)
-    output = Output(text.decoder(), ends=ends, stop=sampling.stop, journal=journal, logprobs=sampling.logprobs)
+    output = Output(text.decoder(), ends=ends, stop=sampling.stop, journal=claimed.journal, logprobs=sampling.logprobs)
     generated = tuple(output.token_ids)
-    live = Live(lease, handle, output, len(prompt), max_tokens, len(generated), now)
-    return live, Request(handle, prompt, _params(job, lease.job_id, max_tokens), generated)
+    live = Live(claimed.lease, handle, output, len(prompt), max_tokens, len(generated), now)
+    request = Request(
+        handle,
+        prompt,
+        _params(job, claimed.lease.job_id, max_tokens),
+        generated,
+        priority=_CLASSES.index(job.priority),
+        deadline_ms=0 if job.deadline_s is None else claimed.enqueued_ms + math.ceil(job.deadline_s * 1000),
+        salt=seed_of(claimed.tenant),  # what one tenant has sent must not be guessed by another from what is cached
+    )
+    return live, request
 
 
-def seed_of(job_id: str) -> int:
-    """The seed of a job that names none: the same on every attempt and every group."""
-    return int.from_bytes(hashlib.blake2b(job_id.encode(), digest_size=8).digest(), "big") >> 1
+def seed_of(name: str) -> int:
+    """63 bits of a name's hash.  A job that gives no seed gets its id's: the same on every attempt and every group."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def _refuse_hopeless(job: Job, text: Text, info: EngineInfo) -> None:

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from hortator.producer.errors import GroupFailed
 
 from .engine.step import Request, StepPlan
-from .pipe import pack_request, unpack_sampling
+from .pipe import pack_request, unpack_request
 
 if TYPE_CHECKING:
     from torch import Tensor, device
@@ -119,8 +119,8 @@ def _payload(plan: StepPlan) -> bytes:
     rows: list[list[Any]] = []
     tokens = array("i")
     for request in plan.admit:
-        handle, prompt, generated, sampling = pack_request(request)
-        rows.append([handle, len(prompt), len(generated), sampling])
+        handle, prompt, generated, *rest = pack_request(request)
+        rows.append([handle, len(prompt), len(generated), *rest])
         tokens += array("i", prompt)
         tokens += array("i", generated)
     if sys.byteorder == "big":
@@ -137,13 +137,13 @@ def _read_payload(payload: memoryview) -> tuple[tuple[Request, ...], tuple[int, 
     tokens.frombytes(payload[start:])
     if sys.byteorder == "big":
         tokens.byteswap()
-    if sum(num_prompt + num_generated for _, num_prompt, num_generated, _ in rows) != len(tokens):
+    if sum(num_prompt + num_generated for _, num_prompt, num_generated, *_ in rows) != len(tokens):
         raise ValueError("its token counts do not add up")
     admit: list[Request] = []
     at = 0
-    for handle, num_prompt, num_generated, sampling in rows:
+    for handle, num_prompt, num_generated, *rest in rows:
         middle, end = at + num_prompt, at + num_prompt + num_generated
-        admit.append(Request(handle, tuple(tokens[at:middle]), unpack_sampling(sampling), tuple(tokens[middle:end])))
+        admit.append(unpack_request([handle, tokens[at:middle], tokens[middle:end], *rest]))
         at = end
     return tuple(admit), tuple(cancel)
 

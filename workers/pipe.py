@@ -25,6 +25,8 @@ _CHUNK_BYTES = 1 << 18
 _MAX_READ_BYTES = 16 << 20
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 _sampling = attrgetter(*SamplingParams.__dataclass_fields__)
+_stats = attrgetter(*EngineStats.__dataclass_fields__)
+_order = attrgetter("priority", "deadline_ms", "salt")
 
 Message = dict[str, Any]
 
@@ -141,12 +143,12 @@ def read_submission(message: Message) -> tuple[list[Request], list[int]]:
 
 
 def pack_request(request: Request) -> list[Any]:
-    return [request.handle, request.prompt, request.generated, _sampling(request.sampling)]
+    return [request.handle, request.prompt, request.generated, _sampling(request.sampling), _order(request)]
 
 
 def unpack_request(item: list[Any]) -> Request:
-    handle, prompt, generated, sampling = item
-    return Request(handle, tuple(prompt), unpack_sampling(sampling), tuple(generated))
+    handle, prompt, generated, sampling, order = item
+    return Request(handle, tuple(prompt), unpack_sampling(sampling), tuple(generated), *order)
 
 
 def unpack_sampling(values: list[Any]) -> SamplingParams:
@@ -162,7 +164,7 @@ def report(step: int, output: StepOutput, stats: EngineStats, *, idle: bool) -> 
     """Everything that the front learns of one step."""
     message: Message = {
         "step": step,
-        "stats": [stats.running, stats.waiting, stats.free_blocks, stats.total_blocks, stats.preemptions],
+        "stats": _stats(stats),
         "idle": idle,
     }
     if output.tokens:

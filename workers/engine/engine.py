@@ -4,8 +4,7 @@ apply    plan -> admission -> scheduler -> batch (and its digest)
 execute  batch -> tensors -> layers -> logits and tokens on the first rank -> tokens on all -> scheduler
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from collections import deque
 from pathlib import Path
 
 import psutil
@@ -14,11 +13,11 @@ import torch
 from hortator.producer.errors import ConfigError
 
 from . import admission, sampler
-from .attention import Paged, Pulse
 from .blocks import BlockPool
 from .kvcache import CacheShape, PagedCache
 from .model import LoadedModel, ModelConfig, load_model, read_config
-from .parallel import Ranks, agree_on_minimum, broadcast_from_first
+from .parallel import Ranks, agree_on_minimum
+from .runner import Flight, Runner
 from .scheduler import Batch, Row, Scheduler
 from .step import EngineInfo, EngineStats, Fault, Finish, Request, StepOutput, StepPlan, Token
 
@@ -41,14 +40,23 @@ class PagedEngine:
         max_num_seqs: int,
         max_model_len: int,
         max_num_batched_tokens: int,
+        prefix_cache: bool = True,
     ) -> None:
         config = model.config
         pool = BlockPool(num_blocks, block_size=block_size)
-        self._model = model
-        self._ranks = ranks
-        self._scheduler = Scheduler(pool, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
-        self._cache = PagedCache(
-            config.cache_shape(ranks), num_blocks=num_blocks, block_size=block_size, device=ranks.device
+        self._runner = Runner(
+            model,
+            PagedCache(config.cache_shape(ranks), num_blocks=num_blocks, block_size=block_size, device=ranks.device),
+            ranks,
+        )
+        self._depth = ranks.pp_size - 1 or int(self._runner.speculates)
+        self._scheduler = Scheduler(
+            pool,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            waves=ranks.pp_size,
+            speculate=self._runner.speculates,
+            prefix_cache=prefix_cache,
         )
         self._info = EngineInfo(
             max_num_seqs=max_num_seqs,
@@ -62,7 +70,7 @@ class PagedEngine:
                 "kv_bytes_per_rank": str(num_blocks * block_size * config.cache_shape(ranks).token_bytes),
             },
         )
-        self._pulse = Pulse()
+        self._flying: deque[tuple[Batch, Flight]] = deque()
         self._batch = Batch()
         self._digest = 0
         self._ended: list[tuple[int, Finish]] = []  # by apply, reported by execute
@@ -74,26 +82,28 @@ class PagedEngine:
 
     @property
     def idle(self) -> bool:
-        return self._scheduler.idle
+        return self._scheduler.idle and not self._flying
 
     @property
     def progress(self) -> int:
         """Grows with every step and every attention layer; read by the heartbeat thread."""
-        return self._pulse.count
+        return self._runner.pulse.count
 
     def stats(self) -> EngineStats:
         scheduler = self._scheduler
         return EngineStats(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
+            waiting=scheduler.num_waiting,
             free_blocks=scheduler.pool.num_free,
             total_blocks=scheduler.pool.num_blocks,
             preemptions=scheduler.preemptions,
+            prompt_tokens=scheduler.num_prompt_tokens,
+            cached_tokens=scheduler.num_cached_tokens,
         )
 
     def apply(self, plan: StepPlan) -> int:
         """Cancels first, then admissions, then the schedule."""
-        self._pulse.count += 1
+        self._runner.pulse.count += 1
         for handle in plan.cancel:
             self._scheduler.drop(handle)
         for request in plan.admit:
@@ -103,12 +113,17 @@ class PagedEngine:
         return self._digest
 
     def execute(self) -> StepOutput:
-        """Compute the scheduled rows; also reports what `apply` refused or found complete."""
+        """Launch the scheduled rows and report a step that is done: the same one, or where steps are in flight an
+        earlier one.  Also reports what `apply` refused or found complete."""
         batch, self._batch = self._batch, Batch()
-        tokens = self._accept(batch, *self._compute(batch)) if batch.rows else []
+        if batch.rows:
+            self._flying.append((batch, self._runner.launch(batch)))
+        tokens: list[Token] = []
+        if len(self._flying) > self._depth or (self._flying and not batch.rows):
+            tokens = self._land()
         output = StepOutput(tuple(tokens), tuple(self._ended), tuple(self._faults))
         self._ended, self._faults = [], []
-        if self._scheduler.idle:
+        if self.idle:
             self._scheduler.pool.check_all_free()
         return output
 
@@ -127,80 +142,32 @@ class PagedEngine:
         if finish := self._scheduler.add(request, limit=limit, stops=stops):
             self._ended.append((request.handle, finish))
 
-    @torch.inference_mode()
-    def _compute(self, batch: Batch) -> tuple[list[int], list[float]]:
-        """Token ids of the rows that sample, and their log-probabilities if anybody asked (first rank only)."""
-        rows = _in_attention_order(batch)
-        if batch.fresh_blocks:
-            self._cache.forget(self._indices(batch.fresh_blocks))
-        tokens = [token for row in rows for token in row.tokens]
-        positions = [position for row in rows for position in range(row.start, row.context)]
-        hidden = self._model.hidden(self._indices(tokens), self._indices(positions), self._paged(rows))
-        return self._sample(hidden, rows, [row for row in batch.rows if row.samples])
-
-    def _sample(self, hidden: torch.Tensor, rows: list[Row], sampling: list[Row]) -> tuple[list[int], list[float]]:
-        """The first rank chooses; the others take its word, for their logits need not be equal bit by bit."""
-        if not sampling:
-            return [], []
-        logprobs: list[float] = []
-        tokens = torch.empty(len(sampling), dtype=torch.int64, device=self._ranks.device)
-        if self._model.head is not None:
-            last = {id(row): end - 1 for row, end in zip(rows, accumulate(row.count for row in rows), strict=True)}
-            logits = self._model.logits(hidden[self._indices([last[id(row)] for row in sampling])])
-            draws = [sampler.Draw(r.sequence.request.sampling, r.sequence.num_generated) for r in sampling]
-            tokens = sampler.choose(logits, draws)
-            if any(draw.sampling.logprobs for draw in draws):
-                logprobs = sampler.logprobs(logits, tokens.clamp(min=0)).tolist()
-        return broadcast_from_first(tokens, self._ranks).tolist(), logprobs
-
-    def _accept(self, batch: Batch, ids: list[int], logprobs: list[float]) -> list[Token]:
-        """Tell the scheduler what was computed, in its own order."""
-        chosen = iter(ids)
-        scores = iter(logprobs)
+    def _land(self) -> list[Token]:
+        """Take the outcome of the oldest step in flight, and tell the scheduler."""
+        batch, flight = self._flying.popleft()
+        choice = flight.land()
+        ids, scores = iter(choice.ids), iter(choice.logprobs)
         tokens = []
         for row in batch.rows:
             if not row.samples:
-                self._scheduler.advance(row, None)
                 continue
-            token, score = next(chosen), next(scores, None)
-            handle, sampling = row.sequence.handle, row.sequence.request.sampling
-            if token == sampler.BAD_ROW:
+            sequence, token, score = row.sequence, next(ids), next(scores, None)
+            if sequence.ended:
+                self._scheduler.accept(row, token)
+            elif token == sampler.BAD_ROW:
                 self._fail(row)
-                continue
-            tokens.append(Token(handle, token, score if sampling.logprobs else None))
-            if finish := self._scheduler.advance(row, token):
-                self._ended.append((handle, finish))
+            else:
+                tokens.append(Token(sequence.handle, token, score if sequence.request.sampling.logprobs else None))
+                if finish := self._scheduler.accept(row, token):
+                    self._ended.append((sequence.handle, finish))
         return tokens
 
     def _fail(self, row: Row) -> None:
         handle = row.sequence.handle
+        self._scheduler.retract(handle)
         self._scheduler.drop(handle)
         message = f"the model's logits after token {row.context} are not finite"
         self._faults.append(Fault(handle, BAD_LOGITS, message))
-
-    def _paged(self, rows: list[Row]) -> Paged:
-        num_decodes = sum(row.count == 1 for row in rows)
-        return Paged(
-            cache=self._cache,
-            decodes=tuple(rows[:num_decodes]),
-            chunks=tuple(rows[num_decodes:]),
-            slots=self._indices([slot for row in rows for slot in self._slots(row)]),
-            dtype=self._model.config.dtype,
-            pulse=self._pulse,
-        )
-
-    def _slots(self, row: Row) -> Iterator[int]:
-        """Where the row's tokens go in the cache."""
-        size, blocks = self._cache.block_size, row.sequence.blocks
-        return (blocks[p // size] * size + p % size for p in range(row.start, row.context))
-
-    def _indices(self, values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._ranks.device)
-
-
-def _in_attention_order(batch: Batch) -> list[Row]:
-    """Single tokens first, shortest context first, as attention.Paged wants them."""
-    return sorted(batch.rows, key=lambda row: (row.count > 1, row.context if row.count == 1 else 0))
 
 
 def build_engine(

@@ -4,21 +4,33 @@ Dynamic SplitFuse (Holmes et al., 2024, DeepSpeed-FastGen): every running decode
 chunks until the step's token budget is spent.  Pure Python and deterministic: ranks that make the same calls hold the
 same state, so a step plan carries inputs and never decisions.
 
-Why nothing deadlocks: `running` is always in order of arrival; a sequence that needs a block preempts only younger
-ones (or itself); the oldest one alone fits the pool, because admission.py refused everything larger.
+Steps may be in flight: `schedule` is called again before `accept` has told what the step before has chosen.  Ranks and
+devices run steps in order, so what a step writes is there for the next one.  A decode whose newest token is not known
+yet is scheduled all the same where the device can fill it in (`speculate`), and else sits out until it is.
+
+Why nothing deadlocks: `running` is ordered by priority class and admission; a sequence that needs a block preempts only
+those behind it (or itself); the first one alone fits the pool, because admission.py refused everything larger.
 """
 
 from array import array
+from bisect import insort
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import blake2b
+from itertools import islice
 
-from .blocks import BlockPool
+from .blocks import BlockPool, Prefix, prefix_of
 from .step import Finish, Request
 
+CLASS_WEIGHTS = (8, 4, 1)
+"""Share of the admissions that each priority class gets while all of them wait."""
+LOOK_AHEAD = 16
+"""How many of a class are looked at for the best to admit next, and how often the first of them may be passed over."""
 
-@dataclass(eq=False, slots=True)
+
+@dataclass(eq=False)
 class Sequence:
     """One request while it waits or runs.  `tokens` is prompt + journal + what was accepted here."""
 
@@ -26,30 +38,54 @@ class Sequence:
     limit: int  # len(tokens) at which it ends
     stops: frozenset[int]
     tokens: "array[int]"
-    num_computed: int = 0  # tokens whose keys and values are in the cache
+    block_size: int
+    num_computed: int = 0  # tokens whose keys and values are in the cache once the steps in flight are done
+    num_pending: int = 0  # tokens that steps in flight will choose
+    num_published: int = 0  # blocks, from the first
     blocks: "array[int]" = field(default_factory=lambda: array("i"))
+    ended: bool = False
+    overtaken: int = 0
+    rank: tuple[int, int] = (0, 0)  # among the running: priority class, order of admission
+    _prefixes: list[Prefix] = field(default_factory=list)
 
     @property
     def handle(self) -> int:
         return self.request.handle
 
+    @cached_property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt)
+
     @property
     def num_generated(self) -> int:
         """Accepted tokens, the journal of earlier attempts included."""
-        return len(self.tokens) - len(self.request.prompt)
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def length(self) -> int:
+        """Tokens, those in flight included."""
+        return len(self.tokens) + self.num_pending
 
     @property
     def remaining(self) -> int:
-        return len(self.tokens) - self.num_computed
+        return self.length - self.num_computed
 
     @property
     def decoding(self) -> bool:
         """All but the newest token is in the cache."""
         return self.num_computed > 0 and self.remaining == 1
 
+    def prefixes(self, num_tokens: int) -> list[Prefix]:
+        """The names of the full blocks among the first `num_tokens` tokens, which must be known."""
+        size = self.block_size
+        for index in range(len(self._prefixes), num_tokens // size):
+            before = self._prefixes[-1] if index else self.request.salt.to_bytes(8, "little", signed=True)
+            self._prefixes.append(prefix_of(before, self.tokens[index * size : (index + 1) * size].tobytes()))
+        return self._prefixes[: num_tokens // size]
+
     def finish(self) -> Finish | None:
         """Why the sequence has ended, judged by its last token and its length."""
-        if self.num_generated and self.tokens[-1] in self.stops:
+        if len(self.tokens) > self.num_prompt and self.tokens[-1] in self.stops:
             return Finish.STOP
         return Finish.LENGTH if len(self.tokens) >= self.limit else None
 
@@ -61,6 +97,9 @@ class Row:
     sequence: Sequence
     start: int
     count: int
+    samples: bool  # it reaches the sequence's end, so the next token is chosen from it
+    position: int  # tokens generated before the one that is chosen, those in flight included
+    pending: bool  # its only token was chosen by the step before, and is known to the device alone
 
     @property
     def context(self) -> int:
@@ -68,21 +107,18 @@ class Row:
         return self.start + self.count
 
     @property
-    def samples(self) -> bool:
-        """The row reaches the sequence's end, so the next token is chosen from it."""
-        return self.context == len(self.sequence.tokens)
-
-    @property
     def tokens(self) -> "array[int]":
+        """What is fed, as far as it is known: nothing of a pending row until its token is accepted."""
         return self.sequence.tokens[self.start : self.context]
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one step computes.  Pipeline micro-batches (issue 3) would be several of these from one plan."""
+    """What one step computes."""
 
     rows: tuple[Row, ...] = ()
     fresh_blocks: tuple[int, ...] = ()  # taken in this step: their former content must not be seen
+    shared_blocks: tuple[int, ...] = ()  # found in the prefix cache by those who were admitted in this step
 
     @property
     def num_tokens(self) -> int:
@@ -95,25 +131,44 @@ class Batch:
         state.update(array("q", [x for r in self.rows for x in (r.sequence.handle, r.start, r.count)]).tobytes())
         for row in self.rows:
             state.update(row.tokens.tobytes())
-        state.update(array("q", self.fresh_blocks).tobytes())
+        state.update(array("q", self.fresh_blocks + self.shared_blocks).tobytes())
         return int.from_bytes(state.digest(), "little") >> 1
 
 
 class Scheduler:
     """Continuous batching over a block pool.
 
-    Decodes never exceed the token budget: whoever decodes had a row in the step before, as all other decodes did.
+    `waves`: how many steps are in flight at once because pipeline stages work on different ones; the running sequences
+    are spread over as many.  `speculate`: the device knows the newest token of a decode before this code does.
     """
 
-    def __init__(self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        waves: int = 1,
+        speculate: bool = False,
+        prefix_cache: bool = True,
+    ) -> None:
         self.pool = pool
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs = max_num_seqs
         self.running: list[Sequence] = []
-        self.waiting: deque[Sequence] = deque()
         self.preemptions = 0
+        self.num_prompt_tokens = 0  # of everything admitted
+        self.num_cached_tokens = 0  # of these, found in the prefix cache
+        self._waves = waves
+        self._speculate = speculate
+        self._prefix_cache = prefix_cache
         self._live: dict[int, Sequence] = {}
+        self._returning: deque[Sequence] = deque()  # preempted: before all that wait
+        self._lines: tuple[deque[Sequence], ...] = tuple(deque() for _ in CLASS_WEIGHTS)
+        self._credits = [0] * len(CLASS_WEIGHTS)
+        self._num_admitted = 0
         self._fresh: list[int] = []
+        self._shared: list[int] = []
 
     def __contains__(self, handle: int) -> bool:
         return handle in self._live
@@ -122,14 +177,23 @@ class Scheduler:
     def idle(self) -> bool:
         return not self._live
 
+    @property
+    def waiting(self) -> list[Sequence]:
+        """In no particular order beyond: preempted ones first, then by class and arrival."""
+        return [*self._returning, *(sequence for line in self._lines for sequence in line)]
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._live) - len(self.running)
+
     def add(self, request: Request, *, limit: int, stops: frozenset[int]) -> Finish | None:
         """Queue a request that admission has let pass; returns why it needs no step, if its journal is complete."""
         tokens = array("i", request.prompt + request.generated)
-        sequence = Sequence(request, limit, stops, tokens)
+        sequence = Sequence(request, limit, stops, tokens, self.pool.block_size)
         if request.generated and (finish := sequence.finish()):
             return finish
         self._live[request.handle] = sequence
-        self.waiting.append(sequence)
+        self._lines[request.priority].append(sequence)
         return None
 
     def drop(self, handle: int) -> None:
@@ -137,28 +201,38 @@ class Scheduler:
         sequence = self._live.pop(handle, None)
         if sequence is None:
             return
+        sequence.ended = True
         if sequence.blocks:
             self.running.remove(sequence)
             self._release(sequence)
+        elif sequence in self._returning:
+            self._returning.remove(sequence)
         else:
-            self.waiting.remove(sequence)
+            self._lines[sequence.request.priority].remove(sequence)
+
+    def retract(self, handle: int) -> None:
+        """What this request has computed is not fit to be read by others."""
+        if sequence := self._live.get(handle):
+            self.pool.retract(sequence.blocks)
 
     def schedule(self) -> Batch:
-        """The next step's rows: decodes in order of arrival, then prompt chunks, then admissions."""
-        self._fresh = []
-        rows = [Row(s, s.num_computed, 1) for s in self._decodes()]
-        budget = self.max_num_batched_tokens - len(rows)
+        """The next step's rows: decodes first, then prompt chunks, then admissions."""
+        self._fresh, self._shared = [], []
+        budget = self.max_num_batched_tokens
+        rows = [self._row(sequence, 1) for sequence in self._decodes(budget)]
+        budget -= len(rows)
         prefills = self._prefills()
         while budget and (sequence := next(prefills, None)):
-            rows.append(Row(sequence, sequence.num_computed, min(budget, sequence.remaining)))
+            rows.append(self._row(sequence, min(budget, sequence.remaining)))
             budget -= rows[-1].count
-        return Batch(tuple(rows), tuple(self._fresh))
+        return Batch(tuple(rows), tuple(self._fresh), tuple(self._shared))
 
-    def advance(self, row: Row, token: int | None) -> Finish | None:
-        """The row was computed; `token` is what was chosen if it samples.  Returns why the request ended, if it did."""
+    def accept(self, row: Row, token: int) -> Finish | None:
+        """`token` is what was chosen from a row that samples.  Returns why the request ended, if it did; tokens of
+        requests that had ended before are nobody's."""
         sequence = row.sequence
-        sequence.num_computed = row.context
-        if token is None:
+        sequence.num_pending -= 1
+        if sequence.ended:
             return None
         sequence.tokens.append(token)
         finish = sequence.finish()
@@ -166,41 +240,132 @@ class Scheduler:
             self.drop(sequence.handle)
         return finish
 
-    def _decodes(self) -> Iterator[Sequence]:
-        for sequence in [s for s in self.running if s.decoding]:
+    def _row(self, sequence: Sequence, count: int) -> Row:
+        """Count the row as computed: whatever is scheduled later runs later."""
+        start = sequence.num_computed
+        pending = start >= len(sequence.tokens)
+        samples = start + count == sequence.length
+        row = Row(sequence, start, count, samples, sequence.length - sequence.num_prompt, pending)
+        sequence.num_computed += count
+        sequence.num_pending += samples
+        self._publish(sequence)
+        return row
+
+    def _publish(self, sequence: Sequence) -> None:
+        if not self._prefix_cache:
+            return
+        num_known = min(sequence.num_computed, len(sequence.tokens))
+        num_full = num_known // sequence.block_size
+        if num_full > sequence.num_published:
+            prefixes = sequence.prefixes(num_known)
+            for index in range(sequence.num_published, num_full):
+                self.pool.publish(sequence.blocks[index], prefixes[index])
+            sequence.num_published = num_full
+
+    def _decodes(self, budget: int) -> Iterator[Sequence]:
+        """At most the budget, and no more than this wave's share, so that every stage always has work."""
+        left = min(budget, -(-len(self.running) // self._waves))
+        for sequence in [s for s in self.running if s.decoding and not self._sits_out(s)]:
+            if not left:
+                return
             if sequence.blocks and self._has_room(sequence):
+                left -= 1
                 yield sequence
+
+    def _sits_out(self, sequence: Sequence) -> bool:
+        """The newest token is in flight, and matters for more than the layers; or is the last one."""
+        if not sequence.num_pending:
+            return False
+        return not self._speculate or sequence.request.sampling.needs_history or sequence.length >= sequence.limit
 
     def _prefills(self) -> Iterator[Sequence]:
         """Running sequences with more than a token to compute, then waiting ones as they are admitted."""
-        yield from [s for s in self.running if not s.decoding]
-        while self.waiting and self._may_admit(self.waiting[0]):
-            sequence = self.waiting.popleft()
-            self._extend(sequence, self.pool.blocks_for(len(sequence.tokens)))
-            self.running.append(sequence)
+        yield from [s for s in self.running if s.remaining and not s.decoding and not s.num_pending]
+        while (sequence := self._admit_next()) is not None:
             yield sequence
 
-    def _may_admit(self, sequence: Sequence) -> bool:
-        """Room for all its tokens and the next one, and then a block for each that runs: otherwise one that was
-        preempted would come back at once and be preempted again."""
+    def _admit_next(self) -> Sequence | None:
         if len(self.running) >= self.max_num_seqs:
+            return None
+        if self._returning:
+            sequence = self._returning[0]
+            if sequence.num_pending or not self._admit(sequence):
+                return None
+            self._returning.popleft()
+            return sequence
+        if (chosen := self._next_class()) is None:
+            return None
+        line = self._lines[chosen]
+        sequence = self._next_in(line)
+        if not self._admit(sequence):
+            return None
+        if sequence is not line[0]:
+            line[0].overtaken += 1
+        line.remove(sequence)
+        self._charge(chosen)
+        return sequence
+
+    def _next_class(self) -> int | None:
+        """Smooth weighted round robin over the classes that wait: none starves."""
+        waiting = [c for c, line in enumerate(self._lines) if line]
+        return max(waiting, key=lambda c: self._credits[c] + CLASS_WEIGHTS[c], default=None)
+
+    def _charge(self, chosen: int) -> None:
+        waiting = [c for c, line in enumerate(self._lines) if line or c == chosen]
+        for c in waiting:
+            self._credits[c] += CLASS_WEIGHTS[c]
+        self._credits[chosen] -= sum(CLASS_WEIGHTS[c] for c in waiting)
+
+    def _next_in(self, line: deque[Sequence]) -> Sequence:
+        """The nearest deadline, then the longest cached prefix, then who came first; nobody is passed over for ever."""
+        if len(line) == 1 or line[0].overtaken >= LOOK_AHEAD:
+            return line[0]
+        return max(islice(line, LOOK_AHEAD), key=self._urgency)
+
+    def _urgency(self, sequence: Sequence) -> tuple[float, int]:
+        deadline = sequence.request.deadline_ms
+        return (-deadline if deadline else float("-inf"), len(self._cached(sequence)))
+
+    def _cached(self, sequence: Sequence) -> list[int]:
+        """Blocks of its prefix that need not be computed; at least its last token must be."""
+        if not self._prefix_cache:
+            return []
+        return self.pool.find(sequence.prefixes(len(sequence.tokens) - 1))
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """If there is room for all its tokens and the next one, and then a block for each that runs: otherwise one
+        that was preempted would come back at once and be preempted again."""
+        pool, cached = self.pool, self._cached(sequence)
+        wanted = pool.blocks_for(len(sequence.tokens) + 1) - len(cached)
+        if wanted + len(self.running) > pool.num_free - pool.num_unused(cached):
             return False
-        return self.pool.blocks_for(len(sequence.tokens) + 1) + len(self.running) <= self.pool.num_free
+        pool.share(cached)
+        self._shared += cached
+        sequence.blocks.extend(cached)
+        sequence.num_published = len(cached)
+        sequence.num_computed = len(cached) * pool.block_size
+        self._extend(sequence, pool.blocks_for(len(sequence.tokens)) - len(cached))
+        self.num_prompt_tokens += len(sequence.tokens)
+        self.num_cached_tokens += sequence.num_computed
+        self._num_admitted += 1
+        sequence.rank = (sequence.request.priority, self._num_admitted)
+        insort(self.running, sequence, key=lambda s: s.rank)
+        return True
 
     def _has_room(self, sequence: Sequence) -> bool:
-        """Make sure that the newest token has a slot, preempting the youngest; False if that was the sequence."""
-        while len(sequence.tokens) > len(sequence.blocks) * self.pool.block_size:
+        """Make sure that the newest token has a slot, preempting the last; False if that was the sequence."""
+        while sequence.length > len(sequence.blocks) * self.pool.block_size:
             if self.pool.num_free:
                 self._extend(sequence, 1)
-            elif self._preempt_youngest() is sequence:
+            elif self._preempt_last() is sequence:
                 return False
         return True
 
-    def _preempt_youngest(self) -> Sequence:
-        """Take the youngest one's blocks; it keeps its tokens and is prefilled again, before all that wait."""
+    def _preempt_last(self) -> Sequence:
+        """Take its blocks; it keeps its tokens and is prefilled again, before all that wait."""
         victim = self.running.pop()
         self._release(victim)
-        self.waiting.appendleft(victim)
+        self._returning.appendleft(victim)
         self.preemptions += 1
         return victim
 
@@ -212,4 +377,4 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self.pool.give_back(sequence.blocks.tolist())
         sequence.blocks = array("i")
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.num_published = 0

@@ -30,6 +30,11 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: bool = False
 
+    @property
+    def needs_history(self) -> bool:
+        """What is chosen next depends on which tokens were chosen before, not only on how many."""
+        return False
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -40,6 +45,9 @@ class Request:
     prompt: tuple[int, ...]
     sampling: SamplingParams
     generated: tuple[int, ...] = ()
+    priority: int = 1  # class: 0 is admitted most
+    deadline_ms: int = 0  # on any clock that all requests of the group share; 0: none.  It only orders admissions
+    salt: int = 0  # requests of different salts never share cached prefixes
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +95,8 @@ class EngineStats:
     free_blocks: int
     total_blocks: int
     preemptions: int  # since start
+    prompt_tokens: int = 0  # admitted since start, a preempted request's again
+    cached_tokens: int = 0  # of these, found in the prefix cache
 
 
 @dataclass(frozen=True, slots=True)

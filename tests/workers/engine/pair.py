@@ -121,7 +121,7 @@ def _wrong_slices(engine: Any, path: Path, rank: int) -> list[str]:
 
     full = load_file(path / "model.safetensors")
     wrong = []
-    for name, parameter in engine._model.body.named_parameters():
+    for name, parameter in engine._runner._model.body.named_parameters():
         whole = full[f"model.{name}"]
         if parameter.shape != whole.shape:
             dim = 0 if parameter.shape[0] != whole.shape[0] else 1

@@ -154,13 +154,13 @@ def test_a_handle_admitted_twice_fails_that_handle_only(llama: Checkpoint) -> No
 @pytest.mark.parametrize("bad", [0, 2])
 def test_bad_logits_fail_one_request_and_nobody_sees_its_cache(bad: int, temperature: float, llama: Checkpoint) -> None:
     """The victim's keys and values are NaN as well; whoever gets its blocks, or is padded, must not read them."""
-    requests = [Request(h, PROMPT[: 5 + h], replace(GREEDY, temperature=temperature, seed=h)) for h in range(6)]
+    requests = [Request(h, PROMPT[h : 5 + 2 * h], replace(GREEDY, temperature=temperature, seed=h)) for h in range(6)]
     healthy = run(build(llama.path, **TIGHT), requests).tokens
     engine, outcome = build(llama.path, **TIGHT), Outcome()
     step(engine, outcome, admit=requests)
     step(engine, outcome)
     victim = next(s for s in engine._scheduler.running if s.handle == bad)
-    engine._cache._storage[:, :, victim.blocks.tolist()] = math.nan
+    engine._runner._cache._storage[:, :, victim.blocks.tolist()] = math.nan
     while not engine.idle:
         step(engine, outcome)
     assert {handle: fault.code for handle, fault in outcome.faults.items()} == {bad: "bad_logits"}
