@@ -5,7 +5,9 @@ TopologyError
 ├── BadFrame      these bytes are not a frame of this epoch and key
 ├── Refused       the front does not let this rank in
 ├── LeaderLost    the front is gone or does not answer
-└── MeshFailed    the ranks did not find each other
+├── MeshFailed    the ranks did not find each other
+├── NoDevice      this host has no such device
+└── TooManyStages the model has fewer layers than the pipeline has stages
 """
 
 
@@ -35,3 +37,7 @@ class MeshFailed(TopologyError):
 
 class NoDevice(TopologyError):
     """This host has no such device."""
+
+
+class TooManyStages(TopologyError):
+    """The model has fewer layers than the pipeline has stages."""
