@@ -1,9 +1,11 @@
 """From a Hugging Face directory to the part of the model that this rank holds.
 
-The class is built on the meta device, so without memory; then each rank reads its own slices from the shards, straight
-to its device.  Which linear is cut how is transformers' own tensor-parallel plan of the architecture.
+The class is built on the meta device, so without memory, and cut down to the rank's pipeline stage; then each rank
+reads its own slices from the shards, straight to its device.  Which linear is cut how is transformers' own
+tensor-parallel plan of the architecture.
 """
 
+import copy
 import fnmatch
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ import transformers
 from safetensors import SafetensorError, safe_open
 
 from hortator.producer.errors import ConfigError
+from hortator.topology.errors import TooManyStages
+from hortator.topology.stages import stage_layers
 
 from . import attention
 from .attention import Paged
@@ -45,9 +49,22 @@ class ModelConfig:
     def head_dim(self) -> int:
         return int(getattr(self.hf, "head_dim", None) or self.hf.hidden_size // self.hf.num_attention_heads)
 
+    def stage(self, ranks: Ranks) -> range:
+        """The layers of this rank's pipeline stage, by their numbers in the checkpoint.
+
+        A step streams all weights, so cost is counted in elements: the head's, which is not cut, in units of a layer's
+        slice.  The embedding is a lookup and costs nothing.
+        """
+        head = self.vocab_size * self.hf.hidden_size * ranks.tp_size / _layer_elements(self.hf, self.head_dim)
+        try:
+            return stage_layers(self.hf.num_hidden_layers, ranks.pp_size, last_extra=head)[ranks.pp_rank]
+        except TooManyStages as error:
+            raise ConfigError(f"pipeline_parallel_size={ranks.pp_size} is too much for {self.path}: {error}") from error
+
     def cache_shape(self, ranks: Ranks) -> CacheShape:
+        """Of this rank: its stage's layers, its KV heads."""
         return CacheShape(
-            num_layers=self.hf.num_hidden_layers,
+            num_layers=len(self.stage(ranks)),
             num_kv_heads=self.hf.num_key_value_heads // ranks.tp_size,
             head_dim=self.head_dim,
             dtype=self.dtype,
@@ -56,16 +73,22 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """This rank's part.  A pipeline stage (issue 3) would hold some of the layers and take hidden states."""
+    """This rank's part: the layers of `stage`, the embedding before them on the first stage, the final norm after them
+    on the last one.  Layers are numbered from 0 in every stage, and so is the cache."""
 
     config: ModelConfig
-    body: torch.nn.Module  # embedding, layers, final norm
+    stage: range  # by the checkpoint's numbers
+    first: bool
+    last: bool
+    body: torch.nn.Module  # transformers' own base model, with what other stages hold taken out
     head: torch.nn.Module | None  # only on the rank that samples: no vocabulary crosses the wire
 
-    def hidden(self, tokens: torch.Tensor, positions: torch.Tensor, paged: Paged) -> torch.Tensor:
-        """[tokens] to [tokens, hidden size]; keys and values go to the paged cache."""
+    def hidden(self, inputs: torch.Tensor, positions: torch.Tensor, paged: Paged) -> torch.Tensor:
+        """Token ids [tokens] on the first stage, hidden states [tokens, hidden size] of the stage before on others;
+        gives [tokens, hidden size].  Keys and values go to the paged cache."""
+        name = "input_ids" if self.first else "inputs_embeds"
         output = self.body(
-            input_ids=tokens.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False, paged=paged
+            **{name: inputs.unsqueeze(0)}, position_ids=positions.unsqueeze(0), use_cache=False, paged=paged
         )
         hidden: torch.Tensor = output.last_hidden_state[0]
         return hidden
@@ -118,22 +141,64 @@ def load_model(config: ModelConfig, ranks: Ranks) -> LoadedModel:
         },
         ranks.tp_size,
     )
+    stage = config.stage(ranks)
+    first, last = ranks.pp_rank == 0, ranks.pp_rank == ranks.pp_size - 1
     with torch.device("meta"):
         model = getattr(transformers, config.architecture)._from_config(
-            config.hf, dtype=config.dtype, attn_implementation=attention.IMPLEMENTATION
+            copy.deepcopy(config.hf), dtype=config.dtype, attn_implementation=attention.IMPLEMENTATION
         )
-    tied = bool(config.hf.tie_word_embeddings)
-    samples = ranks.tp_rank == 0
-    skipped = {"lm_head.weight"} if tied or not samples else set()
+    _keep(model, stage, first=first, last=last, head=last and ranks.tp_rank == 0)
     plan = {f"model.{pattern}": style for pattern, style in (config.hf.base_model_tp_plan or {}).items()}
-    _fill(model, read_entries(config.path), plan, ranks, skipped)
-    if tied:
+    sources = _sources(model, stage, tied=bool(config.hf.tie_word_embeddings))
+    _fill(model, sources, read_entries(config.path), plan, ranks)
+    if model.lm_head is not None and "lm_head.weight" not in sources:
         model.lm_head.weight = model.model.embed_tokens.weight
     if ranks.tp_size > 1:
         _parallelise(model, plan, ranks)
     # The only buffers are the rotary frequencies; they are computed, never stored.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config.hf).to(ranks.device)
-    return LoadedModel(config, model.model.eval(), model.lm_head if samples else None)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(ranks.device)
+    return LoadedModel(config, stage, first, last, model.model.eval(), model.lm_head)
+
+
+def _layer_elements(hf: Any, head_dim: int) -> int:
+    """Weights of one layer, norms and biases left out."""
+    attention_ = hf.hidden_size * head_dim * 2 * (hf.num_attention_heads + hf.num_key_value_heads)
+    return int(attention_ + 3 * hf.hidden_size * hf.intermediate_size)
+
+
+def _keep(model: Any, stage: range, *, first: bool, last: bool, head: bool) -> None:
+    """Take out what other ranks hold.  transformers' forward walks `layers` and the config's per-layer lists from 0, so
+    both are cut, and the layers are numbered anew."""
+    body = model.model
+    body.layers = torch.nn.ModuleList(body.layers[stage.start : stage.stop])
+    model.config.num_hidden_layers = len(stage)
+    if types := getattr(model.config, "layer_types", None):
+        model.config.layer_types = types[stage.start : stage.stop]
+    for module in body.layers.modules():
+        if hasattr(module, "layer_idx"):
+            module.layer_idx -= stage.start
+    if not first:
+        body.embed_tokens = None
+    if not last:
+        body.norm = torch.nn.Identity()
+    if not head:
+        model.lm_head = None
+
+
+def _sources(model: torch.nn.Module, stage: range, *, tied: bool) -> dict[str, str]:
+    """Where each parameter is in the checkpoint.  A tied head shares the embedding of its own rank, or reads a copy."""
+    prefix = "model.layers."
+    sources = {}
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        sources[name] = name
+        if name.startswith(prefix):
+            index, _, rest = name.removeprefix(prefix).partition(".")
+            sources[name] = f"{prefix}{int(index) + stage.start}.{rest}"
+    if tied and "lm_head.weight" in sources:
+        sources["lm_head.weight"] = "model.embed_tokens.weight"
+        if "model.embed_tokens.weight" in sources:
+            del sources["lm_head.weight"]
+    return sources
 
 
 def _architecture(raw: dict[str, Any], model_path: Path) -> str:
@@ -170,33 +235,34 @@ def _style(module_name: str, plan: dict[str, str]) -> str | None:
 
 def _fill(
     model: torch.nn.Module,
+    sources: dict[str, str],
     entries: dict[str, TensorEntry],
     plan: dict[str, str],
     ranks: Ranks,
-    skipped: set[str],
 ) -> None:
     """Replace every meta parameter by this rank's slice of the checkpoint's tensor."""
-    wanted = {name: p for name, p in model.named_parameters(remove_duplicate=False) if name not in skipped}
-    _check_present(wanted, entries)
+    wanted = {name: model.get_parameter(name) for name in sources}
+    _check_present({sources[name]: tuple(parameter.shape) for name, parameter in wanted.items()}, entries)
     with ExitStack() as stack:
-        shards = {file: _open(file, stack) for file in {entries[name].file for name in wanted}}
+        shards = {file: _open(file, stack) for file in {entries[source].file for source in sources.values()}}
         for name, parameter in wanted.items():
             owner, _, kind = name.rpartition(".")
             cut = cut_of(_style(owner, plan), kind, ranks)
-            tensor = _read_slice(shards[entries[name].file], name, cut, tuple(parameter.shape))
+            source = sources[name]
+            tensor = _read_slice(shards[entries[source].file], source, cut, tuple(parameter.shape))
             value = torch.nn.Parameter(tensor.to(ranks.device, parameter.dtype), requires_grad=False)
             setattr(model.get_submodule(owner), kind, value)
 
 
-def _check_present(wanted: dict[str, torch.nn.Parameter], entries: dict[str, TensorEntry]) -> None:
+def _check_present(wanted: dict[str, tuple[int, ...]], entries: dict[str, TensorEntry]) -> None:
     if missing := sorted(set(wanted) - set(entries)):
         shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
         raise ConfigError(f"the checkpoint lacks {shown}: it is incomplete or of another model than its config.json")
-    for name, parameter in wanted.items():
-        if entries[name].shape != tuple(parameter.shape):
+    for name, shape in wanted.items():
+        if entries[name].shape != shape:
             raise ConfigError(
                 f"{name} in {entries[name].file} is {list(entries[name].shape)}, but config.json makes it "
-                f"{list(parameter.shape)}: weights and config are of different models"
+                f"{list(shape)}: weights and config are of different models"
             )
 
 

@@ -1,0 +1,117 @@
+"""Pipeline stages, one after the other in one process: chained, they are the whole model."""
+
+from array import array
+from pathlib import Path
+
+import pytest
+import torch
+
+from hortator.producer.errors import ConfigError
+from hortator.workers.engine import model as model_module
+from hortator.workers.engine.attention import Paged, Pulse
+from hortator.workers.engine.kvcache import PagedCache
+from hortator.workers.engine.model import LoadedModel, load_model, read_config
+from hortator.workers.engine.parallel import SingleRank
+from hortator.workers.engine.scheduler import Row, Sequence
+from hortator.workers.engine.step import Request, SamplingParams
+from tests.workers.engine.checkpoints import ARCHITECTURES, Checkpoint, make_checkpoint
+from tests.workers.engine.meshes import Stage
+
+NUM_LAYERS = 5  # in two and three stages: uneven
+BLOCK_SIZE = 4
+
+
+class Part:
+    """A loaded stage and its cache."""
+
+    def __init__(self, path: Path, place: Stage | SingleRank) -> None:
+        self.model: LoadedModel = load_model(read_config(path), place)
+        shape = self.model.config.cache_shape(place)
+        self.cache = PagedCache(shape, num_blocks=64, block_size=BLOCK_SIZE, device=place.device)
+
+    @torch.inference_mode()
+    def __call__(self, inputs: torch.Tensor, rows: list[Row]) -> torch.Tensor:
+        places = [(row, position) for row in rows for position in range(row.start, row.context)]
+        slots = [row.sequence.blocks[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for row, p in places]
+        num_decodes = sum(row.count == 1 for row in rows)
+        paged = Paged(
+            cache=self.cache,
+            decodes=tuple(rows[:num_decodes]),
+            chunks=tuple(rows[num_decodes:]),
+            slots=torch.tensor(slots),
+            dtype=self.model.config.dtype,
+            pulse=Pulse(),
+        )
+        return self.model.hidden(inputs, torch.tensor([p for _, p in places]), paged)
+
+
+def steps() -> list[list[Row]]:
+    """A prompt in two chunks beside one that decodes, longer than mistral's window."""
+    sequences = []
+    for handle, length in enumerate((40, 7)):
+        tokens = array("i", [(7 * handle + 3 * i) % 250 + 1 for i in range(length)])
+        blocks = array("i", range(20 * handle, 20 * handle + 15))
+        request = Request(handle, tuple(tokens), SamplingParams(max_tokens=1))
+        sequences.append(Sequence(request, 99, frozenset(), tokens, blocks=blocks))
+    long, short = sequences
+    return [
+        [Row(short, 0, 5), Row(long, 0, 20)],
+        [Row(short, 5, 1), Row(long, 20, 19)],
+        [Row(short, 6, 1), Row(long, 39, 1)],
+    ]
+
+
+def tokens_of(rows: list[Row]) -> torch.Tensor:
+    return torch.tensor([token for row in rows for token in row.tokens])
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
+    root = tmp_path_factory.mktemp("deep")
+    return {name: make_checkpoint(name, root / name, num_hidden_layers=NUM_LAYERS) for name in ARCHITECTURES}
+
+
+@pytest.mark.parametrize("pp_size", [2, 3, NUM_LAYERS])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_stages_in_a_row_give_the_whole_models_numbers(name: str, pp_size: int, deep: dict[str, Checkpoint]) -> None:
+    path = deep[name].path
+    whole = Part(path, SingleRank())
+    parts = [Part(path, Stage(rank, pp_size)) for rank in range(pp_size)]
+    assert [layer for part in parts for layer in part.model.stage] == list(range(NUM_LAYERS))
+    for rows in steps():
+        expected = whole(tokens_of(rows), rows)
+        states = tokens_of(rows)
+        for part in parts:
+            states = part(states, rows)
+        assert states.equal(expected)
+        assert parts[-1].model.logits(states).equal(whole.model.logits(expected))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])  # an own head, a tied one
+def test_a_stage_holds_its_layers_and_only_the_ends_hold_the_vocabulary(name: str, deep: dict[str, Checkpoint]) -> None:
+    models = [load_model(read_config(deep[name].path), Stage(rank, 3)) for rank in range(3)]
+    first, middle, last = models
+    assert [(m.first, m.last) for m in models] == [(True, False), (False, False), (False, True)]
+    for model in models:
+        layers = {n.split(".")[1] for n, _ in model.body.named_parameters() if n.startswith("layers.")}
+        assert layers == {str(i) for i in range(len(model.stage))}
+        assert model.config.cache_shape(Stage(models.index(model), 3)).num_layers == len(model.stage)
+    outside = [{n for n, _ in m.body.named_parameters() if not n.startswith("layers.")} for m in models]
+    assert outside == [{"embed_tokens.weight"}, set(), {"norm.weight"}]
+    assert first.head is None
+    assert middle.head is None
+    assert last.head is not None
+
+
+def test_only_the_first_rank_of_the_last_stage_holds_a_head(
+    deep: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_module, "parallel_linear", lambda linear, *_: linear)  # needs real ranks
+    config = read_config(deep["llama"].path)
+    places_ = [Stage(pp_rank, 2, tp_rank=tp_rank, tp_size=2) for pp_rank in (0, 1) for tp_rank in (0, 1)]
+    assert [load_model(config, place).head is not None for place in places_] == [False, False, True, False]
+
+
+def test_more_stages_than_layers_are_refused(deep: dict[str, Checkpoint]) -> None:
+    with pytest.raises(ConfigError, match=r"pipeline_parallel_size=6 is too much for .*: 5 layers .* use 1 to 5"):
+        load_model(read_config(deep["llama"].path), Stage(0, 6))
