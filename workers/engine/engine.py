@@ -103,7 +103,7 @@ class PagedEngine:
 
     def apply(self, plan: StepPlan) -> int:
         """Cancels first, then admissions, then the schedule."""
-        self._runner.pulse.count += 1
+        self._runner.begin_step()
         for handle in plan.cancel:
             self._scheduler.drop(handle)
         for request in plan.admit:
@@ -185,8 +185,6 @@ def build_engine(
 
     Raises ConfigError if the directory, the limits or the number of ranks cannot work.
     """
-    if mesh.pp_size > 1:
-        raise ConfigError(f"pipeline_parallel_size={mesh.pp_size} is not supported yet: use tensor_parallel_size")
     config = read_config(model_path, dtype=dtype)
     limit = _model_len(max_model_len, config)
     model = load_model(config, mesh)

@@ -5,6 +5,9 @@ tokens to every rank, and log-probabilities to the leader alone.  Hidden states 
 NCCL runs what shares a communicator in one order, and the two directions would wait for each other.
 """
 
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -12,16 +15,35 @@ import torch
 from .parallel import Ranks, broadcast_from_first
 
 if TYPE_CHECKING:
-    from .model import LoadedModel
+    from torch.distributed import ProcessGroup
+
+_SCORES_TAG = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A tensor that is there already, or on its way."""
+
+    tensor: torch.Tensor
+    work: Any = None  # torch.distributed.Work
+
+    def wait(self) -> torch.Tensor:
+        """The tensor; on CUDA it is the current stream that waits."""
+        if self.work is not None:
+            self.work.wait()
+        return self.tensor
 
 
 class Link(Protocol):
     """A rank's place in the flow of one step.  Every rank makes the same calls for the same step, in order."""
 
-    staged: bool
-    """Several stages work on different steps at once."""
-    receives: bool
-    """This rank's input comes from the stage before, not from token ids."""
+    @property
+    def staged(self) -> bool:
+        """Several stages work on different steps at once."""
+
+    @property
+    def first(self) -> bool:
+        """This rank's input is token ids, not hidden states of the stage before."""
 
     def receive(self, num_tokens: int) -> torch.Tensor:
         """Hidden states [tokens, hidden size] of the stage before."""
@@ -29,18 +51,18 @@ class Link(Protocol):
     def send(self, hidden: torch.Tensor) -> None:
         """Hand hidden states to the stage behind, if there is one."""
 
-    def share(self, ids: torch.Tensor | None, count: int) -> Any:
-        """The sampling rank's ids [count], on all ranks."""
+    def share(self, ids: torch.Tensor | None, count: int) -> Arrival:
+        """The sampling rank's int64 ids [count], on all ranks."""
 
-    def report(self, scores: torch.Tensor | None, count: int) -> Any:
-        """The sampling rank's scores [count], on the leader."""
+    def report(self, scores: torch.Tensor | None, count: int) -> Arrival | None:
+        """The sampling rank's float32 scores [count], on the leader."""
 
 
 class OneStage:
-    """No pipeline: all ranks hold all layers."""
+    """No pipeline: all ranks hold all layers, and the leader samples."""
 
     staged = False
-    receives = False
+    first = True
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
@@ -51,15 +73,69 @@ class OneStage:
     def send(self, hidden: torch.Tensor) -> None:
         """There is nobody behind."""
 
-    def share(self, ids: torch.Tensor | None, count: int) -> torch.Tensor:
+    def share(self, ids: torch.Tensor | None, count: int) -> Arrival:
         if ids is None:
             ids = torch.empty(count, dtype=torch.int64, device=self._ranks.device)
-        return broadcast_from_first(ids, self._ranks)
+        return Arrival(broadcast_from_first(ids, self._ranks))
 
-    def report(self, scores: torch.Tensor | None, count: int) -> torch.Tensor | None:
-        return scores
+    def report(self, scores: torch.Tensor | None, count: int) -> Arrival | None:
+        return None if scores is None else Arrival(scores)
 
 
-def make_link(ranks: Ranks, model: "LoadedModel") -> Link:
+class Stages:
+    """One stage of several.  Sends never wait for the receiver: it may be steps behind."""
+
+    staged = True
+
+    def __init__(self, ranks: Ranks, *, hidden_size: int, dtype: torch.dtype) -> None:
+        from torch import distributed
+
+        self._dist = distributed
+        self._ranks = ranks
+        self._hidden_size, self._dtype = hidden_size, dtype
+        self._sampler = (ranks.pp_size - 1) * ranks.tp_size
+        self._hidden_group: ProcessGroup = distributed.new_group()
+        self._token_group: ProcessGroup = distributed.new_group()
+        self._sending: deque[tuple[Any, torch.Tensor]] = deque()  # a tensor must live until it is sent
+        self._max_sending = 4 * ranks.world_size * ranks.pp_size
+
+    @property
+    def first(self) -> bool:
+        return self._ranks.pp_rank == 0
+
+    def receive(self, num_tokens: int) -> torch.Tensor:
+        hidden = torch.empty((num_tokens, self._hidden_size), dtype=self._dtype, device=self._ranks.device)
+        self._dist.recv(hidden, src=self._ranks.rank - self._ranks.tp_size, group=self._hidden_group)
+        return hidden
+
+    def send(self, hidden: torch.Tensor) -> None:
+        if self._ranks.pp_rank < self._ranks.pp_size - 1:
+            self._send(hidden.contiguous(), [self._ranks.rank + self._ranks.tp_size], self._hidden_group)
+
+    def share(self, ids: torch.Tensor | None, count: int) -> Arrival:
+        if ids is None:
+            return self._expect(torch.empty(count, dtype=torch.int64, device=self._ranks.device))
+        others = [rank for rank in range(self._ranks.world_size) if rank != self._sampler]
+        self._send(ids, others, self._token_group)
+        return Arrival(ids)
+
+    def report(self, scores: torch.Tensor | None, count: int) -> Arrival | None:
+        if scores is not None:
+            self._send(scores, [0], self._token_group, _SCORES_TAG)
+        if self._ranks.rank != 0:
+            return None
+        return self._expect(torch.empty(count, dtype=torch.float32, device=self._ranks.device), _SCORES_TAG)
+
+    def _expect(self, tensor: torch.Tensor, tag: int = 0) -> Arrival:
+        return Arrival(tensor, self._dist.irecv(tensor, src=self._sampler, group=self._token_group, tag=tag))
+
+    def _send(self, tensor: torch.Tensor, to: Sequence[int], group: "ProcessGroup", tag: int = 0) -> None:
+        for rank in to:
+            self._sending.append((self._dist.isend(tensor, dst=rank, group=group, tag=tag), tensor))
+        while len(self._sending) > self._max_sending:  # of steps that have long landed
+            self._sending.popleft()[0].wait()
+
+
+def make_link(ranks: Ranks, *, hidden_size: int, dtype: torch.dtype) -> Link:
     """Collective: every rank of the group makes its link."""
-    return OneStage(ranks)
+    return Stages(ranks, hidden_size=hidden_size, dtype=dtype) if ranks.pp_size > 1 else OneStage(ranks)

@@ -16,7 +16,7 @@ from .attention import Paged, Pulse
 from .kvcache import PagedCache
 from .model import LoadedModel
 from .parallel import Ranks
-from .pipeline import Link, make_link
+from .pipeline import Arrival, make_link
 from .scheduler import Batch, Row
 
 
@@ -32,15 +32,15 @@ class Choice:
 class Flight:
     """A step that was launched."""
 
-    ids: torch.Tensor  # on the host once `done` has happened
-    logprobs: torch.Tensor | None
-    done: torch.cuda.Event | None
+    ids: Arrival
+    logprobs: Arrival | None
+    done: torch.cuda.Event | None  # the tensors are on the host then
 
     def land(self) -> Choice:
         """Wait for the step."""
         if self.done is not None:
             self.done.synchronize()
-        return Choice(self.ids.tolist(), [] if self.logprobs is None else self.logprobs.tolist())
+        return Choice(self.ids.wait().tolist(), [] if self.logprobs is None else self.logprobs.wait().tolist())
 
 
 class Runner:
@@ -50,10 +50,17 @@ class Runner:
         self._model = model
         self._cache = cache
         self._device = ranks.device
-        self._link: Link = make_link(ranks, model)
+        hf = model.config.hf
+        self._link = make_link(ranks, hidden_size=hf.hidden_size, dtype=model.config.dtype)
         self._newest: torch.Tensor | None = None  # ids chosen by the step before, on the device
         self._index: dict[int, int] = {}  # handle -> its place among them
+        self._progress_per_step = hf.num_hidden_layers + 2
         self.pulse = Pulse()
+
+    def begin_step(self) -> None:
+        """Every step counts the same on every rank; within it, a rank is as far as its layers are in the model."""
+        steps = self.pulse.count // self._progress_per_step + 1
+        self.pulse.count = steps * self._progress_per_step
 
     @property
     def speculates(self) -> bool:
@@ -67,7 +74,8 @@ class Runner:
         if batch.fresh_blocks:
             self._cache.forget(self._indices(batch.fresh_blocks))
         positions = self._indices([position for row in rows for position in range(row.start, row.context)])
-        inputs = self._link.receive(len(positions)) if self._link.receives else self._tokens(rows)
+        self.pulse.count += self._model.stage.start
+        inputs = self._tokens(rows) if self._link.first else self._link.receive(len(positions))
         hidden = self._model.hidden(inputs, positions, self._paged(rows))
         self._link.send(hidden)
         return self._choose(hidden, rows, [row for row in batch.rows if row.samples])
@@ -86,7 +94,7 @@ class Runner:
     def _choose(self, hidden: torch.Tensor, rows: list[Row], sampling: list[Row]) -> Flight:
         """One rank chooses; the others take its word, for their logits need not be equal bit by bit."""
         if not sampling:
-            return Flight(torch.empty(0, dtype=torch.int64), None, None)
+            return Flight(Arrival(torch.empty(0, dtype=torch.int64)), None, None)
         ids, scores = None, None
         wants_scores = any(row.sequence.request.sampling.logprobs for row in sampling)
         if self._model.head is not None:
@@ -94,20 +102,16 @@ class Runner:
             logits = self._model.logits(hidden[self._indices([last[id(row)] for row in sampling])])
             ids = sampler.choose(logits, [sampler.Draw(r.sequence.request.sampling, r.position) for r in sampling])
             scores = sampler.logprobs(logits, ids.clamp(min=0)) if wants_scores else None
-        ids = self._link.share(ids, len(sampling))
-        scores = self._link.report(scores, len(sampling)) if wants_scores else None
-        self._newest = ids
+        arrival = self._link.share(ids, len(sampling))
+        reported = self._link.report(scores, len(sampling)) if wants_scores else None
+        if self._device.type != "cuda" or self._link.staged:
+            return Flight(arrival, reported, None)
+        self._newest = arrival.tensor
         self._index = {row.sequence.handle: index for index, row in enumerate(sampling)}
-        return self._flight(ids, scores)
-
-    def _flight(self, ids: torch.Tensor, scores: torch.Tensor | None) -> Flight:
-        if self._device.type != "cuda":
-            return Flight(ids, scores, None)
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        host_ids = ids.to("cpu", non_blocking=True)
-        host_scores = None if scores is None else scores.to("cpu", non_blocking=True)
+        on_host = [a and Arrival(a.tensor.to("cpu", non_blocking=True)) for a in (arrival, reported)]
         done.record()
-        return Flight(host_ids, host_scores, done)
+        return Flight(on_host[0], on_host[1], done)
 
     def _paged(self, rows: list[Row]) -> Paged:
         num_decodes = sum(row.count == 1 for row in rows)

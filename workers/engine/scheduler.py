@@ -38,7 +38,7 @@ class Sequence:
     limit: int  # len(tokens) at which it ends
     stops: frozenset[int]
     tokens: "array[int]"
-    block_size: int
+    block_size: int = 16
     num_computed: int = 0  # tokens whose keys and values are in the cache once the steps in flight are done
     num_pending: int = 0  # tokens that steps in flight will choose
     num_published: int = 0  # blocks, from the first
@@ -97,9 +97,9 @@ class Row:
     sequence: Sequence
     start: int
     count: int
-    samples: bool  # it reaches the sequence's end, so the next token is chosen from it
-    position: int  # tokens generated before the one that is chosen, those in flight included
-    pending: bool  # its only token was chosen by the step before, and is known to the device alone
+    samples: bool = False  # it reaches the sequence's end, so the next token is chosen from it
+    position: int = 0  # tokens generated before the one that is chosen, those in flight included
+    pending: bool = False  # its only token was chosen by the step before, and is known to the device alone
 
     @property
     def context(self) -> int:

@@ -202,7 +202,6 @@ def test_the_pool_is_no_larger_than_all_sequences_could_need(llama: Checkpoint) 
         ({"max_model_len": MAX_MODEL_LEN + 1}, "is more than the 512 positions"),
         ({"kv_cache_bytes": 100}, "raise kv_cache_bytes"),
         ({"max_model_len": 1}, "leaves no room"),
-        ({"mesh": replace(TwoRanks(0, 0), pp_size=2)}, "pipeline_parallel_size=2"),
     ],
 )
 def test_limits_that_cannot_work_are_refused(changes: dict[str, object], words: str, llama: Checkpoint) -> None:
