@@ -109,9 +109,9 @@ class Runner:
         self._newest = arrival.tensor
         self._index = {row.sequence.handle: index for index, row in enumerate(sampling)}
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        on_host = [a and Arrival(a.tensor.to("cpu", non_blocking=True)) for a in (arrival, reported)]
+        flight = Flight(_to_host(arrival), reported and _to_host(reported), done)
         done.record()
-        return Flight(on_host[0], on_host[1], done)
+        return flight
 
     def _paged(self, rows: list[Row]) -> Paged:
         num_decodes = sum(row.count == 1 for row in rows)
@@ -139,3 +139,7 @@ class Runner:
 def in_attention_order(batch: Batch) -> list[Row]:
     """Single tokens first, shortest context first, as attention.Paged wants them."""
     return sorted(batch.rows, key=lambda row: (row.count > 1, row.context if row.count == 1 else 0))
+
+
+def _to_host(arrival: Arrival) -> Arrival:
+    return Arrival(arrival.tensor.to("cpu", non_blocking=True))

@@ -13,7 +13,6 @@ from hortator.workers.engine import sampler
 from hortator.workers.engine.step import Finish, Request, SamplingParams, StepPlan
 from tests.workers.engine.checkpoints import EOS, MAX_MODEL_LEN, VOCAB, Checkpoint, mixed_requests
 from tests.workers.engine.drive import TIGHT, Outcome, build, run, step
-from tests.workers.engine.meshes import TwoRanks
 
 PROMPT = tuple(range(10, 30))
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
@@ -171,11 +170,14 @@ def test_bad_logits_fail_one_request_and_nobody_sees_its_cache(bad: int, tempera
     assert {handle - 10: tokens for handle, tokens in again.tokens.items()} == healthy
 
 
-def test_progress_moves_with_every_layer_and_step(llama: Checkpoint) -> None:
-    engine = build(llama.path)
-    before = engine.progress
-    step(engine, Outcome(), admit=[Request(1, PROMPT, GREEDY)])
-    assert engine.progress == before + 1 + 2
+def test_progress_moves_with_every_layer_and_by_the_same_in_every_step(llama: Checkpoint) -> None:
+    engine, outcome, seen = build(llama.path), Outcome(), list[int]()
+    for _ in range(3):
+        before = engine.progress
+        step(engine, outcome, admit=[] if outcome.digests else [Request(1, PROMPT, GREEDY)])
+        seen.append(engine.progress - before)
+    num_layers = 2
+    assert seen == [num_layers + 2 + num_layers, num_layers + 2, num_layers + 2]
 
 
 def test_an_empty_step_is_harmless(llama: Checkpoint) -> None:
