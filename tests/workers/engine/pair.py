@@ -73,21 +73,21 @@ def _outcome(raw: dict[str, Any]) -> Outcome:
 def main(rank: int, folder: Path) -> None:
     import torch
 
-    from hortator.workers.engine import model as model_module
+    from hortator.workers.engine.checkpoint import TensorEntry
     from hortator.workers.engine.parallel import Cut
+    from hortator.workers.engine.weights import ShardReader
     from tests.workers.engine.checkpoints import mixed_requests
 
     torch.set_num_threads(1)
     mesh = _mesh(rank, folder / "rendezvous")
     result, read = PairResult(), []
-    read_slice = model_module._read_slice
+    read_part = ShardReader.read
 
-    def counting(shard: Any, name: str, cut: Cut, shape: tuple[int, ...]) -> torch.Tensor:
-        tensor = read_slice(shard, name, cut, shape)
-        read.append(tensor.numel())
-        return tensor
+    def counting(reader: ShardReader, entry: TensorEntry, cut: Cut, target: torch.Tensor) -> None:
+        read.append(target.numel())
+        read_part(reader, entry, cut, target)
 
-    model_module._read_slice = counting
+    ShardReader.read = counting  # type: ignore[method-assign, assignment]
     for name, path in json.loads((folder / "paths.json").read_text()).items():
         read.clear()
         engine = build(Path(path), mesh, **TIGHT)  # each rank holds half of the heads: 80 blocks
