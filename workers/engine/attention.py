@@ -2,7 +2,7 @@
 
 `AttentionInterface.register` makes `paged_attention` a named implementation; the `paged` keyword given to the model's
 forward reaches it in every layer.  Decode rows are one gathered SDPA per group of similar context; each prompt chunk is
-one SDPA.  A CUDA paged kernel (issue 3) would replace the two functions `_decode` and `_prefill` and nothing else.
+one SDPA.  Layers with a soft-cap compute their scores themselves, which SDPA cannot cap.
 """
 
 from dataclasses import dataclass, field
@@ -14,6 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from hortator.producer.errors import ConfigError
+
 from .kvcache import PagedCache
 from .scheduler import Row
 
@@ -22,6 +24,7 @@ IMPLEMENTATION = "hortator_paged"
 # Rows whose contexts differ by more than this factor are gathered apart: padding costs as much as context.
 _SPREAD = 2.0
 _SMALL_BLOCKS = 8  # below this many blocks padding is cheaper than another call
+_CAPPED_TOKENS = 256  # of a chunk at a time where scores are computed here
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,14 +163,18 @@ def paged_attention(
     paged: Paged,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Store this step's keys and values, then attend.
 
     Takes [1, heads, tokens, head_dim] and gives [1, tokens, heads, head_dim].  The cache is written first, so that
-    every row reads all of its context from it.
+    every row reads all of its context from it.  Attention sinks (`s_aux`) are a ConfigError.
     """
-    layer = _Layer(paged.cache, int(module.layer_idx), query, key, value, scaling)  # type: ignore[arg-type]
+    if s_aux is not None:
+        raise ConfigError("attention sinks are not supported: use a model without them")
+    layer = _Layer(paged.cache, int(module.layer_idx), query, key, value, scaling, softcap)  # type: ignore[arg-type]
     paged.cache.write(layer.index, paged.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
     paged.pulse.count += 1
     view = paged.view(sliding_window)
@@ -185,6 +192,7 @@ class _Layer:
     key: torch.Tensor
     value: torch.Tensor
     scaling: float | None
+    softcap: float | None
 
 
 def _decode(layer: _Layer, group: DecodeGroup) -> torch.Tensor:
@@ -194,7 +202,10 @@ def _decode(layer: _Layer, group: DecodeGroup) -> torch.Tensor:
     rows = layer.query[0, :, group.first : group.last].transpose(0, 1)
     num_heads, head_dim = rows.shape[1:]
     folded = rows.reshape(num_rows, keys.shape[1], num_heads // keys.shape[1], head_dim)
-    out = scaled_dot_product_attention(folded, keys, values, attn_mask=group.mask, scale=layer.scaling)
+    if layer.softcap is None:
+        out = scaled_dot_product_attention(folded, keys, values, attn_mask=group.mask, scale=layer.scaling)
+    else:
+        out = _capped_attention(layer, folded, keys, values, group.mask)
     return out.reshape(num_rows, num_heads, head_dim)
 
 
@@ -205,6 +216,8 @@ def _prefill(layer: _Layer, chunk: PrefillChunk) -> torch.Tensor:
         keys, values = layer.key[:, :, span], layer.value[:, :, span]
     else:
         keys, values = layer.cache.gather(layer.index, chunk.blocks, num_rows=1)
+    if layer.softcap is not None:
+        return _capped_chunk(layer, layer.query[0, :, span], keys, values, chunk.mask)
     out = scaled_dot_product_attention(
         layer.query[:, :, span],
         keys,
@@ -215,6 +228,47 @@ def _prefill(layer: _Layer, chunk: PrefillChunk) -> torch.Tensor:
         enable_gqa=layer.query.shape[1] != keys.shape[1],
     )
     return out[0].transpose(0, 1)
+
+
+def _capped_chunk(
+    layer: _Layer, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """`query` [heads, tokens, head_dim] to [tokens, heads, head_dim], some tokens at a time: scores are whole matrices.
+
+    Without a mask the chunk attends to itself, causally.
+    """
+    num_heads, num_tokens, head_dim = query.shape
+    kv_heads = keys.shape[1]
+    outs = []
+    for first in range(0, num_tokens, _CAPPED_TOKENS):
+        part = query[:, first : first + _CAPPED_TOKENS]
+        count = part.shape[1]
+        end = keys.shape[2] if mask is not None else first + count
+        seen = _causal(first, count, query) if mask is None else mask[first : first + count]
+        # The query heads of one KV head and their tokens are its queries, token by token.
+        folded = part.reshape(1, kv_heads, -1, head_dim)
+        rows = seen.repeat(num_heads // kv_heads, 1)
+        out = _capped_attention(layer, folded, keys[:, :, :end], values[:, :, :end], rows)
+        outs.append(out.view(num_heads, count, head_dim).transpose(0, 1))
+    return torch.cat(outs)
+
+
+def _causal(first: int, count: int, like: torch.Tensor) -> torch.Tensor:
+    """Additive mask [count, first + count] of tokens `first` and up."""
+    mask = torch.full((count, first + count), float("-inf"), dtype=like.dtype, device=like.device)
+    return mask.triu_(first + 1)
+
+
+def _capped_attention(
+    layer: _Layer, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """SDPA with scores of at most `softcap`: softcap * tanh(score / softcap), before the mask and the softmax."""
+    assert layer.softcap is not None
+    scale = query.shape[-1] ** -0.5 if layer.scaling is None else layer.scaling
+    scores = (query @ keys.transpose(-1, -2)).mul_(scale / layer.softcap).tanh_().mul_(layer.softcap)
+    if mask is not None:
+        scores += mask
+    return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ values
 
 
 def register() -> None:

@@ -1,33 +1,30 @@
 """From a Hugging Face directory to the part of the model that this rank holds.
 
 The class is built on the meta device, so without memory, and cut down to the rank's pipeline stage; then each rank
-reads its own slices from the shards, straight to its device.  Which linear is cut how is transformers' own
-tensor-parallel plan of the architecture.
+reads its own slices from the shards, straight to its device.
 """
 
 import copy
-import fnmatch
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 
 from hortator.producer.errors import ConfigError
 from hortator.topology.errors import TooManyStages
 from hortator.topology.stages import stage_layers
 
 from . import attention
+from .architectures import ARCHITECTURES, check_features, divided_sizes, head_dim, layer_elements, supported
 from .attention import Paged
-from .checkpoint import TensorEntry, read_entries, read_json
+from .checkpoint import read_entries, read_json
 from .kvcache import CacheShape
-from .parallel import Cut, Ranks, check_divides, cut_of, parallel_linear
+from .parallel import ParallelExperts, Ranks, check_divides, parallel_linear, style_of
+from .sources import EMBEDDING, HEAD, check_sources, placements
+from .weights import ShardReader
 
-SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-_BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 # What a config.json may say about forward's output; ours is the only caller.
 _FORWARD_OPTIONS = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,17 +44,18 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        return int(getattr(self.hf, "head_dim", None) or self.hf.hidden_size // self.hf.num_attention_heads)
+        return head_dim(self.hf)
 
     def stage(self, ranks: Ranks) -> range:
         """The layers of this rank's pipeline stage, by their numbers in the checkpoint.
 
-        A step streams all weights, so cost is counted in elements: the head's, which is not cut, in units of a layer's
-        slice.  The embedding is a lookup and costs nothing.
+        A step streams all weights, so cost is counted in elements on one rank; the head is not cut.  The embedding is a
+        lookup and costs nothing.
         """
-        head = self.vocab_size * self.hf.hidden_size * ranks.tp_size / _layer_elements(self.hf, self.head_dim)
+        costs = [elements / ranks.tp_size for elements in layer_elements(self.hf)]
+        head = float(self.vocab_size * self.hf.hidden_size)
         try:
-            return stage_layers(self.hf.num_hidden_layers, ranks.pp_size, last_extra=head)[ranks.pp_rank]
+            return stage_layers(len(costs), ranks.pp_size, costs=costs, last_extra=head)[ranks.pp_rank]
         except TooManyStages as error:
             raise ConfigError(f"pipeline_parallel_size={ranks.pp_size} is too much for {self.path}: {error}") from error
 
@@ -97,7 +95,8 @@ class LoadedModel:
         """[rows, hidden size] to [rows, vocabulary], only where `head` is."""
         assert self.head is not None
         logits: torch.Tensor = self.head(hidden)
-        return logits
+        softcap = getattr(self.config.hf, "final_logit_softcapping", None)
+        return logits if softcap is None else (logits / softcap).tanh_().mul_(softcap)
 
 
 def read_config(model_path: Path, *, dtype: str = "auto") -> ModelConfig:
@@ -114,11 +113,7 @@ def read_config(model_path: Path, *, dtype: str = "auto") -> ModelConfig:
         )
     except Exception as error:  # transformers raises whatever its validators raise
         raise ConfigError(f"transformers cannot read {model_path / 'config.json'}: {error}") from error
-    rope = (getattr(hf, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in _BATCH_DEPENDENT_ROPE:
-        raise ConfigError(
-            f"{model_path}: rope_type {rope!r} makes a token depend on what else is in the batch; it is not supported"
-        )
+    check_features(hf, str(model_path))
     return ModelConfig(
         path=model_path,
         architecture=architecture,
@@ -133,14 +128,7 @@ def read_config(model_path: Path, *, dtype: str = "auto") -> ModelConfig:
 def load_model(config: ModelConfig, ranks: Ranks) -> LoadedModel:
     """Build the model and read this rank's slices."""
     attention.register()
-    check_divides(
-        {
-            "num_attention_heads": config.hf.num_attention_heads,
-            "num_key_value_heads": config.hf.num_key_value_heads,
-            "intermediate_size": config.hf.intermediate_size,
-        },
-        ranks.tp_size,
-    )
+    check_divides(divided_sizes(config.hf), ranks.tp_size)
     stage = config.stage(ranks)
     first, last = ranks.pp_rank == 0, ranks.pp_rank == ranks.pp_size - 1
     with torch.device("meta"):
@@ -148,22 +136,11 @@ def load_model(config: ModelConfig, ranks: Ranks) -> LoadedModel:
             copy.deepcopy(config.hf), dtype=config.dtype, attn_implementation=attention.IMPLEMENTATION
         )
     _keep(model, stage, first=first, last=last, head=last and ranks.tp_rank == 0)
-    plan = {f"model.{pattern}": style for pattern, style in (config.hf.base_model_tp_plan or {}).items()}
-    sources = _sources(model, stage, tied=bool(config.hf.tie_word_embeddings))
-    _fill(model, sources, read_entries(config.path), plan, ranks)
-    if model.lm_head is not None and "lm_head.weight" not in sources:
-        model.lm_head.weight = model.model.embed_tokens.weight
+    _fill(model, config, stage, ranks)
+    _compute_buffers(model.model, config.hf, ranks.device)
     if ranks.tp_size > 1:
-        _parallelise(model, plan, ranks)
-    # The only buffers are the rotary frequencies; they are computed, never stored.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(ranks.device)
+        _parallelise(model, ranks)
     return LoadedModel(config, stage, first, last, model.model.eval(), model.lm_head)
-
-
-def _layer_elements(hf: Any, head_dim: int) -> int:
-    """Weights of one layer, norms and biases left out."""
-    attention_ = hf.hidden_size * head_dim * 2 * (hf.num_attention_heads + hf.num_key_value_heads)
-    return int(attention_ + 3 * hf.hidden_size * hf.intermediate_size)
 
 
 def _keep(model: Any, stage: range, *, first: bool, last: bool, head: bool) -> None:
@@ -185,33 +162,17 @@ def _keep(model: Any, stage: range, *, first: bool, last: bool, head: bool) -> N
         model.lm_head = None
 
 
-def _sources(model: torch.nn.Module, stage: range, *, tied: bool) -> dict[str, str]:
-    """Where each parameter is in the checkpoint.  A tied head shares the embedding of its own rank, or reads a copy."""
-    prefix = "model.layers."
-    sources = {}
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        sources[name] = name
-        if name.startswith(prefix):
-            index, _, rest = name.removeprefix(prefix).partition(".")
-            sources[name] = f"{prefix}{int(index) + stage.start}.{rest}"
-    if tied and "lm_head.weight" in sources:
-        sources["lm_head.weight"] = "model.embed_tokens.weight"
-        if "model.embed_tokens.weight" in sources:
-            del sources["lm_head.weight"]
-    return sources
-
-
 def _architecture(raw: dict[str, Any], model_path: Path) -> str:
     if "auto_map" in raw:
         raise ConfigError(
             f"{model_path / 'config.json'} has auto_map: the model brings its own Python code, which is never run. "
-            f"Use a checkpoint of one of {', '.join(SUPPORTED)}"
+            f"Use a checkpoint of one of {supported()}"
         )
     if "quantization_config" in raw:
         raise ConfigError(f"{model_path} is quantised, which is not supported: use the unquantised checkpoint")
     names = raw.get("architectures") or ["none"]
-    if names[0] not in SUPPORTED:
-        raise ConfigError(f"{model_path}: architecture {names[0]} is not supported; supported: {', '.join(SUPPORTED)}")
+    if names[0] not in ARCHITECTURES:
+        raise ConfigError(f"{model_path}: architecture {names[0]} is not supported; supported: {supported()}")
     return str(names[0])
 
 
@@ -229,57 +190,59 @@ def _eos_token_ids(model_path: Path, hf: Any) -> tuple[int, ...]:
     return tuple(ids) if isinstance(ids, list | tuple) else () if ids is None else (ids,)
 
 
-def _style(module_name: str, plan: dict[str, str]) -> str | None:
-    return next((style for pattern, style in plan.items() if fnmatch.fnmatchcase(module_name, pattern)), None)
+def _fill(model: torch.nn.Module, config: ModelConfig, stage: range, ranks: Ranks) -> None:
+    """Replace every meta parameter by this rank's part of the checkpoint's tensor.  A tied head shares the embedding of
+    its own rank, or is a copy of it."""
+    entries = read_entries(config.path)
+    parameters = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p is not None}
+    tied = bool(config.hf.tie_word_embeddings)
+    shared = parameters.pop(HEAD, None) if tied and EMBEDDING in parameters else None
+    placed = placements(
+        {name: tuple(parameter.shape) for name, parameter in parameters.items()},
+        architecture=ARCHITECTURES[config.architecture],
+        stage=stage,
+        head_sizes=_head_sizes(config),
+        names=entries.keys() - {HEAD} if tied else entries.keys(),
+        ranks=ranks,
+    )
+    check_sources(placed, entries)
+    with ShardReader(ranks.device) as reader:
+        for name, placement in placed.items():
+            tensor = torch.empty(placement.shape, dtype=parameters[name].dtype, device=ranks.device)
+            for source in placement.sources:
+                reader.read(entries[source.name], source.cut, tensor[source.place])
+            _set_parameter(model, name, tensor)
+    if shared is not None:
+        _set_parameter(model, HEAD, model.get_parameter(EMBEDDING))
 
 
-def _fill(
-    model: torch.nn.Module,
-    sources: dict[str, str],
-    entries: dict[str, TensorEntry],
-    plan: dict[str, str],
-    ranks: Ranks,
-) -> None:
-    """Replace every meta parameter by this rank's slice of the checkpoint's tensor."""
-    wanted = {name: model.get_parameter(name) for name in sources}
-    _check_present({sources[name]: tuple(parameter.shape) for name, parameter in wanted.items()}, entries)
-    with ExitStack() as stack:
-        shards = {file: _open(file, stack) for file in {entries[source].file for source in sources.values()}}
-        for name, parameter in wanted.items():
-            owner, _, kind = name.rpartition(".")
-            cut = cut_of(_style(owner, plan), kind, ranks)
-            source = sources[name]
-            tensor = _read_slice(shards[entries[source].file], source, cut, tuple(parameter.shape))
-            value = torch.nn.Parameter(tensor.to(ranks.device, parameter.dtype), requires_grad=False)
-            setattr(model.get_submodule(owner), kind, value)
+def _head_sizes(config: ModelConfig) -> tuple[int, int, int]:
+    """Rows of all queries, keys and values."""
+    kv_rows = config.hf.num_key_value_heads * config.head_dim
+    return config.hf.num_attention_heads * config.head_dim, kv_rows, kv_rows
 
 
-def _check_present(wanted: dict[str, tuple[int, ...]], entries: dict[str, TensorEntry]) -> None:
-    if missing := sorted(set(wanted) - set(entries)):
-        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
-        raise ConfigError(f"the checkpoint lacks {shown}: it is incomplete or of another model than its config.json")
-    for name, shape in wanted.items():
-        if entries[name].shape != shape:
-            raise ConfigError(
-                f"{name} in {entries[name].file} is {list(entries[name].shape)}, but config.json makes it "
-                f"{list(shape)}: weights and config are of different models"
-            )
+def _set_parameter(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    owner, _, kind = name.rpartition(".")
+    setattr(model.get_submodule(owner), kind, torch.nn.Parameter(tensor, requires_grad=False))
 
 
-def _open(file: Path, stack: ExitStack) -> Any:
-    try:
-        return stack.enter_context(safe_open(file, framework="pt", device="cpu"))
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"cannot read {file}: {error}: download it again") from error
+def _compute_buffers(body: Any, hf: Any, device: torch.device) -> None:
+    """Rotary frequencies and gemma's embedding scale: computed, never stored."""
+    body.rotary_emb = type(body.rotary_emb)(config=hf).to(device)
+    scale = getattr(body.embed_tokens, "scalar_embed_scale", None)
+    if scale is not None:
+        body.embed_tokens.embed_scale = torch.tensor(scale, device=device)
 
 
-def _read_slice(shard: Any, name: str, cut: Cut, shape: tuple[int, ...]) -> torch.Tensor:
-    tensor: torch.Tensor = shard.get_slice(name)[cut.bounds(shape)]
-    return tensor.contiguous()
-
-
-def _parallelise(model: torch.nn.Module, plan: dict[str, str], ranks: Ranks) -> None:
+def _parallelise(model: Any, ranks: Ranks) -> None:
     for name, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.Linear) and (style := _style(name, plan)) is not None:
-            parent, _, child = name.rpartition(".")
+        parent, _, child = name.rpartition(".")
+        if isinstance(module, torch.nn.Linear) and (style := style_of(name)) is not None:
             setattr(model.get_submodule(parent), child, parallel_linear(module, style, ranks))
+        elif child == "experts":
+            setattr(model.get_submodule(parent), child, ParallelExperts(module, ranks))
+        elif hasattr(module, "qkv_proj"):  # transformers splits its output by the numbers of heads
+            module.num_key_value_heads //= ranks.tp_size
+            module.config = copy.copy(module.config)
+            module.config.num_attention_heads //= ranks.tp_size

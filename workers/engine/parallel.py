@@ -5,6 +5,7 @@ With one rank nothing of DeepSpeed is imported and no process group is needed.
 
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import accumulate
 from math import gcd
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -56,29 +57,55 @@ class SingleRank:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """The part of one tensor that a rank holds: all of it, or an equal slice of dimension `dim`."""
+    """The part of one tensor that a rank holds: all of it, or `ranges` of dimension `dim`, one after the other."""
 
-    dim: int | None
-    index: int
-    parts: int
+    dim: int | None = None
+    ranges: tuple[range, ...] = ()
 
     def shape(self, full: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(n // self.parts if dim == self.dim else n for dim, n in enumerate(full))
-
-    def bounds(self, full: tuple[int, ...]) -> tuple[slice, ...]:
-        """Slices to read, one per dimension."""
-        return tuple(
-            slice(self.index * (n // self.parts), (self.index + 1) * (n // self.parts))
-            if dim == self.dim
-            else slice(None)
-            for dim, n in enumerate(full)
-        )
+        """Of the part."""
+        return tuple(sum(map(len, self.ranges)) if dim == self.dim else n for dim, n in enumerate(full))
 
 
-def cut_of(style: str | None, kind: str, ranks: Ranks) -> Cut:
-    """How `kind` (weight or bias) of a linear is cut: "colwise" by output, "rowwise" by input, others not at all."""
-    dim = {("colwise", "weight"): 0, ("colwise", "bias"): 0, ("rowwise", "weight"): 1}.get((style or "", kind))
-    return Cut(dim, ranks.tp_rank, ranks.tp_size)
+WHOLE = Cut()
+
+
+_COLUMN = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj")
+_ROW = ("o_proj", "down_proj")
+
+
+def style_of(name: str) -> str | None:
+    """How the linear of that name (or its weight or bias) is cut: by "column" (its output), by "row" (its input), or
+    not at all.  Megatron-LM's scheme: https://arxiv.org/abs/1909.08053"""
+    linear = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
+    return "column" if linear in _COLUMN else "row" if linear in _ROW else None
+
+
+def cut_of(name: str, shape: tuple[int, ...], head_sizes: tuple[int, int, int], ranks: Ranks) -> Cut:
+    """A parameter's part on this rank.  `shape` is the whole one: [out, in], stacked [experts, out, in], or a bias.
+
+    Fused weights are cut in each of their parts; `head_sizes` are the rows of queries, keys and values.
+    """
+    style = style_of(name)
+    if ranks.tp_size == 1 or style is None or (style == "row" and name.endswith(".bias")):
+        return WHOLE
+    if style == "row":
+        return _even_cut(len(shape) - 1, (shape[-1],), ranks)
+    dim = max(0, len(shape) - 2)
+    if "qkv_proj" in name:
+        return _even_cut(dim, head_sizes, ranks)
+    return _even_cut(dim, (shape[dim] // 2,) * 2 if "gate_up_proj" in name else (shape[dim],), ranks)
+
+
+def _even_cut(dim: int, sections: tuple[int, ...], ranks: Ranks) -> Cut:
+    """This rank's equal part of each section of a dimension."""
+    begins = accumulate(sections, initial=0)
+    return Cut(dim, tuple(_share(begin, size, ranks) for begin, size in zip(begins, sections, strict=False)))
+
+
+def _share(begin: int, size: int, ranks: Ranks) -> range:
+    part = size // ranks.tp_size
+    return range(begin + ranks.tp_rank * part, begin + (ranks.tp_rank + 1) * part)
 
 
 def check_divides(sizes: dict[str, int], tp_size: int) -> None:
@@ -95,10 +122,27 @@ def check_divides(sizes: dict[str, int], tp_size: int) -> None:
 
 
 def parallel_linear(linear: torch.nn.Module, style: str, ranks: Ranks) -> torch.nn.Module:
-    """DeepSpeed's layer around a linear that already holds this rank's slice."""
+    """DeepSpeed's layer around a linear that already holds this rank's slice; `style` is style_of's."""
     column, row = _deepspeed_layers()
-    layer: torch.nn.Module = column(linear, ranks) if style == "colwise" else row(linear, ranks)
+    layer: torch.nn.Module = column(linear, ranks) if style == "column" else row(linear, ranks)
     return layer
+
+
+class ParallelExperts(torch.nn.Module):
+    """transformers' stacked experts, of each of which this rank holds a part of the intermediate size: the sum over
+    the ranks is the whole."""
+
+    def __init__(self, experts: torch.nn.Module, ranks: Ranks) -> None:
+        super().__init__()
+        self.experts = experts
+        self._group = ranks.tp_group
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        from torch import distributed
+
+        partial: torch.Tensor = self.experts(*inputs)
+        distributed.all_reduce(partial, group=self._group)
+        return partial
 
 
 @cache

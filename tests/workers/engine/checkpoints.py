@@ -15,13 +15,33 @@ VOCAB = 256
 EOS = 0
 MAX_MODEL_LEN = 512
 WINDOW = 24
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral")
+_GEMMA = {"head_dim": 8, "tie_word_embeddings": True, "num_key_value_heads": 4}
 _OWN: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 16, "num_key_value_heads": 2},
     "mistral": {"sliding_window": WINDOW},
+    # Caps so low that scores and logits reach them; a scale of queries that is not the usual one.
+    "gemma2": {
+        "sliding_window": WINDOW,
+        "query_pre_attn_scalar": 32,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 5.0,
+        **_GEMMA,
+    },
+    "gemma3_text": {"sliding_window_pattern": 2, "sliding_window": WINDOW, **_GEMMA},
+    "phi3": {"sliding_window": WINDOW},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {  # the second layer has no experts
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "mlp_only_layers": [1],
+        "head_dim": 16,
+        "num_key_value_heads": 2,
+    },
 }
+ARCHITECTURES = tuple(_OWN)
 
 
 @dataclass(frozen=True)

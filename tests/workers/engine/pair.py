@@ -73,26 +73,26 @@ def _outcome(raw: dict[str, Any]) -> Outcome:
 def main(rank: int, folder: Path) -> None:
     import torch
 
-    from hortator.workers.engine import model as model_module
+    from hortator.workers.engine.checkpoint import TensorEntry
     from hortator.workers.engine.parallel import Cut
+    from hortator.workers.engine.weights import ShardReader
     from tests.workers.engine.checkpoints import mixed_requests
 
     torch.set_num_threads(1)
     mesh = _mesh(rank, folder / "rendezvous")
     result, read = PairResult(), []
-    read_slice = model_module._read_slice
+    read_part = ShardReader.read
 
-    def counting(shard: Any, name: str, cut: Cut, shape: tuple[int, ...]) -> torch.Tensor:
-        tensor = read_slice(shard, name, cut, shape)
-        read.append(tensor.numel())
-        return tensor
+    def counting(reader: ShardReader, entry: TensorEntry, cut: Cut, target: torch.Tensor) -> None:
+        read.append(target.numel())
+        read_part(reader, entry, cut, target)
 
-    model_module._read_slice = counting
+    ShardReader.read = counting  # type: ignore[method-assign, assignment]
     for name, path in json.loads((folder / "paths.json").read_text()).items():
         read.clear()
         engine = build(Path(path), mesh, **TIGHT)  # each rank holds half of the heads: 80 blocks
         result.elements_read[name] = sum(read)
-        result.wrong_slices[name] = _wrong_slices(engine, Path(path), rank)
+        result.wrong_slices[name] = _wrong_slices(engine._runner._model, Path(path), rank)
         result.outcomes[name] = run(engine, mixed_requests(), stagger=3)
         result.preemptions[name] = engine.stats().preemptions
     result.outcomes["bad row"] = _with_bad_row(engine, rank)
@@ -115,20 +115,32 @@ def _mesh(rank: int, rendezvous: Path) -> Any:
     return TwoRanks(rank, rank, group, torch.distributed.group.WORLD)
 
 
-def _wrong_slices(engine: Any, path: Path, rank: int) -> list[str]:
-    """Names of linears whose local weight is not this rank's half of the file's tensor."""
-    from safetensors.torch import load_file
+def _wrong_slices(model: Any, path: Path, rank: int) -> list[str]:
+    """Names of parameters that are not this rank's half of what transformers loads."""
+    import transformers
 
-    full = load_file(path / "model.safetensors")
+    full = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="float32").model.state_dict()
     wrong = []
-    for name, parameter in engine._runner._model.body.named_parameters():
-        whole = full[f"model.{name}"]
-        if parameter.shape != whole.shape:
-            dim = 0 if parameter.shape[0] != whole.shape[0] else 1
-            whole = whole.chunk(2, dim)[rank]
-        if not parameter.equal(whole):
+    for name, parameter in model.body.named_parameters():
+        plain = name.replace(".experts.experts.", ".experts.")  # the layer that sums over the ranks
+        if not parameter.equal(_half(plain, full[plain], tuple(parameter.shape), rank)):
             wrong.append(name)
     return wrong
+
+
+def _half(name: str, whole: Any, shape: tuple[int, ...], rank: int) -> Any:
+    """Fused matrices are taken apart first."""
+    import torch
+
+    dims = [dim for dim, size in enumerate(shape) if whole.shape[dim] != size]
+    if not dims:
+        return whole
+    sizes = [whole.shape[dims[0]]]
+    if "gate_up_proj" in name:
+        sizes = [sizes[0] // 2] * 2
+    if "qkv_proj" in name:  # 8 heads of queries, 4 of keys, 4 of values
+        sizes = [sizes[0] // 2, sizes[0] // 4, sizes[0] // 4]
+    return torch.cat([part.chunk(2, dims[0])[rank] for part in whole.split(sizes, dims[0])], dims[0])
 
 
 def _with_bad_row(engine: Any, rank: int) -> Outcome:

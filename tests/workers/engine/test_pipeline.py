@@ -52,13 +52,17 @@ def steps() -> list[list[Row]]:
         tokens = array("i", [(7 * handle + 3 * i) % 250 + 1 for i in range(length)])
         blocks = array("i", range(20 * handle, 20 * handle + 15))
         request = Request(handle, tuple(tokens), SamplingParams(max_tokens=1))
-        sequences.append(Sequence(request, 99, frozenset(), tokens, blocks=blocks))
+        sequences.append(Sequence(request, 99, frozenset(), tokens, BLOCK_SIZE, blocks=blocks))
     long, short = sequences
     return [
-        [Row(short, 0, 5), Row(long, 0, 20)],
-        [Row(short, 5, 1), Row(long, 20, 19)],
-        [Row(short, 6, 1), Row(long, 39, 1)],
+        [row(short, 0, 5), row(long, 0, 20)],
+        [row(short, 5, 1), row(long, 20, 19)],
+        [row(short, 6, 1), row(long, 39, 1)],
     ]
+
+
+def row(sequence: Sequence, start: int, count: int) -> Row:
+    return Row(sequence, start, count, samples=False, position=0, pending=False)
 
 
 def tokens_of(rows: list[Row]) -> torch.Tensor:
