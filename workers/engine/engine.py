@@ -13,16 +13,16 @@ import torch
 
 from hortator.producer.errors import ConfigError
 
-from . import admission, sampler
+from . import admission
 from .attention import Paged, Pulse
 from .blocks import BlockPool
 from .kvcache import CacheShape, PagedCache
 from .model import LoadedModel, ModelConfig, load_model, read_config
 from .parallel import Ranks, agree_on_minimum, broadcast_from_first
+from .sampler import PENDING, Draw, Sampler, Score, scores
 from .scheduler import Batch, Row, Scheduler
 from .step import EngineInfo, EngineStats, Fault, Finish, Request, StepOutput, StepPlan, Token
-
-BAD_LOGITS = "bad_logits"
+from .structure import Grammars
 
 _CPU_FRACTION = 0.2  # of the host's available memory, shared by the ranks of this host
 _CUDA_FRACTION = 0.9  # of what is free once the weights are loaded
@@ -41,6 +41,7 @@ class PagedEngine:
         max_num_seqs: int,
         max_model_len: int,
         max_num_batched_tokens: int,
+        grammars: Grammars | None = None,
     ) -> None:
         config = model.config
         pool = BlockPool(num_blocks, block_size=block_size)
@@ -62,6 +63,7 @@ class PagedEngine:
                 "kv_bytes_per_rank": str(num_blocks * block_size * config.cache_shape(ranks).token_bytes),
             },
         )
+        self._sampler = Sampler(grammars)
         self._pulse = Pulse()
         self._batch = Batch()
         self._digest = 0
@@ -128,8 +130,8 @@ class PagedEngine:
             self._ended.append((request.handle, finish))
 
     @torch.inference_mode()
-    def _compute(self, batch: Batch) -> tuple[list[int], list[float]]:
-        """Token ids of the rows that sample, and their log-probabilities if anybody asked (first rank only)."""
+    def _compute(self, batch: Batch) -> tuple[list[int], list[Score | None]]:
+        """Token ids of the rows that sample, and the scores that were asked for (first rank only)."""
         rows = _in_attention_order(batch)
         if batch.fresh_blocks:
             self._cache.forget(self._indices(batch.fresh_blocks))
@@ -138,45 +140,47 @@ class PagedEngine:
         hidden = self._model.hidden(self._indices(tokens), self._indices(positions), self._paged(rows))
         return self._sample(hidden, rows, [row for row in batch.rows if row.samples])
 
-    def _sample(self, hidden: torch.Tensor, rows: list[Row], sampling: list[Row]) -> tuple[list[int], list[float]]:
+    def _sample(
+        self, hidden: torch.Tensor, rows: list[Row], sampling: list[Row]
+    ) -> tuple[list[int], list[Score | None]]:
         """The first rank chooses; the others take its word, for their logits need not be equal bit by bit."""
         if not sampling:
             return [], []
-        logprobs: list[float] = []
+        found: list[Score | None] = []
         tokens = torch.empty(len(sampling), dtype=torch.int64, device=self._ranks.device)
         if self._model.head is not None:
             last = {id(row): end - 1 for row, end in zip(rows, accumulate(row.count for row in rows), strict=True)}
             logits = self._model.logits(hidden[self._indices([last[id(row)] for row in sampling])])
-            draws = [sampler.Draw(r.sequence.request.sampling, r.sequence.num_generated) for r in sampling]
-            tokens = sampler.choose(logits, draws)
-            if any(draw.sampling.logprobs for draw in draws):
-                logprobs = sampler.logprobs(logits, tokens.clamp(min=0)).tolist()
-        return broadcast_from_first(tokens, self._ranks).tolist(), logprobs
+            draws = [Draw.of(row.sequence) for row in sampling]
+            tokens = self._sampler.choose(logits, draws)
+            found = scores(logits, tokens, draws)
+        return broadcast_from_first(tokens, self._ranks).tolist(), found
 
-    def _accept(self, batch: Batch, ids: list[int], logprobs: list[float]) -> list[Token]:
-        """Tell the scheduler what was computed, in its own order."""
+    def _accept(self, batch: Batch, ids: list[int], found: list[Score | None]) -> list[Token]:
+        """Tell the scheduler what was computed, in its own order; a pending row is computed again in the next step."""
         chosen = iter(ids)
-        scores = iter(logprobs)
+        scored = iter(found)
         tokens = []
         for row in batch.rows:
             if not row.samples:
                 self._scheduler.advance(row, None)
                 continue
-            token, score = next(chosen), next(scores, None)
-            handle, sampling = row.sequence.handle, row.sequence.request.sampling
-            if token == sampler.BAD_ROW:
-                self._fail(row)
+            token, score = next(chosen), next(scored, None)
+            if token < 0:
+                self._fail(row, token)
                 continue
-            tokens.append(Token(handle, token, score if sampling.logprobs else None))
+            handle = row.sequence.handle
+            tokens.append(Token(handle, token, score.logprob, score.top) if score else Token(handle, token))
             if finish := self._scheduler.advance(row, token):
                 self._ended.append((handle, finish))
         return tokens
 
-    def _fail(self, row: Row) -> None:
+    def _fail(self, row: Row, mark: int) -> None:
+        if mark == PENDING:
+            return
         handle = row.sequence.handle
         self._scheduler.drop(handle)
-        message = f"the model's logits after token {row.context} are not finite"
-        self._faults.append(Fault(handle, BAD_LOGITS, message))
+        self._faults.append(self._sampler.fault(handle, mark, context=row.context))
 
     def _paged(self, rows: list[Row]) -> Paged:
         num_decodes = sum(row.count == 1 for row in rows)
@@ -222,7 +226,12 @@ def build_engine(
         raise ConfigError(f"pipeline_parallel_size={mesh.pp_size} is not supported yet: use tensor_parallel_size")
     config = read_config(model_path, dtype=dtype)
     limit = _model_len(max_model_len, config)
+    grammars = None
+    if mesh.rank == 0:  # reads the tokenizer beside the weights
+        grammars = Grammars.of(config.path, vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids)
     model = load_model(config, mesh)
+    if grammars is not None:
+        grammars.wait()
     num_blocks = _num_blocks(config.cache_shape(mesh), mesh, kv_cache_bytes, block_size, max_num_seqs * limit)
     return PagedEngine(
         model,
@@ -232,6 +241,7 @@ def build_engine(
         max_num_seqs=max_num_seqs,
         max_model_len=limit,
         max_num_batched_tokens=max_num_batched_tokens,
+        grammars=grammars,
     )
 
 
