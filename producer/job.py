@@ -163,5 +163,6 @@ class Follower:
             token_ids=result.token_ids[self.after :],
             text=result.text[self._chars :],
             logprobs=logprobs,
+            top_logprobs=None if result.top_logprobs is None else result.top_logprobs[self.after :],
         )
         return self.take([chunk])

@@ -1,24 +1,33 @@
-"""How chunks are written in a job's journal: compact JSON, `[index, [token ids], text, [logprobs] or null]`."""
+"""How chunks are written in a job's journal: compact JSON, `[index, [token ids], text, [logprobs] or null]`, and behind
+that, if the job asked for them, the likeliest tokens of each place: `[[[token id, logprob], ...], ...]`."""
 
 import json
 from collections.abc import Iterable
+from typing import Any
 
-from hortator.producer.schema import Chunk
+from hortator.producer.schema import Chunk, TopLogprobs
 
 
 def encode_chunk(chunk: Chunk) -> bytes:
-    parts = [chunk.index, chunk.token_ids, chunk.text, chunk.logprobs]
+    parts: list[object] = [chunk.index, chunk.token_ids, chunk.text, chunk.logprobs]
+    if chunk.top_logprobs is not None:
+        parts.append(chunk.top_logprobs)
     return json.dumps(parts, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def decode_chunk(raw: bytes) -> Chunk:
-    index, token_ids, text, logprobs = json.loads(raw)
+    index, token_ids, text, logprobs, *more = json.loads(raw)
     return Chunk.model_construct(
         index=index,
         token_ids=tuple(token_ids),
         text=text,
         logprobs=None if logprobs is None else tuple(logprobs),
+        top_logprobs=_tops(more[0]) if more else None,
     )
+
+
+def _tops(places: list[list[list[Any]]]) -> TopLogprobs:
+    return tuple(tuple((token_id, logprob) for token_id, logprob in place) for place in places)
 
 
 def from_token(chunks: Iterable[Chunk], after: int) -> list[Chunk]:
@@ -32,4 +41,5 @@ def _cut(chunk: Chunk, after: int) -> Chunk:
     if skip <= 0:
         return chunk
     logprobs = None if chunk.logprobs is None else chunk.logprobs[skip:]
-    return Chunk(index=after, token_ids=chunk.token_ids[skip:], text=chunk.text, logprobs=logprobs)
+    tops = None if chunk.top_logprobs is None else chunk.top_logprobs[skip:]
+    return Chunk(index=after, token_ids=chunk.token_ids[skip:], text=chunk.text, logprobs=logprobs, top_logprobs=tops)

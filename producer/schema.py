@@ -4,10 +4,11 @@ Everything here is frozen and versioned.  Readers ignore optional fields they do
 job with another major version on the queue for a worker that speaks it.
 """
 
+import json
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 SCHEMA_VERSION = 1
 TASK_NAME = "llm.generate"
@@ -15,12 +16,18 @@ TASK_NAME = "llm.generate"
 MAX_PROMPT_CHARS = 8_000_000
 MAX_TOKENS = 1_000_000
 MAX_STOPS = 16
+MAX_BIASES = 1024
+MAX_TOP_LOGPROBS = 20
+MAX_STRUCTURE_CHARS = 65_536
+MAX_CHOICES = 4096
 MAX_DEADLINE_S = 30 * 86_400
 
 ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")]
 JobId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")]
 Tenant = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TopLogprobs = tuple[tuple[tuple[int, float], ...], ...]
+"""For each token of an output the likeliest tokens, the likeliest first, as (token id, log-probability)."""
 
 
 class Wire(BaseModel):
@@ -52,6 +59,55 @@ class Priority(StrEnum):
     BATCH = "batch"
 
 
+class AnyJson(Wire):
+    """Some JSON object."""
+
+    type: Literal["json"] = "json"
+
+
+class JsonSchema(Wire):
+    """JSON text that is valid under a JSON schema; its properties come in the schema's order."""
+
+    type: Literal["json_schema"] = "json_schema"
+    json_schema: dict[str, Any]
+
+
+class Regex(Wire):
+    """Text that matches from its first to its last character (Rust's syntax; no look-around, no back-references)."""
+
+    type: Literal["regex"] = "regex"
+    pattern: Annotated[str, StringConstraints(min_length=1)]
+
+
+class Grammar(Wire):
+    """Text that a grammar's `start` derives; in EBNF as Lark writes it."""
+
+    type: Literal["grammar"] = "grammar"
+    grammar: Annotated[str, StringConstraints(min_length=1)]
+
+
+class Choice(Wire):
+    """One of these texts."""
+
+    type: Literal["choice"] = "choice"
+    choices: tuple[Annotated[str, StringConstraints(min_length=1)], ...] = Field(min_length=1, max_length=MAX_CHOICES)
+
+
+def _bounded(structure: Wire) -> Wire:
+    try:
+        size = len(json.dumps(structure.model_dump(mode="json"), ensure_ascii=False))
+    except RecursionError:
+        raise ValueError("a structure is nested too deeply") from None
+    if size > MAX_STRUCTURE_CHARS:
+        raise ValueError(f"a structure of {size} characters; the limit is {MAX_STRUCTURE_CHARS}")
+    return structure
+
+
+Structure = Annotated[
+    AnyJson | JsonSchema | Regex | Grammar | Choice, Field(discriminator="type"), AfterValidator(_bounded)
+]
+
+
 class Sampling(Wire):
     """How tokens are chosen.  The default is greedy: the same prompt gives the same text."""
 
@@ -67,6 +123,27 @@ class Sampling(Wire):
     stop_token_ids: tuple[TokenId, ...] = Field(default=(), max_length=64)
     ignore_eos: bool = False
     logprobs: bool = Field(default=False, description="report the log-probability of each chosen token")
+    top_logprobs: int = Field(
+        default=0, ge=0, le=MAX_TOP_LOGPROBS, description="with logprobs: also those of the likeliest tokens"
+    )
+    repetition_penalty: float = Field(default=1.0, gt=0.0, le=100.0, description="over prompt and output; 1: none")
+    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0, description="over the output")
+    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0, description="over the output")
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100.0, le=100.0)]] = Field(
+        default_factory=dict, max_length=MAX_BIASES
+    )
+    min_tokens: int = Field(
+        default=0, ge=0, le=MAX_TOKENS, description="no end of sequence, stop token or stop string before this many"
+    )
+    structure: Structure | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens ({self.min_tokens}) is more than max_tokens ({self.max_tokens})")
+        return self
 
 
 class Message(Wire):
@@ -135,6 +212,7 @@ class Result(Wire):
     finish_reason: FinishReason
     usage: Usage
     logprobs: tuple[float, ...] | None = None
+    top_logprobs: TopLogprobs | None = None
 
 
 class Failure(Wire):
@@ -166,6 +244,7 @@ class Chunk(Wire):
     token_ids: tuple[int, ...]
     text: str
     logprobs: tuple[float, ...] | None = None
+    top_logprobs: TopLogprobs | None = None
 
 
 def dump(model: BaseModel) -> dict[str, Any]:

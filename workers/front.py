@@ -263,7 +263,7 @@ class Front:
             if live is None:
                 continue  # cancelled, or ended by a stop string, a step or two ago
             unjournalled[live.lease.job_id] = live
-            if live.output.feed(token.token_id, token.logprob):
+            if live.output.feed(token.token_id, token.logprob, token.top):
                 self._succeed(live, FinishReason.STOP)
         for handle, finish in output.finished:
             if live := by_handle.get(handle):
@@ -303,6 +303,7 @@ class Front:
             finish_reason=reason,
             usage=Usage.model_construct(prompt_tokens=live.num_prompt, completion_tokens=len(output.token_ids)),
             logprobs=None if output.logprobs is None else tuple(output.logprobs),
+            top_logprobs=None if output.top_logprobs is None else tuple(output.top_logprobs),
         )
         self._end(live, Outcome(live.lease, State.SUCCEEDED, result=result), in_engine=in_engine)
 

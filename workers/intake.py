@@ -1,14 +1,16 @@
 """From a job to what the engine is asked; the errors name the real limits."""
 
 import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hortator.producer import schema
 from hortator.producer.errors import BadRequest, PromptTooLong
 from hortator.producer.schema import Job, Priority
 from hortator.producer.store import Claimed, Lease
-from hortator.workers.engine.step import EngineInfo, Request, SamplingParams
+from hortator.workers.engine.step import EngineInfo, Request, SamplingParams, Structure, StructureKind
 from hortator.workers.output import Output
 from hortator.workers.text import Text
 
@@ -37,7 +39,15 @@ def prepare(
     max_tokens = _fit(job, prompt, info)
     sampling = job.sampling
     ends = frozenset(sampling.stop_token_ids) | frozenset(() if sampling.ignore_eos else info.eos_token_ids)
-    output = Output(text.decoder(), ends=ends, stop=sampling.stop, journal=claimed.journal, logprobs=sampling.logprobs)
+    output = Output(
+        text.decoder(),
+        ends=ends,
+        stop=sampling.stop,
+        min_tokens=sampling.min_tokens,
+        journal=claimed.journal,
+        logprobs=sampling.logprobs,
+        top_logprobs=sampling.top_logprobs > 0,
+    )
     generated = tuple(output.token_ids)
     live = Live(claimed.lease, handle, output, len(prompt), max_tokens, len(generated), now)
     request = Request(
@@ -109,4 +119,28 @@ def _params(job: Job, job_id: str, max_tokens: int) -> SamplingParams:
         stop_token_ids=wanted.stop_token_ids,
         ignore_eos=wanted.ignore_eos,
         logprobs=wanted.logprobs,
+        top_logprobs=wanted.top_logprobs,
+        repetition_penalty=wanted.repetition_penalty,
+        presence_penalty=wanted.presence_penalty,
+        frequency_penalty=wanted.frequency_penalty,
+        logit_bias=tuple(wanted.logit_bias.items()),
+        min_tokens=wanted.min_tokens,
+        structure=_structure(wanted.structure),
     )
+
+
+def _structure(wanted: schema.Structure | None) -> Structure | None:
+    """The description as text; a schema's properties keep their order, for that is the order of the output."""
+    match wanted:
+        case None:
+            return None
+        case schema.AnyJson():
+            return Structure(StructureKind.JSON_SCHEMA, '{"type":"object"}')
+        case schema.JsonSchema():
+            return Structure(StructureKind.JSON_SCHEMA, json.dumps(wanted.json_schema, separators=(",", ":")))
+        case schema.Regex():
+            return Structure(StructureKind.REGEX, wanted.pattern)
+        case schema.Grammar():
+            return Structure(StructureKind.LARK, wanted.grammar)
+        case schema.Choice():
+            return Structure(StructureKind.CHOICE, json.dumps(wanted.choices))

@@ -5,12 +5,15 @@ from collections.abc import Sequence
 from hortator.producer.schema import Chunk, FinishReason
 from hortator.workers.text import Decoder
 
+Top = tuple[tuple[int, float], ...]
+
 
 class Output:
     """Grows token by token, and never takes back text that it has given to the journal.
 
     Text that may be the beginning of a stop string is held back until it is clear.  The token that completes a stop
     string is the last one; the text ends before the stop string.  Tokens of `ends` end the output and have no text.
+    The text of the first `min_tokens` tokens is not searched for stop strings.
     """
 
     def __init__(
@@ -19,15 +22,19 @@ class Output:
         *,
         ends: frozenset[int] = frozenset(),
         stop: Sequence[str] = (),
+        min_tokens: int = 0,
         journal: Sequence[Chunk] = (),
         logprobs: bool = False,
+        top_logprobs: bool = False,
     ) -> None:
         self.token_ids: list[int] = []
         self.logprobs: list[float] | None = [] if logprobs else None
+        self.top_logprobs: list[Top] | None = [] if top_logprobs else None
         self.stopped = False
         self._decoder = decoder
         self._ends = ends
         self._stop = tuple(stop)
+        self._min_tokens = min_tokens
         self._held = ""
         self._safe: list[str] = []  # pieces of text that nothing can change any more
         self._num_journalled = 0
@@ -50,11 +57,13 @@ class Output:
             return FinishReason.STOP
         return FinishReason.LENGTH if len(self.token_ids) >= max_tokens else None
 
-    def feed(self, token_id: int, logprob: float | None = None) -> bool:
+    def feed(self, token_id: int, logprob: float | None = None, top: Top = ()) -> bool:
         """Take one token; True when a stop string is complete."""
         self.token_ids.append(token_id)
         if self.logprobs is not None:
             self.logprobs.append(logprob or 0.0)
+        if self.top_logprobs is not None:
+            self.top_logprobs.append(top)
         if token_id not in self._ends:
             piece = self._decoder.feed(token_id)
             if piece:
@@ -79,11 +88,16 @@ class Output:
         text = "".join(self._unsent)
         self._num_journalled = len(self.token_ids)
         self._unsent = []
-        logprobs = None if self.logprobs is None else tuple(self.logprobs[start:])
-        return Chunk.model_construct(index=start, token_ids=tuple(self.token_ids[start:]), text=text, logprobs=logprobs)
+        return Chunk.model_construct(
+            index=start,
+            token_ids=tuple(self.token_ids[start:]),
+            text=text,
+            logprobs=None if self.logprobs is None else tuple(self.logprobs[start:]),
+            top_logprobs=None if self.top_logprobs is None else tuple(self.top_logprobs[start:]),
+        )
 
     def _add(self, piece: str) -> None:
-        if not self._stop:
+        if not self._stop or len(self.token_ids) <= self._min_tokens:
             self._keep(piece)
             return
         text = self._held + piece
@@ -113,8 +127,8 @@ class Output:
     def _replay(self, journal: Sequence[Chunk]) -> None:
         """Come to the state of the attempt that wrote this journal; its text counts as given out."""
         for chunk in journal:
-            probs = chunk.logprobs or ()
+            probs, tops = chunk.logprobs or (), chunk.top_logprobs or ()
             for at, token_id in enumerate(chunk.token_ids):
-                self.feed(token_id, probs[at] if at < len(probs) else None)
+                self.feed(token_id, probs[at] if at < len(probs) else None, tops[at] if at < len(tops) else ())
         self._num_journalled = len(self.token_ids)
         self._unsent.clear()  # the same tokens give the same text, and the same end of it was held back

@@ -13,7 +13,17 @@ from typing import Any
 
 from hortator.producer.errors import GroupFailed
 
-from .engine.step import EngineStats, Fault, Finish, Request, SamplingParams, StepOutput, Token
+from .engine.step import (
+    EngineStats,
+    Fault,
+    Finish,
+    Request,
+    SamplingParams,
+    StepOutput,
+    Structure,
+    StructureKind,
+    Token,
+)
 
 MAX_MESSAGE_BYTES = 256 << 20
 MAX_UNSENT_BYTES = 256 << 20
@@ -143,7 +153,13 @@ def read_submission(message: Message) -> tuple[list[Request], list[int]]:
 
 
 def pack_request(request: Request) -> list[Any]:
-    return [request.handle, request.prompt, request.generated, _sampling(request.sampling), _order(request)]
+    return [request.handle, request.prompt, request.generated, pack_sampling(request.sampling), _order(request)]
+
+
+def pack_sampling(sampling: SamplingParams) -> list[Any]:
+    """The fields in order, all JSON-ready."""
+    *plain, structure = _sampling(sampling)
+    return [*plain, structure and [structure.kind, structure.definition]]
 
 
 def unpack_request(item: list[Any]) -> Request:
@@ -154,7 +170,15 @@ def unpack_request(item: list[Any]) -> Request:
 def unpack_sampling(values: list[Any]) -> SamplingParams:
     sampling = dict(zip(SamplingParams.__dataclass_fields__, values, strict=True))
     sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
+    sampling["logit_bias"] = _pairs(sampling["logit_bias"])
+    if sampling["structure"]:
+        kind, definition = sampling["structure"]
+        sampling["structure"] = Structure(StructureKind(kind), definition)
     return SamplingParams(**sampling)
+
+
+def _pairs(values: Sequence[Sequence[Any]]) -> tuple[tuple[int, float], ...]:
+    return tuple((token_id, value) for token_id, value in values)
 
 
 # --- rank 0 -> front: what a step gave
@@ -168,7 +192,10 @@ def report(step: int, output: StepOutput, stats: EngineStats, *, idle: bool) -> 
         "idle": idle,
     }
     if output.tokens:
-        message["tokens"] = [(token.handle, token.token_id, token.logprob) for token in output.tokens]
+        message["tokens"] = [
+            (t.handle, t.token_id, t.logprob, t.top) if t.top else (t.handle, t.token_id, t.logprob)
+            for t in output.tokens
+        ]
     if output.finished:
         message["finished"] = output.finished
     if output.faults:
@@ -179,8 +206,12 @@ def report(step: int, output: StepOutput, stats: EngineStats, *, idle: bool) -> 
 def read_report(message: Message) -> tuple[int, StepOutput, EngineStats, bool]:
     """The inverse of `report`."""
     output = StepOutput(
-        tokens=tuple(Token(*item) for item in message.get("tokens", ())),
+        tokens=tuple(_token(*item) for item in message.get("tokens", ())),
         finished=tuple((handle, Finish(finish)) for handle, finish in message.get("finished", ())),
         faults=tuple(Fault(*item) for item in message.get("faults", ())),
     )
     return message["step"], output, EngineStats(*message["stats"]), message["idle"]
+
+
+def _token(handle: int, token_id: int, logprob: float | None, top: Sequence[Sequence[Any]] = ()) -> Token:
+    return Token(handle, token_id, logprob, _pairs(top) if top else ())

@@ -16,6 +16,8 @@ from hortator.workers.engine.step import (
     Request,
     SamplingParams,
     StepOutput,
+    Structure,
+    StructureKind,
     Token,
 )
 from hortator.workers.pipe import (
@@ -30,6 +32,7 @@ from hortator.workers.pipe import (
     submissions,
 )
 
+pairs = st.lists(st.tuples(st.integers(0, 2**31 - 1), st.floats(-50, 0)), max_size=3).map(tuple)
 token_ids = st.lists(st.integers(0, 2**31 - 1), max_size=20).map(tuple)
 samplings = st.builds(
     SamplingParams,
@@ -42,12 +45,20 @@ samplings = st.builds(
     stop_token_ids=token_ids,
     ignore_eos=st.booleans(),
     logprobs=st.booleans(),
+    top_logprobs=st.integers(0, 20),
+    repetition_penalty=st.floats(0.1, 10),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
+    logit_bias=pairs,
+    min_tokens=st.integers(0, 99),
+    structure=st.none() | st.builds(Structure, st.sampled_from(StructureKind), st.text()),
 )
 requests = st.builds(Request, handle=st.integers(0, 2**40), prompt=token_ids, sampling=samplings, generated=token_ids)
 outputs = st.builds(
     StepOutput,
     tokens=st.lists(
-        st.builds(Token, st.integers(0, 99), st.integers(0, 2**31 - 1), st.none() | st.floats(-50, 0)), max_size=5
+        st.builds(Token, st.integers(0, 99), st.integers(0, 2**31 - 1), st.none() | st.floats(-50, 0), pairs),
+        max_size=5,
     ).map(tuple),
     finished=st.lists(st.tuples(st.integers(0, 99), st.sampled_from(Finish)), max_size=3).map(tuple),
     faults=st.lists(st.builds(Fault, st.integers(0, 99), st.text(), st.text()), max_size=3).map(tuple),

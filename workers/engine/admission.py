@@ -6,6 +6,7 @@ from .step import EngineInfo, Fault, Request
 
 BAD_REQUEST = "bad_request"
 PROMPT_TOO_LONG = "prompt_too_long"
+MAX_TOP = 20
 
 
 def length_limit(request: Request, info: EngineInfo) -> int:
@@ -39,8 +40,30 @@ def _too_long(request: Request, info: EngineInfo) -> Fault | None:
 
 
 def _malformed(request: Request, info: EngineInfo) -> Fault | None:
-    problem = _token_problem(request, info) or _sampling_problem(request)
+    problem = (
+        _token_problem(request, info)
+        or _sampling_problem(request)
+        or _bias_problem(request, info)
+        or _end_problem(request, info)
+    )
     return Fault(request.handle, BAD_REQUEST, problem) if problem else None
+
+
+def _bias_problem(request: Request, info: EngineInfo) -> str | None:
+    for token_id, value in request.sampling.logit_bias:
+        if not 0 <= token_id < info.vocab_size:
+            return f"logit_bias: token id {token_id} is outside the vocabulary of {info.vocab_size}"
+        if not math.isfinite(value):
+            return f"logit_bias: {value} for token id {token_id} is not finite"
+    return None
+
+
+def _end_problem(request: Request, info: EngineInfo) -> str | None:
+    sampling = request.sampling
+    ends = set(sampling.stop_token_ids).union(() if sampling.ignore_eos else info.eos_token_ids)
+    if sampling.min_tokens and len(ends) >= info.vocab_size and ends.issuperset(range(info.vocab_size)):
+        return f"min_tokens={sampling.min_tokens}, but every token of the vocabulary is a stop token"
+    return None
 
 
 def _token_problem(request: Request, info: EngineInfo) -> str | None:
@@ -61,5 +84,11 @@ def _sampling_problem(request: Request) -> str | None:
         (0 < s.top_p <= 1, f"top_p must be above 0 and at most 1, got {s.top_p}"),
         (s.top_k >= 0, f"top_k must be >= 0 (0: no limit), got {s.top_k}"),
         (0 <= s.min_p <= 1, f"min_p must be between 0 and 1, got {s.min_p}"),
+        (0 < s.repetition_penalty < math.inf, f"repetition_penalty must be above 0, got {s.repetition_penalty}"),
+        (math.isfinite(s.presence_penalty), f"presence_penalty must be a number, got {s.presence_penalty}"),
+        (math.isfinite(s.frequency_penalty), f"frequency_penalty must be a number, got {s.frequency_penalty}"),
+        (s.min_tokens >= 0, f"min_tokens must be >= 0, got {s.min_tokens}"),
+        (0 <= s.top_logprobs <= MAX_TOP, f"top_logprobs must be between 0 and {MAX_TOP}, got {s.top_logprobs}"),
+        (len(dict(s.logit_bias)) == len(s.logit_bias), "logit_bias names a token twice"),
     )
     return next((message for holds, message in rules if not holds), None)

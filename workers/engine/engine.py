@@ -14,14 +14,14 @@ from hortator.producer.errors import ConfigError
 
 from . import admission, sampler
 from .blocks import BlockPool
-from .kvcache import CacheShape, PagedCache
+from .kvcache import CacheShape
 from .model import LoadedModel, ModelConfig, load_model, read_config
 from .parallel import Ranks, agree_on_minimum
 from .runner import Flight, Runner
+from .sampler import Score
 from .scheduler import Batch, Row, Scheduler
 from .step import EngineInfo, EngineStats, Fault, Finish, Request, StepOutput, StepPlan, Token
-
-BAD_LOGITS = "bad_logits"
+from .structure import Grammars
 
 _CPU_FRACTION = 0.2  # of the host's available memory, shared by the ranks of this host
 _CUDA_FRACTION = 0.9  # of what is free once the weights are loaded
@@ -41,14 +41,11 @@ class PagedEngine:
         max_model_len: int,
         max_num_batched_tokens: int,
         prefix_cache: bool = True,
+        grammars: Grammars | None = None,
     ) -> None:
         config = model.config
         pool = BlockPool(num_blocks, block_size=block_size)
-        self._runner = Runner(
-            model,
-            PagedCache(config.cache_shape(ranks), num_blocks=num_blocks, block_size=block_size, device=ranks.device),
-            ranks,
-        )
+        self._runner = Runner(model, ranks, num_blocks=num_blocks, block_size=block_size, grammars=grammars)
         self._depth = ranks.pp_size - 1 or int(self._runner.speculates)
         self._scheduler = Scheduler(
             pool,
@@ -146,28 +143,29 @@ class PagedEngine:
         """Take the outcome of the oldest step in flight, and tell the scheduler."""
         batch, flight = self._flying.popleft()
         choice = flight.land()
-        ids, scores = iter(choice.ids), iter(choice.logprobs)
         tokens = []
-        for row in batch.rows:
-            if not row.samples:
-                continue
-            sequence, token, score = row.sequence, next(ids), next(scores, None)
-            if sequence.ended:
+        for row, token, score in choice.of([row for row in batch.rows if row.samples]):
+            sequence = row.sequence
+            if token == sampler.PENDING:
+                self._scheduler.again(row)
+            elif sequence.ended:
                 self._scheduler.accept(row, token)
-            elif token == sampler.BAD_ROW:
-                self._fail(row)
+            elif token < 0:
+                self._fail(row, choice.fault(sequence.handle, token, context=row.context))
             else:
-                tokens.append(Token(sequence.handle, token, score if sequence.request.sampling.logprobs else None))
+                tokens.append(_token(sequence.handle, token, score))
                 if finish := self._scheduler.accept(row, token):
                     self._ended.append((sequence.handle, finish))
         return tokens
 
-    def _fail(self, row: Row) -> None:
-        handle = row.sequence.handle
-        self._scheduler.retract(handle)
-        self._scheduler.drop(handle)
-        message = f"the model's logits after token {row.context} are not finite"
-        self._faults.append(Fault(handle, BAD_LOGITS, message))
+    def _fail(self, row: Row, fault: Fault) -> None:
+        self._scheduler.retract(row.sequence.handle)  # whoever shares its prefix must not meet what broke it
+        self._scheduler.drop(row.sequence.handle)
+        self._faults.append(fault)
+
+
+def _token(handle: int, token: int, score: Score | None) -> Token:
+    return Token(handle, token, score.logprob, score.top) if score else Token(handle, token)
 
 
 def build_engine(
@@ -180,6 +178,7 @@ def build_engine(
     max_num_batched_tokens: int = 2048,
     block_size: int = 16,
     kv_cache_bytes: int | None = None,
+    prefix_cache: bool = True,
 ) -> PagedEngine:
     """Load this rank's part of the model and size its KV pool.  Collective: all ranks of the group call it together.
 
@@ -187,7 +186,12 @@ def build_engine(
     """
     config = read_config(model_path, dtype=dtype)
     limit = _model_len(max_model_len, config)
+    grammars = None
+    if mesh.pp_rank == mesh.pp_size - 1 and mesh.tp_rank == 0:  # the rank that samples
+        grammars = Grammars.of(config.path, vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids)
     model = load_model(config, mesh)
+    if grammars is not None:
+        grammars.wait()
     num_blocks = _num_blocks(config.cache_shape(mesh), mesh, kv_cache_bytes, block_size, max_num_seqs * limit)
     return PagedEngine(
         model,
@@ -197,6 +201,8 @@ def build_engine(
         max_num_seqs=max_num_seqs,
         max_model_len=limit,
         max_num_batched_tokens=max_num_batched_tokens,
+        prefix_cache=prefix_cache,
+        grammars=grammars,
     )
 
 

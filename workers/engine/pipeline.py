@@ -1,10 +1,11 @@
 """What travels between the ranks of a group in a step: hidden states from stage to stage, chosen tokens to everybody.
 
 With one stage the first rank broadcasts its tokens.  With several, the first rank of the last stage samples, sends the
-tokens to every rank, and log-probabilities to the leader alone.  Hidden states and tokens have groups of their own:
-NCCL runs what shares a communicator in one order, and the two directions would wait for each other.
+tokens to every rank, and a report of log-probabilities and reasons to the leader alone.  Hidden states and tokens have
+groups of their own: NCCL runs what shares a communicator in one order, and the directions would wait for each other.
 """
 
+import json
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from .parallel import Ranks, broadcast_from_first
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_SCORES_TAG = 1
+_REPORT_TAG = 1
+_MAX_REPORT_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +56,11 @@ class Link(Protocol):
     def share(self, ids: torch.Tensor | None, count: int) -> Arrival:
         """The sampling rank's int64 ids [count], on all ranks."""
 
-    def report(self, scores: torch.Tensor | None, count: int) -> Arrival | None:
-        """The sampling rank's float32 scores [count], on the leader."""
+    def report(self, report: Any) -> Any:
+        """The sampling rank's JSON-ready report on the leader (read it with `read_report`); None on other ranks."""
+
+    def read_report(self, report: Any) -> Any:
+        """What `report` gave, once the step's ids have come."""
 
 
 class OneStage:
@@ -78,8 +83,11 @@ class OneStage:
             ids = torch.empty(count, dtype=torch.int64, device=self._ranks.device)
         return Arrival(broadcast_from_first(ids, self._ranks))
 
-    def report(self, scores: torch.Tensor | None, count: int) -> Arrival | None:
-        return None if scores is None else Arrival(scores)
+    def report(self, report: Any) -> Any:
+        return report
+
+    def read_report(self, report: Any) -> Any:
+        return report
 
 
 class Stages:
@@ -119,12 +127,24 @@ class Stages:
         self._send(ids, others, self._token_group)
         return Arrival(ids)
 
-    def report(self, scores: torch.Tensor | None, count: int) -> Arrival | None:
-        if scores is not None:
-            self._send(scores, [0], self._token_group, _SCORES_TAG)
+    def report(self, report: Any) -> Any:
+        """Its length, then its bytes: they go by the host, for which the leader has to wait anyway."""
+        if self._ranks.rank == self._sampler:
+            body = torch.frombuffer(bytearray(json.dumps(report).encode()), dtype=torch.uint8)
+            for part in (torch.tensor([len(body)]), body):
+                self._send(part.to(self._ranks.device), [0], self._token_group, _REPORT_TAG)
         if self._ranks.rank != 0:
             return None
-        return self._expect(torch.empty(count, dtype=torch.float32, device=self._ranks.device), _SCORES_TAG)
+        return self._expect(torch.empty(1, dtype=torch.int64, device=self._ranks.device), _REPORT_TAG)
+
+    def read_report(self, report: Any) -> Any:
+        if report is None:
+            return None
+        length = int(report.wait().item())
+        if not 0 < length <= _MAX_REPORT_BYTES:
+            raise RuntimeError(f"the sampling rank announced a report of {length} bytes")
+        body = self._expect(torch.empty(length, dtype=torch.uint8, device=self._ranks.device), _REPORT_TAG)
+        return json.loads(body.wait().cpu().numpy().tobytes())
 
     def _expect(self, tensor: torch.Tensor, tag: int = 0) -> Arrival:
         return Arrival(tensor, self._dist.irecv(tensor, src=self._sampler, group=self._token_group, tag=tag))

@@ -4,68 +4,92 @@
 when `launch` returns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
 
-from . import sampler
 from .attention import Paged, Pulse
 from .kvcache import PagedCache
 from .model import LoadedModel
 from .parallel import Ranks
-from .pipeline import Arrival, make_link
+from .pipeline import Arrival, Link, make_link
+from .sampler import Draw, Sampler, Score, fault_of, scores
 from .scheduler import Batch, Row
+from .step import Fault
+from .structure import Grammars
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What a step chose, one entry for each row that samples, in the batch's order."""
+    """What a step chose, one id for each row that samples, in the batch's order; negative ones are sampler's marks."""
 
     ids: list[int]
-    logprobs: list[float]  # only on the first rank, and only if a row asked; of all rows then
+    report: dict[str, Any] | None  # on the leader, if a row asked for log-probabilities or has a structure
+
+    def of(self, rows: Sequence[Row]) -> Iterator[tuple[Row, int, Score | None]]:
+        """Each row that sampled with its token and, on the leader, its score."""
+        found = self.report["scores"] if self.report else [None] * len(rows)
+        for row, token, score in zip(rows, self.ids, found, strict=True):
+            yield row, token, score and Score(score[0], tuple((t, p) for t, p in score[1]))
+
+    def fault(self, handle: int, mark: int, *, context: int) -> Fault:
+        """Why this request cannot go on."""
+        reasons = self.report["reasons"] if self.report else {}
+        return fault_of(handle, mark, reasons.get(str(handle)), context=context)
 
 
 @dataclass(frozen=True, slots=True)
 class Flight:
     """A step that was launched."""
 
+    link: Link
     ids: Arrival
-    logprobs: Arrival | None
-    done: torch.cuda.Event | None  # the tensors are on the host then
+    report: Any
+    done: torch.cuda.Event | None  # the ids are on the host then
 
     def land(self) -> Choice:
         """Wait for the step."""
         if self.done is not None:
             self.done.synchronize()
-        return Choice(self.ids.wait().tolist(), [] if self.logprobs is None else self.logprobs.wait().tolist())
+        return Choice(self.ids.wait().tolist(), self.link.read_report(self.report))
 
 
 class Runner:
-    """One rank's device."""
+    """One rank's device, through transformers' own modules."""
 
-    def __init__(self, model: LoadedModel, cache: PagedCache, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        ranks: Ranks,
+        *,
+        num_blocks: int,
+        block_size: int,
+        grammars: Grammars | None = None,
+    ) -> None:
         self._model = model
-        self._cache = cache
         self._device = ranks.device
         hf = model.config.hf
+        self._cache = PagedCache(
+            model.config.cache_shape(ranks), num_blocks=num_blocks, block_size=block_size, device=ranks.device
+        )
         self._link = make_link(ranks, hidden_size=hf.hidden_size, dtype=model.config.dtype)
-        self._newest: torch.Tensor | None = None  # ids chosen by the step before, on the device
-        self._index: dict[int, int] = {}  # handle -> its place among them
+        self._sampler = Sampler(grammars)
         self._progress_per_step = hf.num_hidden_layers + 2
         self.pulse = Pulse()
+
+    @property
+    def speculates(self) -> bool:
+        """Decodes can be launched before their newest token is known to the host."""
+        return False
 
     def begin_step(self) -> None:
         """Every step counts the same on every rank; within it, a rank is as far as its layers are in the model."""
         steps = self.pulse.count // self._progress_per_step + 1
         self.pulse.count = steps * self._progress_per_step
-
-    @property
-    def speculates(self) -> bool:
-        """Decodes can be launched before their newest token is known to the host."""
-        return self._device.type == "cuda" and not self._link.staged
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Flight:
@@ -75,43 +99,37 @@ class Runner:
             self._cache.forget(self._indices(batch.fresh_blocks))
         positions = self._indices([position for row in rows for position in range(row.start, row.context)])
         self.pulse.count += self._model.stage.start
-        inputs = self._tokens(rows) if self._link.first else self._link.receive(len(positions))
+        if self._link.first:
+            inputs = self._indices([token for row in rows for token in row.tokens])
+        else:
+            inputs = self._link.receive(len(positions))
         hidden = self._model.hidden(inputs, positions, self._paged(rows))
         self._link.send(hidden)
         return self._choose(hidden, rows, [row for row in batch.rows if row.samples])
 
-    def _tokens(self, rows: Sequence[Row]) -> torch.Tensor:
-        """The ids that are fed; those which only the device knows are filled in there."""
-        ids = self._indices([token for row in rows for token in ((0,) if row.pending else row.tokens)])
-        if not any(row.pending for row in rows):
-            return ids
-        assert self._newest is not None
-        pending = [index for index, row in enumerate(rows) if row.pending]  # single tokens come first
-        sources = [self._index[rows[index].sequence.handle] for index in pending]
-        # A row that could not be chosen has -1 here; its request ends, and what follows it is thrown away.
-        return ids.index_copy_(0, self._indices(pending), self._newest[self._indices(sources)].clamp(min=0))
-
     def _choose(self, hidden: torch.Tensor, rows: list[Row], sampling: list[Row]) -> Flight:
         """One rank chooses; the others take its word, for their logits need not be equal bit by bit."""
         if not sampling:
-            return Flight(Arrival(torch.empty(0, dtype=torch.int64)), None, None)
-        ids, scores = None, None
-        wants_scores = any(row.sequence.request.sampling.logprobs for row in sampling)
+            return Flight(self._link, Arrival(torch.empty(0, dtype=torch.int64)), None, None)
+        ids = logits = None
         if self._model.head is not None:
             last = {id(row): end - 1 for row, end in zip(rows, accumulate(row.count for row in rows), strict=True)}
             logits = self._model.logits(hidden[self._indices([last[id(row)] for row in sampling])])
-            ids = sampler.choose(logits, [sampler.Draw(r.sequence.request.sampling, r.position) for r in sampling])
-            scores = sampler.logprobs(logits, ids.clamp(min=0)) if wants_scores else None
-        arrival = self._link.share(ids, len(sampling))
-        reported = self._link.report(scores, len(sampling)) if wants_scores else None
-        if self._device.type != "cuda" or self._link.staged:
-            return Flight(arrival, reported, None)
-        self._newest = arrival.tensor
-        self._index = {row.sequence.handle: index for index, row in enumerate(sampling)}
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        flight = Flight(_to_host(arrival), reported and _to_host(reported), done)
-        done.record()
-        return flight
+            ids = self._sampler.choose(logits, draws_of(sampling))
+        report = self._report(sampling, logits, ids)
+        return Flight(self._link, self._link.share(ids, len(sampling)), report, None)
+
+    def _report(self, sampling: list[Row], logits: torch.Tensor | None, ids: torch.Tensor | None) -> Any:
+        """What the leader must know beyond the ids; every rank knows whether there is anything."""
+        params = [row.sequence.request.sampling for row in sampling]
+        if not any(p.logprobs or p.structure for p in params):
+            return None
+        said = None
+        if logits is not None and ids is not None:
+            found = scores(logits, ids, draws_of(sampling))
+            reasons = {str(handle): reason for handle, reason in self._sampler.take_reasons().items()}
+            said = {"scores": [score and (score.logprob, score.top) for score in found], "reasons": reasons}
+        return self._link.report(said)
 
     def _paged(self, rows: list[Row]) -> Paged:
         num_decodes = sum(row.count == 1 for row in rows)
@@ -141,5 +159,6 @@ def in_attention_order(batch: Batch) -> list[Row]:
     return sorted(batch.rows, key=lambda row: (row.count > 1, row.context if row.count == 1 else 0))
 
 
-def _to_host(arrival: Arrival) -> Arrival:
-    return Arrival(arrival.tensor.to("cpu", non_blocking=True))
+def draws_of(rows: Sequence[Row]) -> list[Draw]:
+    """How the next token of each row is chosen."""
+    return [Draw.of(row.sequence, ahead=row.position - row.sequence.num_generated) for row in rows]

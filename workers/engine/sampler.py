@@ -7,29 +7,88 @@ gives the same tokens whatever else is in the batch, and after a resume.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from .step import SamplingParams
+from .draw import Draw
+from .scores import Score, scores
+from .steering import Steered, Steering
+from .step import Fault, SamplingParams
+from .structure import Grammars
+from .transfer import column, indices
 
-BAD_ROW = -1  # in place of a token id: the row's logits were not finite
+__all__ = ["BAD_ROW", "BAD_STRUCTURE", "PENDING", "Draw", "Sampler", "Score", "fault_of", "scores"]
 
-_GREEDY_BELOW = 1e-5  # temperatures below this are greedy: dividing by them leaves one token anyway
+# In place of a token id:
+BAD_ROW = -1  # the row's logits were not finite
+BAD_STRUCTURE = -2  # no output can be, or nobody can compile, what the request described
+PENDING = -3  # its structure is still being compiled: compute the row again in the next step
+
 _MASK = (1 << 64) - 1
 _FIRST_WIDTH = 256  # candidates sorted at first; a row whose nucleus is larger is tried again with more
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """How one row is sampled; `position` is the number of tokens generated before it, journal included."""
+class Sampler:
+    """Chooses on the first rank; what it chose, negative numbers included, is all that other ranks need to know."""
 
-    sampling: SamplingParams
-    position: int
+    def __init__(self, grammars: Grammars | None = None) -> None:
+        """Without `grammars`, rows with a structure fail."""
+        self._steering = Steering(grammars)
+        self._reasons: dict[int, str] = {}  # handle -> why it got BAD_STRUCTURE
 
-    @property
-    def greedy(self) -> bool:
-        return self.sampling.temperature < _GREEDY_BELOW or self.sampling.top_k == 1
+    def choose(self, logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+        """Token ids [rows] for `logits` [rows, vocabulary], or one of the negative numbers above.
+
+        The host waits for the device only if some row has top_k or top_p.
+        """
+        tokens = logits.argmax(dim=-1)
+        finite = torch.isfinite(logits).all(dim=-1)
+        special = [i for i, draw in enumerate(draws) if draw.steered or not draw.greedy]
+        if special:
+            rows = indices(special, logits.device)
+            clean = torch.nan_to_num(logits[rows].float(), nan=0.0)
+            tokens[rows] = self._choose(clean, [draws[i] for i in special])
+        return torch.where(finite, tokens, BAD_ROW)
+
+    def take_reasons(self) -> dict[int, str]:
+        """By handle, why rows got BAD_STRUCTURE since the last call."""
+        reasons, self._reasons = self._reasons, {}
+        return reasons
+
+    def _choose(self, logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+        """For rows that are sampled or steered, or both; `logits` are theirs to change."""
+        steered = [i for i, draw in enumerate(draws) if draw.steered]
+        outcome = self._steer(logits, draws, steered) if steered else Steered()
+        sampled = [i for i, draw in enumerate(draws) if not draw.greedy]
+        if len(sampled) == len(draws):
+            tokens = _sample(logits, draws)
+        else:
+            tokens = logits.argmax(dim=-1)
+            if sampled:
+                rows = indices(sampled, logits.device)
+                tokens[rows] = _sample(logits[rows], [draws[i] for i in sampled])
+        for at, reason in outcome.failed:
+            self._reasons[draws[steered[at]].handle] = reason
+        for rows_at, mark in (([at for at, _ in outcome.failed], BAD_STRUCTURE), (outcome.pending, PENDING)):
+            if rows_at:
+                tokens.index_fill_(0, indices([steered[at] for at in rows_at], logits.device), mark)
+        return tokens
+
+    def _steer(self, logits: torch.Tensor, draws: Sequence[Draw], steered: Sequence[int]) -> Steered:
+        if len(steered) == len(draws):
+            return self._steering.steer(logits, draws)
+        rows = indices(steered, logits.device)
+        part = logits[rows]
+        outcome = self._steering.steer(part, [draws[i] for i in steered])
+        logits[rows] = part
+        return outcome
+
+
+def fault_of(handle: int, mark: int, reason: str | None, *, context: int) -> Fault:
+    """What to say of a request that got BAD_ROW or BAD_STRUCTURE after `context` tokens."""
+    if mark == BAD_STRUCTURE:
+        return Fault(handle, "bad_request", reason or "structure: no output can follow it")
+    return Fault(handle, "bad_logits", f"the model's logits after token {context} are not finite")
 
 
 def splitmix64(x: int) -> int:
@@ -46,47 +105,28 @@ def uniform(seed: int, position: int) -> float:
     return (splitmix64(splitmix64(seed & _MASK) ^ position) >> 11) * 2.0**-53
 
 
-def choose(logits: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
-    """Token ids [rows] for `logits` [rows, vocabulary]; BAD_ROW where a row has a NaN or an infinity."""
-    tokens = logits.argmax(dim=-1)
-    finite = torch.isfinite(logits).all(dim=-1)
-    sampled = [i for i, draw in enumerate(draws) if not draw.greedy]
-    if sampled:
-        rows = torch.tensor(sampled, device=logits.device)
-        clean = torch.nan_to_num(logits[rows].float(), nan=0.0)
-        tokens[rows] = _sample(clean, [draws[i] for i in sampled])
-    return torch.where(finite, tokens, BAD_ROW)
-
-
-def logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Natural logarithm of the probability of `tokens` [rows] under the unmodified distribution."""
-    logits = logits.float()
-    chosen = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
-    return chosen - logits.logsumexp(dim=-1)
-
-
-def _sample(logits: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
+def _sample(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     """Inverse-CDF over the filtered distribution, in the order of the vocabulary, in double precision."""
-    temperatures = _column([d.sampling.temperature for d in draws], logits.device).float()
+    temperatures = column([d.sampling.temperature for d in draws], logits.device).float()
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperatures  # the best token is at 0
     kept = scaled >= _thresholds(scaled, draws)
     cumulative = scaled.masked_fill(~kept, float("-inf")).double().exp().cumsum(dim=-1)
     total = cumulative[:, -1:]
-    targets = _column([uniform(d.sampling.seed, d.position) for d in draws], logits.device) * total
+    targets = column([uniform(d.sampling.seed, d.position) for d in draws], logits.device) * total
     # Rounding must not push a target to the total itself, beyond the last token.
     targets = torch.minimum(targets, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, targets, right=True).squeeze(1)
 
 
-def _thresholds(scaled: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
+def _thresholds(scaled: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     """The smallest scaled logit that each row keeps [rows, 1]: top_k, then top_p of what is left, then min_p, as in
     transformers.  Tokens that tie with the last one kept are kept too, so no sort's order of ties matters."""
     floors = [math.log(d.sampling.min_p) if d.sampling.min_p else -math.inf for d in draws]
-    thresholds = _column(floors, scaled.device).float()
+    thresholds = column(floors, scaled.device).float()
     todo = [i for i, d in enumerate(draws) if d.sampling.top_k or d.sampling.top_p < 1]
     width = _FIRST_WIDTH
     while todo:
-        rows = torch.tensor(todo, device=scaled.device)
+        rows = indices(todo, scaled.device)
         found, settled = _nucleus(scaled[rows], [draws[i].sampling for i in todo], width)
         thresholds[rows] = torch.where(settled, torch.maximum(thresholds[rows], found), thresholds[rows])
         todo = [i for i, done in zip(todo, settled.squeeze(1).tolist(), strict=True) if not done]
@@ -94,22 +134,18 @@ def _thresholds(scaled: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
     return thresholds
 
 
-def _nucleus(scaled: torch.Tensor, params: list[SamplingParams], width: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _nucleus(scaled: torch.Tensor, params: Sequence[SamplingParams], width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The threshold of top_k and top_p from the `width` best candidates, and whether those were enough [rows, 1]."""
     vocab = scaled.shape[1]
     width = min(width, vocab)
-    k = _column([min(p.top_k, vocab) or vocab for p in params], scaled.device)
+    k = column([min(p.top_k, vocab) or vocab for p in params], scaled.device)
     best = scaled.topk(width, dim=-1).values
     ranks = torch.arange(width, device=scaled.device)
     weights = best.double().exp().masked_fill(ranks >= k, 0.0)
     everything = scaled.double().exp().sum(dim=-1, keepdim=True)
     total = torch.where(k >= vocab, everything, weights.sum(dim=-1, keepdim=True))
     before = weights.cumsum(dim=-1) - weights
-    kept = (before < _column([p.top_p for p in params], scaled.device) * total) & (ranks < k)
+    kept = (before < column([p.top_p for p in params], scaled.device) * total) & (ranks < k)
     count = kept.sum(dim=-1, keepdim=True).clamp(min=1)
     settled = (k <= width) | ((k >= vocab) & (count < width))
     return best.gather(1, count - 1), settled
-
-
-def _column(values: Sequence[float], device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=device).unsqueeze(1)

@@ -240,6 +240,14 @@ class Scheduler:
             self.drop(sequence.handle)
         return finish
 
+    def again(self, row: Row) -> None:
+        """Nothing could be chosen from a row that samples yet: it is computed again.  No later row of its sequence is
+        in flight, because such sequences sit out."""
+        sequence = row.sequence
+        sequence.num_pending -= 1
+        if sequence.blocks:
+            sequence.num_computed -= 1
+
     def _row(self, sequence: Sequence, count: int) -> Row:
         """Count the row as computed: whatever is scheduled later runs later."""
         start = sequence.num_computed

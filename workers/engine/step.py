@@ -16,6 +16,23 @@ class Finish(StrEnum):
     LENGTH = "length"  # max_tokens or max_model_len
 
 
+class StructureKind(StrEnum):
+    """In which language a structure is described."""
+
+    JSON_SCHEMA = "json_schema"  # JSON text of a schema
+    REGEX = "regex"  # the whole output matches it
+    LARK = "lark"  # a grammar, of which `start` is the whole output
+    CHOICE = "choice"  # JSON text of a list of strings, of which the output is one
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """What the output must be; `definition` is text, so that equal structures are equal everywhere."""
+
+    kind: StructureKind
+    definition: str
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one request's tokens are chosen; `seed` is always set (the front derives it from the job's id)."""
@@ -29,11 +46,22 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: bool = False
+    top_logprobs: int = 0  # alternatives reported beside the chosen token
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0  # no end-of-sequence and no stop token before this many
+    structure: Structure | None = None
+
+    @property
+    def penalises(self) -> bool:
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @property
     def needs_history(self) -> bool:
-        """What is chosen next depends on which tokens were chosen before, not only on how many."""
-        return False
+        """The next token depends on which tokens came before, beyond what the model makes of them."""
+        return self.penalises or self.structure is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +89,13 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One accepted token; `logprob` (natural log, of the unmodified distribution) only if the request asked for it."""
+    """One accepted token; `logprob` (natural log, of the unmodified distribution) only if the request asked for it, and
+    `top` as many of the likeliest tokens, with theirs, as it asked for, the likeliest first."""
 
     handle: int
     token_id: int
     logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,16 +147,18 @@ def _with_bad_row(engine: Any, rank: int) -> Outcome:
     """Only the first rank's logits go bad, for one request: the other must hear of it."""
     import torch
 
-    from hortator.workers.engine import sampler
+    from hortator.workers.engine.sampler import Draw
     from hortator.workers.engine.step import Request, SamplingParams
 
+    sampler = engine._runner._sampler
     choose = sampler.choose
 
-    def spoiled(logits: torch.Tensor, draws: list[sampler.Draw]) -> torch.Tensor:
+    def spoiled(logits: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
         for row, draw in enumerate(draws):
             if draw.sampling.seed == 3 and draw.position == 2:
                 logits[row, 5] = float("nan")
-        return choose(logits, draws)
+        chosen: torch.Tensor = choose(logits, draws)
+        return chosen
 
     sampler.choose = spoiled
     sampling = [SamplingParams(max_tokens=5, seed=handle, ignore_eos=True) for handle in range(8)]

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from hortator.workers.engine import sampler
-from hortator.workers.engine.sampler import BAD_ROW, Draw, choose, splitmix64, uniform
+from hortator.workers.engine.sampler import BAD_ROW, Draw, Sampler, scores, splitmix64, uniform
 from hortator.workers.engine.step import SamplingParams
 
 VOCAB = 40
+choose = Sampler().choose
 LOGITS = [3 * math.sin(1.7 * i) for i in range(VOCAB)]
 
 
@@ -145,5 +146,6 @@ def test_the_largest_uniform_number_still_gives_a_token(monkeypatch: pytest.Monk
 def test_logprobs_are_of_the_unmodified_distribution() -> None:
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(4))
     tokens = torch.tensor([1, 7, 19])
-    expected = logits.log_softmax(-1)[range(3), tokens]
-    assert torch.allclose(sampler.logprobs(logits, tokens), expected, atol=1e-5)
+    expected = logits.log_softmax(-1)[range(3), tokens].tolist()
+    found = scores(logits, tokens, [Draw(params(logprobs=True), 0)] * 3)
+    assert [score.logprob for score in found if score] == pytest.approx(expected, abs=1e-5)

@@ -1,7 +1,7 @@
 """The Triton kernels of a step, each with the function that launches it.  reference.py says the same in plain torch.
 
-Shapes: T tokens, Hq query and Hk key-value heads of dimension D (a power of two), hidden size H.  The cache of one layer
-is [2, blocks, Hk, block_size, D].  Arithmetic inside is float32; what is stored has the model's type.
+Shapes: T tokens, Hq query and Hk key-value heads of dimension D (a power of two), hidden size H.  The cache of one
+layer is [2, blocks, Hk, block_size, D].  Arithmetic inside is float32; what is stored has the model's type.
 """
 
 import torch
@@ -263,7 +263,7 @@ def _best_of_parts(best, where, out, width, PARTS: tl.constexpr):
 
 
 def greedy(logits: torch.Tensor) -> torch.Tensor:
-    """The first likeliest token of each row [rows], -1 where a row has a NaN or an infinity: one pass over the logits."""
+    """The first likeliest token of each row [rows], -1 where a row has a NaN or an infinity, in one pass."""
     rows, width = logits.shape
     parts = 16 if rows < 64 else 4
     best = torch.empty((rows, parts), dtype=torch.float32, device=logits.device)

@@ -30,10 +30,11 @@ def rotate_and_store(
     """See kernels.rotate_and_store."""
     _, _, kv_heads, block_size, head_dim = cache.shape
     heads = qkv.view(len(qkv), num_heads + 2 * kv_heads, head_dim)
-    queries, keys, values = heads.split((num_heads, kv_heads, kv_heads), dim=1)
+    queries, keys, values = torch.split(heads, [num_heads, kv_heads, kv_heads], dim=1)
     cos, sin = cos_sin[positions.long()].unsqueeze(1).chunk(2, dim=-1)
-    for part, norm in ((queries, 0), (keys, 1)):
-        normed = part if norms is None else _rms_norm(part, norms[norm], norms[2])
+    q_norm, k_norm, eps = norms or (None, None, 0.0)
+    for part, weight in ((queries, q_norm), (keys, k_norm)):
+        normed = part if weight is None else _rms_norm(part, weight, eps)
         first, second = normed.float().chunk(2, dim=-1)
         part.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
     block, place = slots.long() // block_size, slots.long() % block_size

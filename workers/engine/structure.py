@@ -1,0 +1,146 @@
+"""Structured output: which tokens may come next so that a row's text becomes what its request described.
+
+llguidance knows the languages and the vocabulary (docs/decisions/0004-structured-output.md).  Descriptions come from
+strangers, so each is bounded: compiling in work and size, and every step in work and in states.  What goes beyond ends
+its own request.  Compiling happens in threads, and the library lets go of the interpreter meanwhile.
+"""
+
+import json
+import os
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import llguidance
+import numpy as np
+from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
+from numpy.typing import NDArray
+
+from hortator.producer.errors import BadRequest, ConfigError
+
+from .step import Structure, StructureKind
+
+_NUM_COMPILED = 128  # structures kept for requests that use the same
+_THREADS = 2
+_LIMITS = llguidance.LLParserLimits(
+    max_grammar_size=100_000,
+    initial_lexer_fuel=1_000_000,  # about 20 ms
+    step_lexer_fuel=50_000,  # about 4 ms
+    step_max_items=20_000,  # about 1 ms
+    max_lexer_states=50_000,  # 1 to 2 kB each
+    verbose_errors=False,  # the long form quotes what was generated
+)
+
+Bits = NDArray[np.int32]
+
+
+class Matcher:
+    """Where one sequence stands in its structure."""
+
+    def __init__(self, matcher: llguidance.LLMatcher) -> None:
+        self.raw = matcher
+        self._num_taken = 0  # of the generated tokens
+
+    @property
+    def problem(self) -> str | None:
+        """Why the structure has come to nothing."""
+        return first_line(self.raw.get_error()) if self.raw.is_error() else None
+
+    def catch_up(self, tokens: "array[int]", num_prompt: int) -> None:
+        """Take the tokens that were generated since the last call."""
+        self.raw.consume_tokens(tokens[num_prompt + self._num_taken :].tolist())
+        self._num_taken = len(tokens) - num_prompt
+
+
+class Grammars:
+    """Compiles structures for one model's vocabulary.
+
+    A structure ends as the library has it: once nothing can be added only the model's end-of-sequence tokens are
+    possible, and where the text may end they are among what is possible.
+    """
+
+    def __init__(self, tokenizer: Path, *, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        """Starts to read the tokenizer.json; `wait` for it while the rank loads, since it holds the interpreter."""
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="grammars")
+        self._tokenizer = self._threads.submit(_read, tokenizer, vocab_size, list(eos_token_ids))
+        self._compiled: OrderedDict[Structure, Future[llguidance.LLMatcher]] = OrderedDict()
+        self._executor = llguidance.LLExecutor(num_threads=len(os.sched_getaffinity(0)))
+        self._vocab_size = vocab_size
+
+    @classmethod
+    def of(cls, model_path: Path, *, vocab_size: int, eos_token_ids: Sequence[int]) -> "Grammars | None":
+        """None where nothing can be structured: without a tokenizer.json, or without a token that ends an output."""
+        path = model_path / "tokenizer.json"
+        if not path.is_file() or not eos_token_ids:
+            return None
+        return cls(path, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
+
+    def wait(self) -> None:
+        """Until the tokenizer is read.  Raises ConfigError if it cannot be used."""
+        self._tokenizer.result()
+
+    def compile(self, structure: Structure) -> "Future[llguidance.LLMatcher]":
+        """The structure's beginning, as soon as it is there: copy it.  BadRequest in it says what is wrong."""
+        known = self._compiled.get(structure)
+        if known is None:
+            known = self._compiled[structure] = self._threads.submit(_compile, self._tokenizer, structure)
+        self._compiled.move_to_end(structure)
+        if len(self._compiled) > _NUM_COMPILED:
+            self._compiled.popitem(last=False)
+        return known
+
+    def allowed(self, matchers: Sequence[Matcher]) -> Bits:
+        """[matchers, vocabulary / 32]: a bit for each token that may come next.  A matcher may get a problem by it."""
+        bits = allocate_token_bitmask(len(matchers), self._vocab_size)
+        fill_next_token_bitmask_par(self._executor, [(m.raw, row) for row, m in enumerate(matchers)], bits)
+        return bits
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def without(bits: Bits, tokens: Sequence[int]) -> Bits:
+    """One row's bits less those of `tokens`; as they were if nothing would be left."""
+    left = bits.copy()
+    for token in tokens:
+        left[token >> 5] &= ~np.int32(1 << (token & 31)) if token & 31 != 31 else np.int32(0x7FFFFFFF)
+    return left if left.any() else bits
+
+
+def first_line(error: str) -> str:
+    """The library's errors are long, and may quote what was generated after their first line."""
+    return error.strip().split("\n", 1)[0][:500]
+
+
+def _read(path: Path, vocab_size: int, eos_token_ids: list[int]) -> llguidance.LLTokenizer:
+    try:
+        return llguidance.LLTokenizer(path.read_text(), n_vocab=vocab_size, eos_token=eos_token_ids)
+    except Exception as error:
+        raise ConfigError(f"{path}: structured output cannot use this tokenizer: {first_line(str(error))}") from error
+
+
+def _compile(tokenizer: "Future[llguidance.LLTokenizer]", structure: Structure) -> llguidance.LLMatcher:
+    try:
+        matcher = llguidance.LLMatcher(tokenizer.result(), _grammar(structure), log_level=0, limits=_LIMITS)
+    except ValueError as error:  # JSON that is none
+        raise BadRequest(f"structure: {first_line(str(error))}") from None
+    if matcher.is_error():
+        raise BadRequest(f"structure: {first_line(matcher.get_error())}")
+    return matcher
+
+
+def _grammar(structure: Structure) -> str:
+    """The library's own form."""
+    text, make = structure.definition, llguidance.LLMatcher
+    match structure.kind:
+        case StructureKind.JSON_SCHEMA:
+            return make.grammar_from_json_schema(text)
+        case StructureKind.REGEX:
+            return make.grammar_from_regex(text)
+        case StructureKind.LARK:
+            return make.grammar_from_lark(text)
+        case StructureKind.CHOICE:
+            options = " | ".join(json.dumps(option, ensure_ascii=False) for option in json.loads(text))
+            return make.grammar_from_lark(f"start: {options}")
