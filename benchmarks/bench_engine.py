@@ -23,7 +23,8 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from hortator.workers.engine.engine import PagedEngine, build_engine
+from hortator.workers.engine.build import build_engine
+from hortator.workers.engine.engine import PagedEngine
 from hortator.workers.engine.parallel import SingleRank
 from hortator.workers.engine.step import Request, SamplingParams, StepPlan
 

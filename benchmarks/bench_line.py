@@ -42,7 +42,7 @@ def run_bare(jobs: int, threads: int) -> dict[str, Any]:
     import torch
 
     from hortator.topology.mesh import join
-    from hortator.workers.engine.engine import build_engine
+    from hortator.workers.engine.build import build_engine
     from hortator.workers.engine.step import Request, SamplingParams, StepPlan
     from hortator.workers.text import HFText
 

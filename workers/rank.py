@@ -256,7 +256,7 @@ def load_engine(config: RankConfig, mesh: "Mesh | None") -> Engine:
     assert mesh is not None
     if config.engine != "paged":
         return _factory(config.engine)(config, mesh)
-    from .engine.engine import build_engine
+    from .engine.build import build_engine
 
     assert config.model_path is not None
     return build_engine(

@@ -9,8 +9,6 @@ from .step import SamplingParams
 if TYPE_CHECKING:
     from . import scheduler
 
-_GREEDY_BELOW = 1e-5  # temperatures below this are greedy: dividing by them leaves one token anyway
-
 
 @dataclass(frozen=True, slots=True)
 class Draw:
@@ -40,7 +38,7 @@ class Draw:
 
     @property
     def greedy(self) -> bool:
-        return self.sampling.temperature < _GREEDY_BELOW or self.sampling.top_k == 1
+        return self.sampling.greedy
 
     @property
     def young(self) -> bool:

@@ -59,37 +59,51 @@ class Flight:
 
 
 class Runner:
-    """One rank's device, through transformers' own modules."""
+    """What every kind of device has in common: a place in the group, a sampler, a sign of life."""
 
-    def __init__(
-        self,
-        model: LoadedModel,
-        ranks: Ranks,
-        *,
-        num_blocks: int,
-        block_size: int,
-        grammars: Grammars | None = None,
-    ) -> None:
+    speculates = False
+    """Decodes can be launched before their newest token is known to the host."""
+
+    def __init__(self, model: LoadedModel, ranks: Ranks, grammars: Grammars | None) -> None:
+        hf = model.config.hf
         self._model = model
         self._device = ranks.device
-        hf = model.config.hf
-        self._cache = PagedCache(
-            model.config.cache_shape(ranks), num_blocks=num_blocks, block_size=block_size, device=ranks.device
-        )
         self._link = make_link(ranks, hidden_size=hf.hidden_size, dtype=model.config.dtype)
         self._sampler = Sampler(grammars)
         self._progress_per_step = hf.num_hidden_layers + 2
         self.pulse = Pulse()
 
-    @property
-    def speculates(self) -> bool:
-        """Decodes can be launched before their newest token is known to the host."""
-        return False
+    def launch(self, batch: Batch) -> Flight:
+        """Compute the rows and choose the tokens of those that sample."""
+        raise NotImplementedError
 
     def begin_step(self) -> None:
         """Every step counts the same on every rank; within it, a rank is as far as its layers are in the model."""
         steps = self.pulse.count // self._progress_per_step + 1
         self.pulse.count = steps * self._progress_per_step
+
+    def _report(self, sampling: list[Row], logits: torch.Tensor | None, ids: torch.Tensor | None) -> Any:
+        """What the leader must know beyond the ids; every rank knows whether there is anything."""
+        params = [row.sequence.request.sampling for row in sampling]
+        if not any(p.logprobs or p.structure for p in params):
+            return None
+        said = None
+        if logits is not None and ids is not None:
+            found = scores(logits, ids, draws_of(sampling))
+            reasons = {str(handle): reason for handle, reason in self._sampler.take_reasons().items()}
+            said = {"scores": [score and (score.logprob, score.top) for score in found], "reasons": reasons}
+        return self._link.report(said)
+
+
+class TorchRunner(Runner):
+    """Any device, through transformers' own modules."""
+
+    def __init__(
+        self, model: LoadedModel, ranks: Ranks, *, num_blocks: int, block_size: int, grammars: Grammars | None = None
+    ) -> None:
+        super().__init__(model, ranks, grammars)
+        shape = model.config.cache_shape(ranks)
+        self._cache = PagedCache(shape, num_blocks=num_blocks, block_size=block_size, device=ranks.device)
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Flight:
@@ -118,18 +132,6 @@ class Runner:
             ids = self._sampler.choose(logits, draws_of(sampling))
         report = self._report(sampling, logits, ids)
         return Flight(self._link, self._link.share(ids, len(sampling)), report, None)
-
-    def _report(self, sampling: list[Row], logits: torch.Tensor | None, ids: torch.Tensor | None) -> Any:
-        """What the leader must know beyond the ids; every rank knows whether there is anything."""
-        params = [row.sequence.request.sampling for row in sampling]
-        if not any(p.logprobs or p.structure for p in params):
-            return None
-        said = None
-        if logits is not None and ids is not None:
-            found = scores(logits, ids, draws_of(sampling))
-            reasons = {str(handle): reason for handle, reason in self._sampler.take_reasons().items()}
-            said = {"scores": [score and (score.logprob, score.top) for score in found], "reasons": reasons}
-        return self._link.report(said)
 
     def _paged(self, rows: list[Row]) -> Paged:
         num_decodes = sum(row.count == 1 for row in rows)

@@ -56,6 +56,12 @@ class Sequence:
     def num_prompt(self) -> int:
         return len(self.request.prompt)
 
+    @cached_property
+    def plain(self) -> bool:
+        """The likeliest token, with nothing said about it, is all that is wanted of every step."""
+        p = self.request.sampling
+        return p.greedy and not (p.needs_history or p.logit_bias or p.min_tokens or p.logprobs)
+
     @property
     def num_generated(self) -> int:
         """Accepted tokens, the journal of earlier attempts included."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+_GREEDY_BELOW = 1e-5
+
 
 class Finish(StrEnum):
     """Why the engine itself ended a request."""
@@ -53,6 +55,11 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     min_tokens: int = 0  # no end-of-sequence and no stop token before this many
     structure: Structure | None = None
+
+    @property
+    def greedy(self) -> bool:
+        """Below a certain temperature dividing by it leaves one token anyway."""
+        return self.temperature < _GREEDY_BELOW or self.top_k == 1
 
     @property
     def penalises(self) -> bool:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hortator.workers.engine.engine import PagedEngine, build_engine
+from hortator.workers.engine.build import build_engine
+from hortator.workers.engine.engine import PagedEngine
 from hortator.workers.engine.parallel import Ranks, SingleRank
 from hortator.workers.engine.step import Engine, Fault, Finish, Request, StepPlan
 

@@ -10,6 +10,7 @@ import torch
 
 from hortator.producer.errors import ConfigError
 from hortator.workers.engine import sampler
+from hortator.workers.engine.runner import TorchRunner
 from hortator.workers.engine.step import Finish, Request, SamplingParams, StepPlan
 from tests.workers.engine.checkpoints import EOS, MAX_MODEL_LEN, VOCAB, Checkpoint, mixed_requests
 from tests.workers.engine.drive import TIGHT, Outcome, build, run, step
@@ -159,6 +160,7 @@ def test_bad_logits_fail_one_request_and_nobody_sees_its_cache(bad: int, tempera
     step(engine, outcome, admit=requests)
     step(engine, outcome)
     victim = next(s for s in engine._scheduler.running if s.handle == bad)
+    assert isinstance(engine._runner, TorchRunner)
     engine._runner._cache._storage[:, :, victim.blocks.tolist()] = math.nan
     while not engine.idle:
         step(engine, outcome)

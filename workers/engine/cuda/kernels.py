@@ -8,6 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .batch import Chunks
+from .reference import split_heads
+
 _TILE = 64  # keys that a program of `decode` reads at a time
 _MIN_ROWS = 16  # of a matrix product's left side
 
@@ -226,6 +229,22 @@ def decode(
     if splits > 1:
         _combine[(rows * num_heads,)](partial, lse, out, D=head_dim, SPLITS=splits, num_warps=1)
     return out
+
+
+def prefill(
+    qkv: torch.Tensor, cache: torch.Tensor, chunks: Chunks, *, num_heads: int, scale: float, window: int = 0
+) -> torch.Tensor:
+    """Causal attention of chunks of several tokens, each to its own past and itself: [T, Hq * D].
+
+    torch's FlashAttention (Dao, 2023) over sequences of different lengths, queries aligned with the last keys.
+    """
+    queries, keys, values = split_heads(qkv, cache, chunks, num_heads=num_heads)
+    out: torch.Tensor = torch.ops.aten._flash_attention_forward(
+        queries, keys, values, chunks.query_ends, chunks.key_ends, chunks.max_queries, chunks.max_keys,
+        0.0, True, False,  # no dropout, causal, no debug mask
+        scale=scale, window_size_left=window - 1 if window else None, window_size_right=0 if window else None,
+    )[0]  # fmt: skip
+    return out.flatten(1)
 
 
 @triton.jit

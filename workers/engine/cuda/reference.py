@@ -1,6 +1,9 @@
 """What kernels.py computes, in plain torch on any device: the twin for tests, and the definition."""
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention, silu
+
+from .batch import Chunks
 
 
 def add_rms_norm(
@@ -14,7 +17,7 @@ def add_rms_norm(
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """See kernels.silu_mul."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate.float()).to(gate.dtype) * up
+    return silu(gate.float()).to(gate.dtype) * up
 
 
 def rotate_and_store(
@@ -72,6 +75,40 @@ def decode(
         attended = torch.einsum("hn,nhd->hd", scores.softmax(-1), values.repeat_interleave(group, dim=1))
         out[row] = attended.flatten().to(out.dtype)
     return out
+
+
+def prefill(
+    qkv: torch.Tensor, cache: torch.Tensor, chunks: Chunks, *, num_heads: int, scale: float, window: int = 0
+) -> torch.Tensor:
+    """See kernels.prefill."""
+    queries, keys, values = split_heads(qkv, cache, chunks, num_heads=num_heads)
+    out = torch.empty_like(queries)
+    q_ends, k_ends = chunks.query_ends.tolist(), chunks.key_ends.tolist()
+    for row in range(len(q_ends) - 1):
+        q, k = slice(q_ends[row], q_ends[row + 1]), slice(k_ends[row], k_ends[row + 1])
+        at_key = torch.arange(k.stop - k.start)
+        at_query = at_key[len(at_key) - (q.stop - q.start) :, None]
+        seen = at_key <= at_query
+        if window:
+            seen &= at_key > at_query - window
+        query, key, value = (part.transpose(0, 1) for part in (queries[q], keys[k], values[k]))
+        out[q] = scaled_dot_product_attention(
+            query, key, value, attn_mask=seen.to(qkv.device), scale=scale, enable_gqa=True
+        ).transpose(0, 1)
+    return out.flatten(1)
+
+
+def split_heads(
+    qkv: torch.Tensor, cache: torch.Tensor, chunks: Chunks, *, num_heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values [tokens, heads, head_dim] of the chunks; keys and values with their past, if any."""
+    _, _, kv_heads, block_size, head_dim = cache.shape
+    heads = qkv.view(len(qkv), num_heads + 2 * kv_heads, head_dim)
+    queries, keys, values = torch.split(heads, [num_heads, kv_heads, kv_heads], dim=1)
+    if chunks.key_slots is not None:
+        block, place = chunks.key_slots // block_size, chunks.key_slots % block_size
+        keys, values = cache[0][block, :, place], cache[1][block, :, place]
+    return queries, keys, values
 
 
 def greedy(logits: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,113 @@
+"""From settings to a rank's engine: load, size the KV pool, choose how steps run."""
+
+from pathlib import Path
+
+import psutil
+import torch
+
+from hortator.producer.errors import ConfigError
+
+from .engine import Limits, PagedEngine
+from .kvcache import CacheShape
+from .model import LoadedModel, ModelConfig, load_model, read_config
+from .parallel import Ranks, agree_on_minimum
+from .runner import Runner, TorchRunner
+from .structure import Grammars
+
+_CPU_FRACTION = 0.2  # of the host's available memory, shared by the ranks of this host
+_CUDA_SLACK_BYTES = 1 << 30  # CUDA's own, libraries' workspaces, fragmentation
+
+
+def build_engine(
+    *,
+    model_path: Path,
+    mesh: Ranks,
+    dtype: str = "auto",
+    max_num_seqs: int = 64,
+    max_model_len: int | None = None,
+    max_num_batched_tokens: int = 2048,
+    block_size: int = 16,
+    kv_cache_bytes: int | None = None,
+    gpu_memory_utilization: float = 0.9,
+    prefix_cache: bool = True,
+) -> PagedEngine:
+    """Load this rank's part of the model and size its KV pool.  Collective: all ranks of the group call it together.
+
+    Raises ConfigError if the directory, the limits or the number of ranks cannot work.
+    """
+    config = read_config(model_path, dtype=dtype)
+    model_len = _model_len(max_model_len, config)
+    grammars = None
+    if mesh.pp_rank == mesh.pp_size - 1 and mesh.tp_rank == 0:  # the rank that samples
+        grammars = Grammars.of(config.path, vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids)
+    model = load_model(config, mesh)
+    if grammars is not None:
+        grammars.wait()
+    work_bytes = _work_bytes(config, mesh, num_tokens=max_num_batched_tokens, num_rows=max_num_seqs)
+    limits = Limits(
+        num_blocks=_num_blocks(
+            config.cache_shape(mesh),
+            mesh,
+            affordable_bytes=kv_cache_bytes or _spare_bytes(mesh, gpu_memory_utilization, work_bytes),
+            block_size=block_size,
+            max_tokens=max_num_seqs * model_len,
+        ),
+        block_size=block_size,
+        max_num_seqs=max_num_seqs,
+        max_model_len=model_len,
+        max_num_batched_tokens=max_num_batched_tokens,
+        prefix_cache=prefix_cache,
+    )
+    return PagedEngine(config, make_runner(model, mesh, limits, grammars), ranks=mesh, limits=limits)
+
+
+def make_runner(model: LoadedModel, ranks: Ranks, limits: Limits, grammars: Grammars | None) -> Runner:
+    """The fastest way that this device and architecture have."""
+    if ranks.device.type == "cuda":
+        from .cuda import body, kernels
+        from .cuda.runner import CudaRunner
+
+        if body.fits(model):
+            return CudaRunner(model, ranks, limits, operations=kernels, grammars=grammars)
+    return TorchRunner(model, ranks, num_blocks=limits.num_blocks, block_size=limits.block_size, grammars=grammars)
+
+
+def _model_len(wanted: int | None, config: ModelConfig) -> int:
+    if wanted is not None and wanted > config.max_model_len:
+        raise ConfigError(
+            f"max_model_len={wanted} is more than the {config.max_model_len} positions of {config.path}: lower it"
+        )
+    limit = wanted or config.max_model_len
+    if limit < 2:
+        raise ConfigError(f"max_model_len={limit} leaves no room for a prompt and one new token: raise it")
+    return limit
+
+
+def _num_blocks(shape: CacheShape, ranks: Ranks, *, affordable_bytes: int, block_size: int, max_tokens: int) -> int:
+    """Blocks in every rank's pool: what the poorest rank can afford, and no more than all sequences could need."""
+    block_bytes = shape.token_bytes * block_size
+    blocks = agree_on_minimum(min(affordable_bytes // block_bytes, -(-max_tokens // block_size)), ranks)
+    if blocks < 1:
+        raise ConfigError(
+            f"no room for a single KV block of {block_size} tokens ({block_bytes} bytes a rank): raise kv_cache_bytes, "
+            f"or use more tensor parallel ranks"
+        )
+    return blocks
+
+
+def _spare_bytes(ranks: Ranks, gpu_memory_utilization: float, work_bytes: int) -> int:
+    """What is left for the KV pool once the weights are loaded."""
+    if ranks.device.type == "cuda":
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(ranks.device)
+        return max(0, int(total * gpu_memory_utilization) - (total - free) - work_bytes)
+    # Ranks of one host cannot be told from those of others here, so all are taken to share this one.
+    return int(psutil.virtual_memory().available * _CPU_FRACTION) // ranks.world_size
+
+
+def _work_bytes(config: ModelConfig, ranks: Ranks, *, num_tokens: int, num_rows: int) -> int:
+    """What a step needs beside weights and cache: activations of the widest layer, logits and their sampling."""
+    hf = config.hf
+    per_token: int = 4 * hf.hidden_size + 3 * hf.intermediate_size // ranks.tp_size
+    per_row = config.vocab_size * (config.dtype.itemsize + 20)  # sampling takes float32 and float64 copies of some
+    return int(num_tokens * per_token * config.dtype.itemsize) + num_rows * per_row + _CUDA_SLACK_BYTES

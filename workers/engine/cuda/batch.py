@@ -1,0 +1,87 @@
+"""One step's rows as the kernels want them: int32 tensors that travel to the device in one copy."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..scheduler import Row
+
+Ints = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Decodes:
+    """Rows of one token each, first in the batch.  Row i reads `contexts[i]` tokens of `pages[page_starts[i]:]`."""
+
+    pages: torch.Tensor
+    page_starts: torch.Tensor
+    contexts: torch.Tensor
+    splits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """Rows of several tokens, behind the decodes.  `query_ends` and `key_ends` begin with a zero.  `key_slots`: where
+    all keys are in the cache; None: the chunks have no past, and their own keys are all there is."""
+
+    query_ends: torch.Tensor
+    key_ends: torch.Tensor
+    max_queries: int
+    max_keys: int
+    key_slots: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """A step: of every token its position and its slot, and what it attends to."""
+
+    positions: torch.Tensor
+    slots: torch.Tensor
+    num_decodes: int
+    decodes: Decodes | None
+    chunks: Chunks | None
+
+
+def slots_of(blocks: Ints, at: NDArray[np.integer], block_size: int) -> Ints:
+    """Where the tokens at these positions are in the cache."""
+    slots: Ints = (blocks[at // block_size] * block_size + at % block_size).astype(np.int32)
+    return slots
+
+
+def blocks_of(row: Row) -> Ints:
+    """The row's block table."""
+    return np.frombuffer(row.sequence.blocks, dtype=np.int32)
+
+
+def decode_arrays(rows: Sequence[Row], block_size: int) -> tuple[Ints, Ints, Ints, Ints, Ints]:
+    """Positions, slots, contexts, page starts and pages of rows of one token each."""
+    positions = np.fromiter((row.start for row in rows), np.int32, len(rows))
+    counts = positions // block_size + 1
+    starts = np.zeros(len(rows), np.int32)
+    np.cumsum(counts[:-1], out=starts[1:])
+    pages = np.concatenate([blocks_of(row)[:count] for row, count in zip(rows, counts, strict=True)])
+    slots = pages[starts + counts - 1] * block_size + positions % block_size
+    return positions, slots, positions + 1, starts, pages
+
+
+def chunk_arrays(rows: Sequence[Row], block_size: int) -> tuple[Ints, Ints, Ints, Ints, Ints | None]:
+    """Positions, slots, query ends, key ends and key slots (None: no row has a past) of rows of several tokens."""
+    spans = [np.arange(row.start, row.context) for row in rows]
+    slots = np.concatenate([slots_of(blocks_of(row), at, block_size) for row, at in zip(rows, spans, strict=True)])
+    key_slots = None
+    if any(row.start for row in rows):
+        key_slots = np.concatenate([slots_of(blocks_of(row), np.arange(row.context), block_size) for row in rows])
+    query_ends = np.cumsum([0, *(row.count for row in rows)], dtype=np.int32)
+    key_ends = np.cumsum([0, *(row.context for row in rows)], dtype=np.int32)
+    return np.concatenate(spans).astype(np.int32), slots, query_ends, key_ends, key_slots
+
+
+def to_device(arrays: Sequence[Ints], device: torch.device) -> list[torch.Tensor]:
+    """All arrays in one copy, for which the host does not wait; the tensors are views of one."""
+    ends = np.cumsum([len(array) for array in arrays])
+    host = torch.empty(int(ends[-1]), dtype=torch.int32, pin_memory=device.type == "cuda")
+    np.concatenate(arrays, out=host.numpy())
+    return list(host.to(device, non_blocking=True).tensor_split(ends[:-1].tolist()))

@@ -1,0 +1,259 @@
+"""Steps on a CUDA device: decode steps are CUDA graphs over a ladder of batch sizes, all others are launched piecemeal.
+
+The host never waits for the step that it launches: what a decode feeds is the token that the step before chose, taken
+from where that step left it.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..engine import Limits
+from ..model import LoadedModel
+from ..parallel import Ranks
+from ..pipeline import Arrival
+from ..runner import Flight, Runner, draws_of
+from ..scheduler import Batch, Row
+from ..structure import Grammars
+from .batch import Attended, Chunks, Decodes, chunk_arrays, decode_arrays, to_device
+from .body import FusedBody, Operations
+
+_COLUMNS = 6  # per row in a graph's inputs: id, source, position, slot, context, first page
+_PROGRAMS = 512  # that a decode should have, so that every multiprocessor is busy
+
+
+class CudaRunner(Runner):
+    """The llama family on one device."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        ranks: Ranks,
+        limits: Limits,
+        *,
+        operations: Operations,
+        grammars: Grammars | None = None,
+    ) -> None:
+        super().__init__(model, ranks, grammars)
+        shape = model.config.cache_shape(ranks)
+        self.speculates = not self._link.staged
+        self._do = operations
+        self._block_size = block_size = limits.block_size
+        self._kv_heads = shape.num_kv_heads
+        self._body = FusedBody(
+            model,
+            operations,
+            num_heads=model.config.hf.num_attention_heads // ranks.tp_size,
+            max_model_len=limits.max_model_len,
+        )
+        # One block more than the pool hands out takes what the rows write that fill a graph up to its size.
+        self._cache = torch.zeros(
+            (shape.num_layers, 2, limits.num_blocks + 1, shape.num_kv_heads, block_size, shape.head_dim),
+            dtype=shape.dtype,
+            device=ranks.device,
+        )
+        self._waste_slot = limits.num_blocks * block_size
+        self._newest = torch.zeros(limits.max_num_seqs, dtype=torch.int64, device=ranks.device)
+        self._index: dict[int, int] = {}  # handle -> its place in `newest`
+        self._graphs: dict[int, Graph] = {}
+        if ranks.device.type == "cuda":
+            self._graphs = self._capture(limits.max_num_seqs, math.ceil(limits.max_model_len / block_size))
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch) -> Flight:
+        sampling = [row for row in batch.rows if row.samples]
+        self.pulse.count += self._model.stage.start
+        if len(batch.rows) <= max(self._graphs, default=0) and all(row.count == 1 for row in batch.rows):
+            hidden, logits, ids = self._replay(batch.rows, sampling)
+        else:
+            hidden, logits, ids = self._piecemeal(batch.rows, sampling)
+        self.pulse.count += len(self._cache)
+        self._link.send(hidden)
+        return self._flight(sampling, logits, ids)
+
+    def _piecemeal(self, rows: Sequence[Row], sampling: list[Row]) -> tuple[torch.Tensor, Any, Any]:
+        ordered = [*(row for row in rows if row.count == 1), *(row for row in rows if row.count > 1)]
+        inputs, attended, last = self._arrange(ordered, sampling)
+        if not self._link.first:
+            inputs = self._link.receive(len(attended.positions))
+        hidden = self._body(inputs, attended, self._cache)
+        if self._model.head is None or not sampling:
+            return hidden, None, None
+        logits = self._model.logits(hidden[last])
+        return hidden, logits, None
+
+    def _arrange(self, rows: list[Row], sampling: list[Row]) -> tuple[torch.Tensor, Attended, torch.Tensor]:
+        """Token ids, what they attend to, and the places of the rows that sample."""
+        singles = [row for row in rows if row.count == 1]
+        several = rows[len(singles) :]
+        ids = np.concatenate([np.frombuffer(row.tokens, np.int32) if row.tokens else [0] for row in rows])
+        sources = np.full(len(ids), -1, np.int32)
+        sources[: len(singles)] = [self._source(row) for row in singles]
+        ends = np.cumsum([row.count for row in rows])
+        place = {id(row): end - 1 for row, end in zip(rows, ends, strict=True)}
+        last = np.array([place[id(row)] for row in sampling], np.int32)
+        empty = np.zeros(0, np.int32)
+        ones = decode_arrays(singles, self._block_size) if singles else (empty,) * 5
+        more = chunk_arrays(several, self._block_size) if several else (empty,) * 5
+        arrays = [ids.astype(np.int32), sources, last, np.concatenate((ones[0], more[0]))]
+        arrays += [np.concatenate((ones[1], more[1])), *ones[2:], *more[2:4], empty if more[4] is None else more[4]]
+        ids_, sources_, last_, positions, slots, contexts, starts, pages, query_ends, key_ends, key_slots = to_device(
+            arrays, self._device
+        )
+        decodes = chunks = None
+        if singles:
+            decodes = Decodes(pages, starts, contexts, self._splits(len(singles)))
+        if several:
+            longest = max(row.count for row in several), max(row.context for row in several)
+            chunks = Chunks(query_ends, key_ends, *longest, None if more[4] is None else key_slots)
+        attended = Attended(positions, slots, len(singles), decodes, chunks)
+        return resolve(ids_, sources_, self._newest), attended, last_
+
+    def _source(self, row: Row) -> int:
+        """Where the step before left the row's token, if only the device knows it."""
+        return self._index[row.sequence.handle] if row.pending else -1
+
+    def _replay(self, rows: Sequence[Row], sampling: list[Row]) -> tuple[torch.Tensor, Any, Any]:
+        size = min(size for size in self._graphs if size >= len(rows))
+        graph = self._graphs[size]
+        positions, slots, contexts, starts, pages = decode_arrays(rows, self._block_size)
+        table = np.zeros((_COLUMNS, size), np.int32)
+        table[1], table[3] = -1, self._waste_slot
+        count = len(rows)
+        table[0, :count] = [row.sequence.tokens[row.start] if not row.pending else 0 for row in rows]
+        table[1, :count] = [self._source(row) for row in rows]
+        table[2:, :count] = positions, slots, contexts, starts
+        graph.load(table, pages, None if self._link.first else self._link.receive(count))
+        graph.replay()
+        logits, ids = graph.logits, graph.ids
+        if logits is None or ids is None or not sampling:
+            return graph.hidden[:count], None, None
+        if len(sampling) == count:
+            return graph.hidden[:count], logits[:count], ids[:count]
+        places = to_device([np.array([i for i, row in enumerate(rows) if row.samples], np.int32)], self._device)[0]
+        return graph.hidden[:count], logits[places], ids[places]
+
+    def _flight(self, sampling: list[Row], logits: torch.Tensor | None, ids: torch.Tensor | None) -> Flight:
+        """Choose, tell everybody, and let the ids travel to the host."""
+        if not sampling:
+            return Flight(self._link, Arrival(torch.empty(0, dtype=torch.int64)), None, None)
+        if logits is not None:
+            if not all(row.sequence.plain for row in sampling):
+                ids = self._sampler.choose(logits, draws_of(sampling))
+            elif ids is None:
+                ids = self._do.greedy(logits)
+        report = self._report(sampling, logits, ids)
+        arrival = self._link.share(ids, len(sampling))
+        if self._link.staged or self._device.type != "cuda":
+            self._remember(sampling, arrival.tensor)
+            return Flight(self._link, arrival, report, None)
+        self._remember(sampling, arrival.tensor)
+        host = arrival.tensor.to("cpu", non_blocking=True)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+        return Flight(self._link, Arrival(host), report, done)
+
+    def _remember(self, sampling: list[Row], ids: torch.Tensor) -> None:
+        if self.speculates:
+            self._newest[: len(sampling)].copy_(ids)
+            self._index = {row.sequence.handle: index for index, row in enumerate(sampling)}
+
+    def _splits(self, num_rows: int) -> int:
+        """Parts of one row's context: a power of two, so many that few rows fill the device as well."""
+        wanted = _PROGRAMS // max(1, num_rows * self._kv_heads)
+        return 1 << max(0, min(5, wanted.bit_length() - 1))
+
+    @torch.inference_mode()
+    def _capture(self, max_num_seqs: int, pages_per_row: int) -> "dict[int, Graph]":
+        """The largest first: the smaller ones then live in its memory."""
+        inputs = torch.zeros(max_num_seqs * (_COLUMNS + pages_per_row), dtype=torch.int32, device=self._device)
+        logits = hidden = None
+        if self._model.head is not None:
+            width = self._model.config.vocab_size
+            logits = torch.empty((max_num_seqs, width), dtype=self._model.config.dtype, device=self._device)
+        if not self._link.first:
+            width = self._model.config.hf.hidden_size
+            hidden = torch.zeros((max_num_seqs, width), dtype=self._model.config.dtype, device=self._device)
+        pool = torch.cuda.graph_pool_handle()
+        graphs = {}
+        for size in reversed(ladder(max_num_seqs)):
+            graph = Graph(self, size, inputs, hidden, logits)
+            graph.capture(pool)
+            graphs[size] = graph
+        return graphs
+
+    def forward(self, inputs: torch.Tensor, attended: Attended) -> torch.Tensor:
+        """The layers, for a graph."""
+        return self._body(inputs, attended, self._cache)
+
+
+class Graph:
+    """One size of decode step.  Its inputs begin at the same address as those of all other sizes."""
+
+    def __init__(
+        self,
+        runner: CudaRunner,
+        size: int,
+        inputs: torch.Tensor,
+        hidden: torch.Tensor | None,
+        logits: torch.Tensor | None,
+    ) -> None:
+        self._runner = runner
+        self._inputs = inputs
+        self._received = None if hidden is None else hidden[:size]
+        self._table = inputs[: _COLUMNS * size].view(_COLUMNS, size)
+        self._pages = inputs[_COLUMNS * size :]
+        self._splits = runner._splits(size)
+        self._graph = torch.cuda.CUDAGraph()
+        self.hidden = torch.empty(0)
+        self.logits = None if logits is None else logits[:size]
+        self.ids: torch.Tensor | None = None
+
+    def load(self, table: np.ndarray, pages: np.ndarray, received: torch.Tensor | None) -> None:
+        """Bring the inputs of the next replay to the device."""
+        host = torch.empty(table.size + len(pages), dtype=torch.int32, pin_memory=True)
+        np.concatenate((table.reshape(-1), pages), out=host.numpy())
+        self._inputs[: len(host)].copy_(host, non_blocking=True)
+        if received is not None and self._received is not None:
+            self._received[: len(received)].copy_(received)
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+    def capture(self, pool: Any) -> None:
+        """Run once for the compilers, then record."""
+        self._table[1].fill_(-1)
+        self._table[3].fill_(self._runner._waste_slot)
+        self._table[4].zero_()
+        self._run()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self._run()
+
+    def _run(self) -> None:
+        runner, model = self._runner, self._runner._model
+        ids, sources, positions, slots, contexts, starts = self._table
+        decodes = Decodes(self._pages, starts, contexts, self._splits)
+        inputs = self._received if self._received is not None else resolve(ids, sources, runner._newest)
+        self.hidden = runner.forward(inputs, Attended(positions, slots, len(ids), decodes, None))
+        if self.logits is not None and model.head is not None:
+            weight: Any = model.head.weight
+            torch.mm(self.hidden, weight.t(), out=self.logits)
+            self.ids = runner._do.greedy(self.logits)
+
+
+def ladder(largest: int) -> list[int]:
+    """Batch sizes for which there is a graph: a step is filled up to the next one."""
+    steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, largest, 64)]
+    return [size for size in steps if size < largest] + [largest]
+
+
+def resolve(ids: torch.Tensor, sources: torch.Tensor, newest: torch.Tensor) -> torch.Tensor:
+    """The ids [T], but where a source is given what is there in `newest`.
+
+    A row that could not be chosen has a negative number there; its request ends, and what follows is thrown away.
+    """
+    return torch.where(sources >= 0, newest[sources.clamp(min=0)], ids).clamp_(min=0)
