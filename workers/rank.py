@@ -76,6 +76,7 @@ class RankConfig(BaseModel):
     model_path: Path | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    load_format: Literal["safetensors", "dummy"] = "safetensors"
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     max_num_seqs: int = 64
@@ -83,6 +84,8 @@ class RankConfig(BaseModel):
     max_num_batched_tokens: int = 2048
     block_size: int = 16
     kv_cache_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    prefix_caching: bool = True
     echo_latency_s: float = 0.0
 
     @property
@@ -193,7 +196,9 @@ def fingerprint_of(config: RankConfig) -> dict[str, str]:
         from .engine.fingerprint import fingerprint as fingerprint_of_model
 
         assert config.model_path is not None
-        fingerprint |= fingerprint_of_model(config.model_path, dtype=config.dtype)
+        fingerprint |= fingerprint_of_model(
+            config.model_path, dtype=config.dtype, weights=config.load_format == "safetensors"
+        )
     return fingerprint
 
 
@@ -263,11 +268,14 @@ def load_engine(config: RankConfig, mesh: "Mesh | None") -> Engine:
         model_path=config.model_path,
         mesh=mesh,
         dtype=config.dtype,
+        load_format=config.load_format,
         max_num_seqs=config.max_num_seqs,
         max_model_len=config.max_model_len,
         max_num_batched_tokens=config.max_num_batched_tokens,
         block_size=config.block_size,
         kv_cache_bytes=config.kv_cache_bytes,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        prefix_cache=config.prefix_caching,
     )
 
 
@@ -295,6 +303,7 @@ def read_description(payload: dict[str, Any]) -> EngineInfo:
 _SHARED_FIELDS = {
     "engine",
     "dtype",
+    "load_format",
     "tensor_parallel_size",
     "pipeline_parallel_size",
     "max_num_seqs",
@@ -302,6 +311,8 @@ _SHARED_FIELDS = {
     "max_num_batched_tokens",
     "block_size",
     "kv_cache_bytes",
+    "gpu_memory_utilization",
+    "prefix_caching",
     "echo_latency_s",
 }
 

@@ -36,6 +36,9 @@ class WorkerSettings(BaseSettings):
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    load_format: Literal["safetensors", "dummy"] = Field(
+        default="safetensors", description="dummy: random weights, for benchmarks of a model that is not there"
+    )
     tensor_parallel_size: int = Field(default=1, ge=1, le=1024)
     pipeline_parallel_size: int = Field(default=1, ge=1, le=1024)
     max_num_seqs: int = Field(default=64, ge=1, le=65_536)
@@ -43,6 +46,10 @@ class WorkerSettings(BaseSettings):
     max_num_batched_tokens: int = Field(default=2048, ge=16, description="token budget of one step")
     block_size: int = Field(default=16, ge=1, le=1024, description="tokens in one KV block")
     kv_cache_bytes: int | None = Field(default=None, ge=1, description="per rank; default: from free memory")
+    gpu_memory_utilization: float = Field(
+        default=0.9, gt=0, le=1, description="share of a GPU's memory for weights, KV pool and all else"
+    )
+    prefix_caching: bool = Field(default=True, description="reuse the KV blocks of prompts that begin alike")
     echo_latency_s: float = Field(default=0.0, ge=0, description="engine=echo: time until a job's first token")
 
     # the group

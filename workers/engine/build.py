@@ -9,7 +9,7 @@ from hortator.producer.errors import ConfigError
 
 from .engine import Limits, PagedEngine
 from .kvcache import CacheShape
-from .model import LoadedModel, ModelConfig, load_model, read_config
+from .model import LoadedModel, LoadFormat, ModelConfig, load_model, read_config
 from .parallel import Ranks, agree_on_minimum
 from .runner import Runner, TorchRunner
 from .structure import Grammars
@@ -23,6 +23,7 @@ def build_engine(
     model_path: Path,
     mesh: Ranks,
     dtype: str = "auto",
+    load_format: LoadFormat = "safetensors",
     max_num_seqs: int = 64,
     max_model_len: int | None = None,
     max_num_batched_tokens: int = 2048,
@@ -40,7 +41,7 @@ def build_engine(
     grammars = None
     if mesh.pp_rank == mesh.pp_size - 1 and mesh.tp_rank == 0:  # the rank that samples
         grammars = Grammars.of(config.path, vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids)
-    model = load_model(config, mesh)
+    model = load_model(config, mesh, load_format=load_format)
     if grammars is not None:
         grammars.wait()
     work_bytes = _work_bytes(config, mesh, num_tokens=max_num_batched_tokens, num_rows=max_num_seqs)

@@ -13,16 +13,16 @@ _SAMPLES = 8  # pieces read of each tensor
 _SAMPLE_BYTES = 64
 
 
-def fingerprint(model_dir: Path, *, dtype: str, **settings: object) -> dict[str, str]:
+def fingerprint(model_dir: Path, *, dtype: str, weights: bool = True, **settings: object) -> dict[str, str]:
     """Facts that must be equal on all ranks, by name, so that a difference can be named.
 
     Weights are judged by every tensor's name, type and shape, and by `_SAMPLES` evenly spread pieces of its bytes: a
     few kilobytes of a large model, yet no two training runs or random seeds agree in them.  How the tensors are spread
-    over files does not matter.  `settings` are further facts that ranks must share.
+    over files does not matter; without `weights` none are looked for.  `settings` are more facts that must be equal.
     """
     return {
         "config": _config(model_dir),
-        "weights": _weights(read_entries(model_dir)),
+        "weights": _weights(read_entries(model_dir)) if weights else "none",
         "dtype": dtype,
         "hortator": hortator.__version__,
         "torch": version("torch"),

@@ -5,9 +5,11 @@ reads its own slices from the shards, straight to its device.
 """
 
 import copy
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from zlib import crc32
 
 import torch
 import transformers
@@ -22,11 +24,12 @@ from .attention import Paged
 from .checkpoint import read_entries, read_json
 from .kvcache import CacheShape
 from .parallel import ParallelExperts, Ranks, check_divides, parallel_linear, style_of
-from .sources import EMBEDDING, HEAD, check_sources, placements
+from .sources import EMBEDDING, HEAD, Placement, check_sources, placements
 from .weights import ShardReader
 
 # What a config.json may say about forward's output; ours is the only caller.
 _FORWARD_OPTIONS = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
+LoadFormat = Literal["safetensors", "dummy"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -125,8 +128,9 @@ def read_config(model_path: Path, *, dtype: str = "auto") -> ModelConfig:
     )
 
 
-def load_model(config: ModelConfig, ranks: Ranks) -> LoadedModel:
-    """Build the model and read this rank's slices."""
+def load_model(config: ModelConfig, ranks: Ranks, *, load_format: LoadFormat = "safetensors") -> LoadedModel:
+    """Build the model and read this rank's slices; "dummy": random weights of the same shapes instead, for
+    benchmarks of models that are not there."""
     attention.register()
     check_divides(divided_sizes(config.hf), ranks.tp_size)
     stage = config.stage(ranks)
@@ -136,7 +140,10 @@ def load_model(config: ModelConfig, ranks: Ranks) -> LoadedModel:
             copy.deepcopy(config.hf), dtype=config.dtype, attn_implementation=attention.IMPLEMENTATION
         )
     _keep(model, stage, first=first, last=last, head=last and ranks.tp_rank == 0)
-    _fill(model, config, stage, ranks)
+    if load_format == "dummy":
+        _fill_randomly(model, config, stage, ranks)
+    else:
+        _fill(model, config, stage, ranks)
     _compute_buffers(model.model, config.hf, ranks.device)
     if ranks.tp_size > 1:
         _parallelise(model, ranks)
@@ -191,28 +198,58 @@ def _eos_token_ids(model_path: Path, hf: Any) -> tuple[int, ...]:
 
 
 def _fill(model: torch.nn.Module, config: ModelConfig, stage: range, ranks: Ranks) -> None:
-    """Replace every meta parameter by this rank's part of the checkpoint's tensor.  A tied head shares the embedding of
-    its own rank, or is a copy of it."""
+    """Replace every meta parameter by this rank's part of the checkpoint's tensor."""
     entries = read_entries(config.path)
-    parameters = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p is not None}
     tied = bool(config.hf.tie_word_embeddings)
-    shared = parameters.pop(HEAD, None) if tied and EMBEDDING in parameters else None
-    placed = placements(
-        {name: tuple(parameter.shape) for name, parameter in parameters.items()},
-        architecture=ARCHITECTURES[config.architecture],
-        stage=stage,
-        head_sizes=_head_sizes(config),
-        names=entries.keys() - {HEAD} if tied else entries.keys(),
-        ranks=ranks,
-    )
+    placed = _placements(model, config, stage, ranks, entries.keys() - {HEAD} if tied else entries.keys())
     check_sources(placed, entries)
     with ShardReader(ranks.device) as reader:
         for name, placement in placed.items():
-            tensor = torch.empty(placement.shape, dtype=parameters[name].dtype, device=ranks.device)
+            dtype = model.get_parameter(name).dtype
+            tensor = torch.empty(placement.shape, dtype=dtype, device=ranks.device)
             for source in placement.sources:
                 reader.read(entries[source.name], source.cut, tensor[source.place])
             _set_parameter(model, name, tensor)
-    if shared is not None:
+    _tie(model, config)
+
+
+def _fill_randomly(model: torch.nn.Module, config: ModelConfig, stage: range, ranks: Ranks) -> None:
+    """Norms are ones, biases zeros, all else is small; a parameter's name is its seed."""
+    generator = torch.Generator(ranks.device)
+    for name, placement in _placements(model, config, stage, ranks, _Everything()).items():
+        dtype = model.get_parameter(name).dtype
+        tensor = torch.ones(placement.shape, dtype=dtype, device=ranks.device)
+        if name.endswith("bias"):
+            tensor.zero_()
+        elif tensor.dim() > 1:
+            tensor.normal_(std=0.02, generator=generator.manual_seed(crc32(placement.sources[0].name.encode())))
+        _set_parameter(model, name, tensor)
+    _tie(model, config)
+
+
+class _Everything:
+    """A checkpoint that has every name."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+def _placements(
+    model: torch.nn.Module, config: ModelConfig, stage: range, ranks: Ranks, names: Container[str]
+) -> dict[str, Placement]:
+    """Of every parameter but a tied head beside its embedding."""
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False) if p is not None}
+    if config.hf.tie_word_embeddings and EMBEDDING in shapes:
+        shapes.pop(HEAD, None)
+    architecture = ARCHITECTURES[config.architecture]
+    return placements(
+        shapes, architecture=architecture, stage=stage, head_sizes=_head_sizes(config), names=names, ranks=ranks
+    )
+
+
+def _tie(model: Any, config: ModelConfig) -> None:
+    """A tied head shares the embedding of its own rank; where that is not, it has a copy of its own."""
+    if config.hf.tie_word_embeddings and model.lm_head is not None and model.model.embed_tokens is not None:
         _set_parameter(model, HEAD, model.get_parameter(EMBEDDING))
 
 
