@@ -49,6 +49,12 @@ class Kind(IntEnum):
     WAKE = 7  # rank 0, relayed to the peers: the next plan is coming
     FAILED = 8  # rank: why I am about to exit
     STOP = 9  # front: exit now
+    PROBE = 10  # rank or keeper, on a connection of its own: a beat past one that waits for TCP to try again
+    ENLIST = 11  # keeper: who I am, and the ranks that I can start
+    LAUNCH = 12  # front: start these ranks
+    LINES = 13  # keeper: what ranks have printed
+    EXITED = 14  # keeper: a rank has ended
+    END = 15  # front: kill your ranks
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hortator.topology import control as control_module
+from hortator.topology import wire as wire_module
 from hortator.topology.control import MAX_STRANGERS, ControlServer
 from hortator.topology.errors import LeaderLost, PortTaken, Refused
 from hortator.topology.frames import Framer, Kind
@@ -327,7 +327,7 @@ def test_a_rank_that_is_not_expected_is_turned_away(front: Front, number: int, r
 
 
 def test_half_a_frame_is_dropped_after_a_while(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control_module, "HELLO_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(wire_module, "HELLO_TIMEOUT_S", 0.3)
     stranger = front.stranger()
     for byte in Framer(KEY, epoch=EPOCH, front=False).seal(Kind.HELLO, rank=0)[:12]:
         stranger.sendall(bytes([byte]))
