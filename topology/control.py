@@ -26,6 +26,7 @@ class ControlServer:
         heartbeat_timeout_s: float = 3.0,
         stall_timeout_s: float = 5.0,
     ) -> None:
+        self._heartbeat_s = heartbeat_s
         self._silence_s = heartbeat_timeout_s + heartbeat_s  # a beat is only missed once it is due
         self._stall_timeout_s = stall_timeout_s
         self._wire = Wire(host, port, heartbeat_s=heartbeat_s, on_frame=self._handle, on_lost=self._lost)
@@ -68,8 +69,10 @@ class ControlServer:
             vitals.heard += pause_s
         present = self._wire.connections
         alive = [self.vitals[rank] for rank, member in self._members.items() if member in present]
-        self._troubles += silent(alive, now=time.monotonic(), timeout_s=self._silence_s)
-        self._troubles += stalled(self.vitals.values(), timeout_s=self._stall_timeout_s)
+        now = time.monotonic()
+        self._troubles += silent(alive, now=now, timeout_s=self._silence_s)
+        if all(now - vitals.heard < 2 * self._heartbeat_s for vitals in alive):  # else we may lack the culprit's word
+            self._troubles += stalled(self.vitals.values(), timeout_s=self._stall_timeout_s)
         troubles, self._troubles = self._troubles, []
         return troubles
 

@@ -30,8 +30,8 @@ def dial(address: tuple[str, int], *, key: bytes, epoch: int, timeout_s: float) 
 def probe(address: tuple[str, int], *, key: bytes, epoch: int, rank: int, payload: dict[str, Any]) -> bool:
     """Whether the front answers a beat on a fresh connection, right now.
 
-    After a cut TCP tries again at growing intervals: a link that was down for 2 s may look dead for 4.  A new connection
-    goes through as soon as the link is up, and tells both ends that the other one lives.
+    After a cut TCP tries again at growing intervals: a link that was down for 2 s may look dead for 4.  A new
+    connection goes through as soon as the link is up, and tells both ends that the other one lives.
     """
     until = time.monotonic() + PROBE_TIMEOUT_S
     with contextlib.suppress(LeaderLost, OSError, BadFrame):

@@ -7,7 +7,10 @@ TopologyError
 ├── LeaderLost    the front is gone or does not answer
 ├── MeshFailed    the ranks did not find each other
 ├── NoDevice      this host has no such device
-└── TooManyStages the model has fewer layers than the pipeline has stages
+├── TooManyStages the model has fewer layers than the pipeline has stages
+├── BadPlacement  hosts, ranks or devices that make no sense
+├── BadSecret     the file that lets processes join is missing, short, or open to others
+└── CannotStart   this way of starting ranks cannot work here
 """
 
 
@@ -41,3 +44,15 @@ class NoDevice(TopologyError):
 
 class TooManyStages(TopologyError):
     """The model has fewer layers than the pipeline has stages."""
+
+
+class BadPlacement(TopologyError):
+    """Hosts, ranks or devices that make no sense; the text says which."""
+
+
+class BadSecret(TopologyError):
+    """The file that lets processes join is missing, short, or open to others."""
+
+
+class CannotStart(TopologyError):
+    """This way of starting ranks cannot work here; the text says what to change."""
