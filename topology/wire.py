@@ -1,4 +1,4 @@
-"""The listening end of a port on which frames come in: sockets, buffers, strangers.  What frames mean is not known here.
+"""The listening end of a port on which frames come in: sockets, buffers, strangers; what frames mean is not known here.
 
 Bytes of strangers cost them their own connection and nothing else: half frames wait in their own buffer, and whoever
 has not said something valid within HELLO_TIMEOUT_S is dropped.
