@@ -117,7 +117,7 @@ def deepspeed_command(
         *("--hostfile", str(hostfile), "--include", include, "--launcher", "pdsh", "--force_multi"),
         *("--no_ssh_check", "--master_addr", address[0], "--no_local_rank", "--module", "hortator.topology.keeper"),
         *("--join", f"{host}:{address[1]}", "--secret-file", str(secret_file)),
-        *("--launch", token, "--patience", str(PATIENCE_S)),
+        *("--start", token, "--patience", str(PATIENCE_S)),
     )
 
 

@@ -229,10 +229,11 @@ class _Watch:
                 raise BadFrame(f"the front may not set {name}")
         own = {name: value for name, value in os.environ.items() if not name.startswith("HORTATOR_")}
         interface = interface_of(self._sock.getsockname()[0])
+        num_local = int(own.get("LOCAL_WORLD_SIZE") or own.get("LOCAL_SIZE") or len(place.ranks))
         found = {
             "LOCAL_RANK": str(place.devices[place.ranks.index(rank)]),
-            "LOCAL_WORLD_SIZE": str(len(place.ranks)),
-            "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // len(place.ranks))),
+            "LOCAL_WORLD_SIZE": str(num_local),
+            "OMP_NUM_THREADS": own.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // num_local)),
         }
         if interface is not None:
             found |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
@@ -333,8 +334,8 @@ def _from_stdin() -> Keeper:
 
 def _from_options(options: argparse.Namespace) -> Keeper:
     place = place_of(os.environ, ranks=options.ranks, ranks_per_node=options.ranks_per_node)
-    rejoin = Rejoin.AFTER_END if options.launch else Rejoin.ALWAYS
-    return Keeper(Errand(options.join, read_secret(options.secret_file), place, rejoin, options.launch))
+    rejoin = Rejoin.AFTER_END if options.start else Rejoin.ALWAYS
+    return Keeper(Errand(options.join, read_secret(options.secret_file), place, rejoin, options.start))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -345,7 +346,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--secret-file", type=Path, help="the same content as the leader's; chmod 600")
     parser.add_argument("--ranks", default="", metavar="N,N", help="default: RANK, SLURM_PROCID or as torchrun says")
     parser.add_argument("--ranks-per-node", type=int, default=0, help="keep all of this node's ranks (Kubernetes)")
-    parser.add_argument("--launch", default="", metavar="TOKEN", help="of the start that this process belongs to")
+    parser.add_argument("--start", default="", metavar="TOKEN", help="of the start that this process belongs to")
     parser.add_argument(
         "--patience", type=float, default=600.0, metavar="S", help="exit after so long without a leader"
     )

@@ -81,7 +81,9 @@ def rank_commands(
     commands = []
     for rank in range(settings.world_size):
         seat = placed.get(rank) or (Seat(rank, "", rank, own, None) if rank < own else None)
-        config = _config(settings, rank, epoch=epoch, key=key, control=control, seat=seat, pipe=pipe)
+        # a keeper knows its devices better: its starter may have renumbered them (CUDA_VISIBLE_DEVICES)
+        own_seat = seat if rank < own else None
+        config = _config(settings, rank, epoch=epoch, key=key, control=control, seat=own_seat, pipe=pipe)
         env = {CONFIG_VARIABLE: config.model_dump_json()}
         if rank < own:
             interface = _interface(settings, seat) if spread else "lo"

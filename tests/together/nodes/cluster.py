@@ -81,10 +81,13 @@ class Cluster(Fleet):
         self.workers.append(worker)
         return worker
 
+    def ranks(self) -> list[psutil.Process]:
+        """On all machines."""
+        return [process for name in self.names for process in self.machines[name].ranks()]
+
     def living(self) -> list[psutil.Process]:
-        """Everything of hortator's on every machine, the front aside."""
-        machines = [self.machines[name] for name in self.names]
-        return [process for machine in machines for process in (*machine.ranks(), *machine.keepers())]
+        """Ranks, and the keepers with whatever started them."""
+        return [*self.ranks(), *(keeper for name in self.names for keeper in self.machines[name].keepers())]
 
 
 class ClusterWorker(Worker):
