@@ -15,7 +15,7 @@ from .launch import LineSink
 from .vitals import Cause, Trouble
 from .wire import Connection, Wire
 
-END_TIMEOUT_S = 2.0
+END_TIMEOUT_S = 5.0
 SEE_OFF_S = 1.0
 
 
@@ -93,7 +93,7 @@ class Muster:
         return troubles
 
     def end(self) -> bool:
-        """Have all ranks killed.  Waits until their keepers say that they are, for END_TIMEOUT_S at most.
+        """Have all ranks killed, and wait until their keepers say so, except for those that are silent already.
 
         Whether a keeper was lost in this launch, now or before."""
         self._orders = {}
@@ -102,8 +102,9 @@ class Muster:
             keeper.launched = False
             self._wire.send(keeper.connection, Kind.END)
         until = time.monotonic() + END_TIMEOUT_S
-        while (left := [k for k in busy if k.connection in self._wire.connections]) and time.monotonic() < until:
+        while any(map(self._speaks, busy)) and time.monotonic() < until:
             self._wire.poll(0.02)
+        left = [keeper for keeper in busy if keeper.connection in self._wire.connections]
         for keeper in left:
             self._wire.drop(keeper.connection, "does not end")
         self._troubles = []
@@ -177,6 +178,10 @@ class Muster:
         keeper.last_words = keeper.last_words or f"gone: {reason}"
         if keeper.launched:
             self._note(keeper, Cause.GONE)
+
+    def _speaks(self, keeper: _Enlisted) -> bool:
+        here = keeper.connection in self._wire.connections
+        return here and time.monotonic() - keeper.heard < 2 * self._timing["heartbeat_s"]
 
     def _note(self, keeper: _Enlisted, cause: Cause) -> None:
         self._num_lost += 1

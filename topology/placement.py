@@ -15,6 +15,7 @@ from .errors import BadPlacement
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
 _INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,14}")
+_LIST = re.compile(r"\s*\[\s*[{\]]")  # "[fd00::1]:2" is none
 MAX_RANKS = 65_000
 
 
@@ -50,7 +51,7 @@ def read_nodes(value: object) -> tuple[Node, ...]:
     """`nodeA:2,nodeB:2` (that many ranks on devices 0, 1 …), or a list of {"host", "devices" or "ranks", "interface"},
     as such or as JSON.  Raises BadPlacement, which says which entry and why."""
     if isinstance(value, str):
-        value = _from_json(value) if value.lstrip().startswith("[") else _from_compact(value)
+        value = _from_json(value) if _LIST.match(value) else _from_compact(value)
     if not isinstance(value, Sequence):
         raise BadPlacement(f"hosts is {value!r}: give host:ranks,host:ranks or a list of objects")
     nodes = tuple(item if isinstance(item, Node) else _from_object(item) for item in value)

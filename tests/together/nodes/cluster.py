@@ -5,6 +5,7 @@ The test itself moves into the first machine's network, so that it reaches Redis
 
 import ctypes
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -132,3 +133,11 @@ def enter_network(path: Path) -> None:
             raise OSError(ctypes.get_errno(), f"cannot enter {path}")
     finally:
         os.close(fd)
+
+
+def secret_in(directory: Path) -> Path:
+    """A file that lets keepers join; the machines share this host's disk."""
+    path = directory / "secret"
+    path.write_text(secrets.token_hex(32))
+    path.chmod(0o600)
+    return path

@@ -1,4 +1,4 @@
-"""What can happen to one machine of a group, and what is seen of it: for the tests and for benchmarks/bench_faults.py."""
+"""What can happen to one machine of a group, and what is seen of it; benchmarks/bench_faults.py uses it too."""
 
 import os
 import re

@@ -22,7 +22,13 @@ from typing import Any, Self
 import psutil
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-PROGRAMS = {"ip": "iproute2", "sshd": "openssh-server", "ssh": "openssh-client", "pdsh": "pdsh", "unshare": "util-linux"}
+PROGRAMS = {
+    "ip": "iproute2",
+    "sshd": "openssh-server",
+    "ssh": "openssh-client",
+    "pdsh": "pdsh",
+    "unshare": "util-linux",
+}
 
 
 def missing() -> str:
@@ -164,7 +170,8 @@ class Machine:
         until = time.monotonic() + timeout_s
         while not self._sshd_listens():
             log = self._machines.directory / f"{self.name}.log"
-            assert self._process.poll() is None and time.monotonic() < until, log.read_text()
+            assert self._process.poll() is None, log.read_text()
+            assert time.monotonic() < until, log.read_text()
             time.sleep(0.05)
 
     def _sshd_listens(self) -> bool:
