@@ -43,7 +43,7 @@ class ControlServer:
 
     def begin(self, *, epoch: int, key: bytes, world_size: int) -> None:
         """Forget the last epoch and expect `world_size` ranks that know `key`."""
-        self._wire.begin(epoch=epoch, key=key)
+        self._wire.begin(epoch=epoch, key=key, expected=world_size)
         self._world_size = world_size
         self._members: dict[int, Connection] = {}
         self.vitals: dict[int, Vitals] = {}

@@ -65,13 +65,14 @@ class Wire:
         host, port = self._listener.getsockname()[:2]
         return host, port
 
-    def begin(self, *, epoch: int, key: bytes) -> None:
-        """Drop everybody; from now on frames are those of `epoch` and `key`."""
+    def begin(self, *, epoch: int, key: bytes, expected: int = 0) -> None:
+        """Drop everybody; from now on frames are those of `epoch` and `key`, and so many may come at the same time."""
         for connection in self.connections:
             self._selector.unregister(connection.sock)
             connection.sock.close()
         self.connections.clear()
         self._epoch, self._key = epoch, key
+        self._max_strangers = MAX_STRANGERS + expected
         self._next_beat = self._polled = time.monotonic()
 
     def poll(self, timeout_s: float) -> float:
@@ -137,7 +138,7 @@ class Wire:
             self.send(connection, Kind.CHALLENGE, {"nonce": nonce.hex()})
             framer.rekey(nonce)
         strangers = sorted((c for c in self.connections if c.member is None), key=lambda c: c.accepted)
-        for connection in strangers[:-MAX_STRANGERS]:
+        for connection in strangers[: -self._max_strangers]:
             self.drop(connection, "too many strangers")
 
     def _serve(self, connection: Connection, events: int) -> None:

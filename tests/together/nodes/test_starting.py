@@ -1,5 +1,6 @@
 """Every way in which the ranks of one group come to be on several machines, with the demo model's right answers."""
 
+import os
 import subprocess
 import sys
 import time
@@ -45,7 +46,10 @@ def test_deepspeeds_launcher_starts_a_group_that_answers_right_and_leaves_nothin
 
 @contextmanager
 def started(machine: Machine, *argv: str) -> Iterator["subprocess.Popen[bytes]"]:
-    process = machine.popen(*argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    env = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    process = machine.popen(
+        *argv, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     try:
         yield process
     finally:
