@@ -114,7 +114,7 @@ class Keeper:
         launcher = LocalLauncher()
         try:
             _Watch(self, errand, sock, framer, launcher).keep()
-        except (OSError, BadFrame) as error:
+        except (OSError, BadFrame, ValueError, LookupError) as error:
             raise Ended(f"the connection to the front broke: {error}") from None
         finally:
             launcher.kill()
@@ -203,7 +203,7 @@ class _Watch:
         for frame in self._framer.feed(data):
             match frame.kind:
                 case Kind.LAUNCH:
-                    self._launch(frame.payload)
+                    self._launch(json.loads(self._framer.veil(bytes.fromhex(frame.payload["order"]))))
                 case Kind.END:
                     raise Ended("the front ended this launch", told=True)
                 case Kind.REFUSED:

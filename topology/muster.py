@@ -4,6 +4,7 @@ One thread calls `pump` often.  No keeper gets back in with ranks of an earlier 
 ranks do not have the key of the present one.
 """
 
+import json
 import os
 import time
 from collections.abc import Mapping
@@ -171,7 +172,9 @@ class Muster:
         ranks = [(rank, dict(self._orders[rank])) for rank in keeper.ranks if rank in self._orders]
         if ranks:
             keeper.launched = True
-            self._wire.send(keeper.connection, Kind.LAUNCH, {"ranks": ranks, "cwd": os.getcwd()} | self._timing)
+            order = json.dumps({"ranks": ranks, "cwd": os.getcwd()} | self._timing).encode()
+            veiled = keeper.connection.framer.veil(order)
+            self._wire.send(keeper.connection, Kind.LAUNCH, {"order": veiled.hex()})
 
     def _lost(self, member: int, reason: str) -> None:
         keeper = self._keepers.pop(member)

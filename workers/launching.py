@@ -64,7 +64,8 @@ def check_meeting_host(settings: WorkerSettings) -> None:
         address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0]
     except OSError as error:
         raise CannotStart(f"control_host: {host} cannot be resolved: {error.strerror}") from None
-    if str(address).startswith("127.") or address in ("::1", "0.0.0.0", "::"):
+    loopback = str(address).startswith("127.") or address == "::1"
+    if address in ("0.0.0.0", "::") or (loopback and settings.launcher != "external"):
         raise CannotStart(
             f"control_host: {host} is {address} here, where other hosts cannot reach it: "
             "set control_host to this host's address in their network"

@@ -32,6 +32,14 @@ def answers(cluster: Cluster, prompts: list[str]) -> list[str]:
     return [status.result.text if status.result else str(status.failure) for status in map(done.get, ids) if status]
 
 
+def test_two_stages_of_two_ranks_on_four_machines_answer_right(tmp_path: Path) -> None:
+    with Cluster(tmp_path, ["nodeA", "nodeB", "nodeC", "nodeD"]) as four:
+        worker = four.worker(tensor_parallel_size=2, pipeline_parallel_size=2, **DEMO)
+        wait_ready(worker)
+        assert [len(four.machines[name].ranks()) for name in four.names] == [1, 1, 1, 1]
+        assert answers(four, list(ANSWERS)) == list(ANSWERS.values())
+
+
 def test_deepspeeds_launcher_starts_a_group_that_answers_right_and_leaves_nothing(empty_pair: Cluster) -> None:
     worker = empty_pair.worker(launcher="deepspeed", secret_file=empty_pair.directory / "secret", **DEMO)
     wait_ready(worker)
