@@ -41,7 +41,7 @@ REJOIN_S = 0.5
 IDLE_SILENCE_S = 60.0  # the front pauses up to 30 s between two lives
 TICK_S = 0.1
 MAX_LINES = 10_000
-LINES_PER_FRAME_BYTES = 256 * 1024
+LINES_PER_FRAME_BYTES = 64 * 1024  # JSON may make six bytes of one
 MAX_UNSENT_BYTES = 1 << 20
 ALLOWED_VARIABLES = ("HORTATOR_RANK_CONFIG", "GLOO_", "NCCL_", "OMP_NUM_THREADS", "PYTHONUNBUFFERED", "TORCH_", "UCX_")
 """What the front may set in a rank's environment: names, or beginnings of names."""

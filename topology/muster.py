@@ -83,8 +83,9 @@ class Muster:
         for keeper in list(self._keepers.values()):
             keeper.heard += pause_s
             if now - keeper.heard > self._silence_s:
-                keeper.last_words = f"silent for {now - keeper.heard:.1f} s: stopped or cut off"
-                self._note(keeper, Cause.SILENT)
+                if keeper.launched:
+                    keeper.last_words = f"silent for {now - keeper.heard:.1f} s: stopped or cut off"
+                    self._note(keeper, Cause.SILENT)
                 keeper.launched = False
                 self._wire.drop(keeper.connection, "silent")
 

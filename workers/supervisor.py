@@ -207,7 +207,9 @@ class Supervisor:
         self._wait_exits(server, time.monotonic() + left_s / 4)
 
     def _wait_exits(self, server: ControlServer, until: float) -> None:
-        while len(self._launcher.exits()) < self._settings.world_size and time.monotonic() < until:
+        while time.monotonic() < until:
+            if len(self._launcher.exits()) + len(self._launcher.absent) >= self._settings.world_size:
+                return
             server.poll(TICK_S / 10)
 
 
