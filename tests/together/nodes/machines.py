@@ -12,7 +12,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -21,7 +20,10 @@ from typing import Any, Self
 
 import psutil
 
+from hortator.topology.tied import tied
+
 REPOSITORY = Path(__file__).resolve().parents[3]
+PREFIX = "hortator-test-"
 PROGRAMS = {
     "ip": "iproute2",
     "sshd": "openssh-server",
@@ -53,7 +55,7 @@ class Machines(AbstractContextManager["Machines"]):
 
     def __init__(self, directory: Path, names: list[str]) -> None:
         self.directory = directory
-        self._prefix = f"ht{os.getpid() % 100_000}"
+        self._prefix = f"{PREFIX}{os.getpid()}"
         self._switch = f"{self._prefix}-sw"
         self._machines = {name: Machine(self, name, number) for number, name in enumerate(names, start=1)}
 
@@ -72,6 +74,7 @@ class Machines(AbstractContextManager["Machines"]):
         if reason := missing():
             raise RuntimeError(reason)
         self.directory.mkdir(parents=True, exist_ok=True)
+        sweep()
         try:
             self._make_keys()
             self._make_network()
@@ -141,9 +144,9 @@ class Machine:
             f"mount -t tmpfs tmpfs /dev/shm && exec {find('sshd')} -D -e -f {config}"
         )
         with (directory / f"{self.name}.log").open("ab") as log:
+            unshare = ("unshare", "--uts", "--pid", "--ipc", "--mount", "--fork", "--kill-child", "sh", "-c", script)
             self._process = subprocess.Popen(
-                ["ip", "netns", "exec", self.netns, "unshare", "--uts", "--pid", "--ipc", "--mount", "--fork",
-                 "--kill-child", "sh", "-c", script],
+                tied(("ip", "netns", "exec", self.netns, *unshare)),
                 stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
 
@@ -244,6 +247,15 @@ class Machine:
         return len(found)
 
 
+def sweep() -> None:
+    """Remove networks that a killed test run has left behind; its processes have died with it."""
+    for line in execute("ip", "netns", "list").splitlines():
+        name = line.split()[0]
+        pid = name.removeprefix(PREFIX).partition("-")[0]
+        if name.startswith(PREFIX) and pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            ip("netns", "del", name, check=False)
+
+
 def ip(*arguments: str, check: bool = True) -> None:
     execute("ip", *arguments, check=check)
 
@@ -260,6 +272,3 @@ def _pid_namespace(pid: int) -> str | None:
         return os.readlink(f"/proc/{pid}/ns/pid")
     except OSError:
         return None
-
-
-PYTHON = sys.executable

@@ -40,6 +40,15 @@ def test_two_stages_of_two_ranks_on_four_machines_answer_right(tmp_path: Path) -
         assert answers(four, list(ANSWERS)) == list(ANSWERS.values())
 
 
+def test_a_machine_that_cannot_be_reached_is_named_within_ten_seconds(empty_pair: Cluster) -> None:
+    empty_pair.machines["nodeB"].link_down()
+    worker = empty_pair.worker(restart_backoff_s=30.0)
+    wait_for("rank 0", empty_pair.ranks, 30.0)
+    wait_for("the group to go down", lambda: downs(worker), 10.0)
+    assert downs(worker)[0][1].startswith("ssh to nodeB ended: ssh: connect to host nodeb port 22: ")
+    assert empty_pair.living() == []
+
+
 def test_deepspeeds_launcher_starts_a_group_that_answers_right_and_leaves_nothing(empty_pair: Cluster) -> None:
     worker = empty_pair.worker(launcher="deepspeed", secret_file=empty_pair.directory / "secret", **DEMO)
     wait_ready(worker)
