@@ -86,6 +86,8 @@ class WorkerSettings(BaseSettings):
     stall_timeout_s: float = Field(default=5.0, gt=0, description="a busy rank without progress is hung after this")
     start_timeout_s: float = Field(default=600.0, gt=0)
     restart_backoff_s: float = Field(default=0.5, gt=0, description="doubles up to 30 s while starts fail")
+    restart_budget: int = Field(default=0, ge=0, description="restarts in restart_window_s, then give up; 0: never")
+    restart_window_s: float = Field(default=600.0, gt=0)
     collective_timeout_s: float = Field(default=1800.0, gt=0)
 
     # the queue

@@ -73,6 +73,7 @@ class Supervisor:
         self._close_by = 0.0
         self._condemned: tuple[int, str] | None = None
         self._failed_starts = 0
+        self._downs: list[float] = []
         self._ready_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="hortator-group", daemon=True)
         self.epoch = 0
@@ -117,7 +118,7 @@ class Supervisor:
             while not self._closing.is_set():
                 failure = self._live_guarded(server)
                 if failure is not None:
-                    retry_in_s = self._report(failure)
+                    retry_in_s = self._report(self._within_budget(failure, time.monotonic()))
                     self._closing.wait(retry_in_s)
         self.phase = "closed"
 
@@ -130,6 +131,15 @@ class Supervisor:
         log.error("group of epoch %d is down: %s; %s", self.epoch, failure.reason, again)
         self._post(Down(self.epoch, failure.reason, failure.permanent, retry_in_s))
         return retry_in_s
+
+    def _within_budget(self, failure: Failure, now: float) -> Failure:
+        """The same failure, final if the group has come down too often."""
+        budget, window_s = self._settings.restart_budget, self._settings.restart_window_s
+        self._downs = [down for down in self._downs if now - down < window_s] + [now]
+        if not budget or len(self._downs) <= budget or failure.permanent:
+            return failure
+        reason = f"{failure.reason}; given up after {budget} restarts within {window_s:g} s (restart_budget)"
+        return Failure(reason, permanent=True)
 
     def _backoff_s(self) -> float:
         """Doubles while the group does not even get ready; a life of HEALTHY_S starts from the bottom again."""

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from hortator.producer.errors import ConfigError
 from hortator.topology.errors import CannotStart
-from hortator.topology.launch import LocalLauncher, RankCommand
+from hortator.topology.launch import FakeLauncher, LocalLauncher, RankCommand
 from hortator.topology.remote import RemoteLauncher
 from hortator.workers.group import Group
 from hortator.workers.launching import check_meeting_host, make_launcher, num_own, rank_commands
@@ -143,6 +143,21 @@ def test_an_interface_that_is_named_for_a_host_reaches_its_ranks() -> None:
     own, other = commands(settings(launcher="ssh", hosts=hosts))
     assert (own.env["GLOO_SOCKET_IFNAME"], own.env["NCCL_SOCKET_IFNAME"]) == ("ib0", "ib0")
     assert (other.env["GLOO_SOCKET_IFNAME"], other.env["NCCL_SOCKET_IFNAME"]) == ("ib1", "ib1")
+
+
+# --- a budget
+
+
+def test_a_group_that_comes_down_too_often_is_given_up() -> None:
+    launcher = FakeLauncher()
+    with Driver(launcher=launcher, restart_budget=2, restart_backoff_s=0.01) as driver:
+        downs = []
+        for number in (1, 2, 3):
+            wait_for("the launch", lambda: len(launcher.launches) == number)  # noqa: B023
+            launcher.end(1, 70)
+            downs.append(driver.down())
+    assert [down.permanent for down in downs] == [False, False, True]
+    assert downs[2].reason == "rank 1 exited with 70; given up after 2 restarts within 600 s (restart_budget)"
 
 
 # --- ranks that come
