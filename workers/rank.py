@@ -25,6 +25,7 @@ from hortator.topology.launch import PARENT_VARIABLE
 from hortator.topology.tether import EXIT_LEADER_LOST, ControlClient, exit_process
 from hortator.topology.tied import die_with
 
+from .codeprint import code_digest
 from .engine.echo import DEFAULT_MODEL_LEN, EchoEngine
 from .engine.step import Engine, EngineInfo
 from .lockstep import Channel, CollectiveFailed, DistributedChannel, Follower, InProcessChannel, LockstepError
@@ -182,7 +183,8 @@ def _kind_of(error: Exception) -> tuple[Exit, str]:
 def fingerprint_of(config: RankConfig) -> dict[str, str]:
     """What has to be the same on all ranks, by name.  For the paged engine this reads the model's files."""
     same = config.model_dump(mode="json", include=_SHARED_FIELDS)
-    fingerprint = {name: str(value) for name, value in same.items()} | {"hortator": version("hortator")}
+    fingerprint = {name: str(value) for name, value in same.items()}
+    fingerprint |= {"hortator": version("hortator"), "code": code_digest()}
     if config.engine != "echo" or config.world_size > 1:
         import torch
 

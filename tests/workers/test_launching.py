@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -217,6 +218,19 @@ def test_a_keeper_that_counts_other_ranks_than_the_group_has_is_sent_away(extern
     wait_for("it to leave", lambda: external.turn() is not None and wrong.poll() is not None)
     assert wrong.returncode == 78
     assert "this group has 2 ranks, but it was started with 4" in wrong.communicate()[1]
+
+
+def test_a_rank_with_other_code_is_refused_for_good(external: Driver, tmp_path: Path) -> None:
+    shutil.copytree(REPOSITORY / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "src" / "hortator" / "workers" / "stroke.py").open("a") as file:
+        file.write("# another version of the step\n")
+    other = keeper(external, "--ranks", "1", PYTHONPATH=f"{tmp_path / 'src'}:{REPOSITORY}")
+    down = external.down()
+    external.group.close()
+    ended(other)
+    assert down.permanent
+    assert "rank 1" in down.reason
+    assert "does not run what rank 0 runs: code is " in down.reason
 
 
 def test_a_group_that_nobody_joins_says_whom_it_waits_for(joinable: dict[str, Any]) -> None:
