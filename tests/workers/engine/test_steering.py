@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hortator.workers.engine.admission import refusal
-from hortator.workers.engine.penalties import Tally
+from hortator.workers.engine.penalties import News, Table
 from hortator.workers.engine.sampler import BAD_ROW, Draw, Sampler, scores, uniform
 from hortator.workers.engine.steering import Steering
 from hortator.workers.engine.step import EngineInfo, Request, SamplingParams, Structure, StructureKind
@@ -156,18 +156,27 @@ def test_every_pair_of_parameters_in_one_batch_is_as_each_alone() -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(0, 20), min_size=1), st.lists(st.integers(0, 20), max_size=200), st.booleans(), st.data())
+@given(st.lists(st.integers(0, 700), min_size=1), st.lists(st.integers(0, 700), max_size=600), st.booleans(), st.data())
 def test_a_tally_that_grows_holds_what_a_fresh_count_does(
     prompt: list[int], output: list[int], with_prompt: bool, data: st.DataObject
 ) -> None:
-    tally, tokens = Tally(with_prompt=with_prompt), array("i", prompt)
+    table, tokens = Table(torch.device("cpu")), array("i", prompt)
+    table.close(table.open(with_prompt=True))
+    tally = table.open(with_prompt=with_prompt)
+
+    def catch_up() -> None:
+        news = News()
+        tally.catch_up(tokens, len(prompt), news)
+        table.add(news, [tally])
+
     while output:
-        tally.catch_up(tokens, len(prompt))
+        catch_up()
         size = data.draw(st.integers(1, len(output)))
         tokens.extend(output[:size])
         output = output[size:]
-    tally.catch_up(tokens, len(prompt))
-    counted = dict(zip(tally.ids[: tally.size].tolist(), tally.counts[: tally.size].tolist(), strict=True))
+    catch_up()
+    ids, counts = table.read([tally]) if tally.size else (torch.zeros(1, 0), torch.zeros(1, 0))
+    counted = dict(zip(ids[0].tolist(), counts[0].tolist(), strict=True))
     fresh = Counter(tokens[len(prompt) :])
     assert counted == {token: fresh[token] for token in {*fresh, *(prompt if with_prompt else ())}}
 
@@ -212,7 +221,12 @@ def test_only_penalties_and_structures_need_history() -> None:
 
 
 def test_the_likeliest_tokens_are_those_of_the_unmodified_distribution() -> None:
-    wishes: list[dict[str, Any]] = [{"logprobs": True, "top_logprobs": 5}, {}, {"logprobs": True}, {"logprobs": True, "top_logprobs": 20}]
+    wishes: list[dict[str, Any]] = [
+        {"logprobs": True, "top_logprobs": 5},
+        {},
+        {"logprobs": True},
+        {"logprobs": True, "top_logprobs": 20},
+    ]
     draws = [
         draw(params(**wish, logit_bias=((0, 100.0),), presence_penalty=2.0), handle=at)
         for at, wish in enumerate(wishes)
