@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 
 from hortator.workers.engine import structure as structures
-from hortator.workers.engine.sampler import BAD_STRUCTURE, PENDING, Draw, Sampler
+from hortator.workers.engine.sampler import BAD_STRUCTURE, PENDING, Draw, Sampler, fault_of
 from hortator.workers.engine.step import SamplingParams, Structure, StructureKind
 from hortator.workers.engine.structure import Grammars
 from tests.workers.engine.byte_tokenizer import write_tokenizer
@@ -205,7 +205,7 @@ def test_a_bad_structure_fails_its_own_row_with_the_reason(grammars: Grammars, b
     sampler, rows = Sampler(grammars), Rows([params(regex("ab")), params(bad), params(None, temperature=0.0)])
     plain = int(rows.logits(2).argmax())
     assert rows.step(sampler, [0, 1, 2]) == [ord("a") + 2, BAD_STRUCTURE, plain]
-    fault = sampler.fault(1, BAD_STRUCTURE, context=1)
+    fault = fault_of(1, BAD_STRUCTURE, sampler.take_reasons().get(1), context=1)
     assert (fault.handle, fault.code) == (1, "bad_request")
     assert said in fault.message
     assert "\n" not in fault.message
@@ -284,4 +284,4 @@ def test_without_a_tokenizer_a_structure_is_refused_and_says_so(tmp_path: Path) 
     assert Grammars.of(tmp_path, vocab_size=VOCAB, eos_token_ids=(EOS,)) is None
     sampler, rows = Sampler(None), Rows([params(JSON)])
     assert rows.step(sampler, [0]) == [BAD_STRUCTURE]
-    assert "tokenizer.json" in sampler.fault(0, BAD_STRUCTURE, context=1).message
+    assert "tokenizer.json" in sampler.take_reasons()[0]
