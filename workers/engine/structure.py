@@ -11,6 +11,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import llguidance
@@ -75,7 +76,6 @@ class Grammars:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="grammars")
         self._tokenizer = self._threads.submit(_read, tokenizer, vocab_size, list(eos_token_ids))
         self._compiled: OrderedDict[Structure, Future[llguidance.LLMatcher]] = OrderedDict()
-        self._executor = llguidance.LLExecutor(num_threads=len(os.sched_getaffinity(0)))
         self._vocab_size = vocab_size
 
     @classmethod
@@ -99,6 +99,10 @@ class Grammars:
         if len(self._compiled) > _NUM_COMPILED:
             self._compiled.popitem(last=False)
         return known
+
+    @cached_property
+    def _executor(self) -> llguidance.LLExecutor:
+        return llguidance.LLExecutor(num_threads=len(os.sched_getaffinity(0)))
 
     def allowed(self, matchers: Sequence[Matcher]) -> Bits:
         """[matchers, vocabulary / 32]: a bit for each token that may come next.  A matcher may get a problem by it."""

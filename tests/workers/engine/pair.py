@@ -27,8 +27,10 @@ class PairResult:
     wrong_slices: dict[str, list[str]] = field(default_factory=dict)
 
 
-def run_pair(paths: dict[str, Path], folder: Path) -> tuple[PairResult, PairResult]:
-    """Run all checkpoints in one pair of processes (starting them is what takes time)."""
+def run_pair(paths: dict[str, Path], folder: Path, *, speaking: Path) -> tuple[PairResult, PairResult]:
+    """Run all checkpoints in one pair of processes (starting them is what takes time), and every way of sampling on
+    the one that is `speaking`: it has a tokenizer."""
+    (folder / "speaking.json").write_text(json.dumps(str(speaking)))
     (folder / "paths.json").write_text(json.dumps({name: str(path) for name, path in paths.items()}))
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}",
@@ -77,6 +79,7 @@ def main(rank: int, folder: Path) -> None:
     from hortator.workers.engine.parallel import Cut
     from hortator.workers.engine.weights import ShardReader
     from tests.workers.engine.checkpoints import mixed_requests
+    from tests.workers.engine.ways import ways_of_sampling
 
     torch.set_num_threads(1)
     mesh = _mesh(rank, folder / "rendezvous")
@@ -96,6 +99,8 @@ def main(rank: int, folder: Path) -> None:
         result.outcomes[name] = run(engine, mixed_requests(), stagger=3)
         result.preemptions[name] = engine.stats().preemptions
     result.outcomes["bad row"] = _with_bad_row(engine, rank)
+    speaking = Path(json.loads((folder / "speaking.json").read_text()))
+    result.outcomes["sampling"] = run(build(speaking, mesh, **TIGHT), ways_of_sampling(greedy=True), stagger=4)
     (folder / f"rank{rank}.json").write_text(json.dumps(asdict(result)))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

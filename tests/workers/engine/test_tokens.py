@@ -1,11 +1,14 @@
 """Greedy float32 tokens are those of transformers' generate(): batched, chunked, preempted, and on two ranks."""
 
+from pathlib import Path
+
 import pytest
 
 from hortator.workers.engine.step import Finish
 from tests.workers.engine.checkpoints import ARCHITECTURES, EOS, MAX_MODEL_LEN, Checkpoint, mixed_requests
 from tests.workers.engine.drive import TIGHT, Outcome, build, run
 from tests.workers.engine.pair import PairResult, run_pair
+from tests.workers.engine.ways import ways_of_sampling
 
 REQUESTS = mixed_requests()
 
@@ -52,8 +55,11 @@ def test_a_request_may_fill_the_context_to_its_end(name: str, checkpoints: dict[
 
 
 @pytest.fixture(scope="module")
-def pair(checkpoints: dict[str, Checkpoint], tmp_path_factory: pytest.TempPathFactory) -> tuple[PairResult, PairResult]:
-    return run_pair({name: checkpoints[name].path for name in ARCHITECTURES}, tmp_path_factory.mktemp("pair"))
+def pair(
+    checkpoints: dict[str, Checkpoint], speaking: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[PairResult, PairResult]:
+    paths = {name: checkpoints[name].path for name in ARCHITECTURES}
+    return run_pair(paths, tmp_path_factory.mktemp("pair"), speaking=speaking)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -89,3 +95,13 @@ def test_a_bad_row_on_the_first_rank_is_a_fault_on_both(pair: tuple[PairResult, 
     for result in pair:
         assert {handle: fault.code for handle, fault in result.outcomes["bad row"].faults.items()} == {3: "bad_logits"}
         assert set(result.outcomes["bad row"].finished) == set(range(8)) - {3}
+
+
+def test_two_ranks_agree_on_every_way_of_sampling_and_choose_as_one_does(
+    speaking: Path, pair: tuple[PairResult, PairResult]
+) -> None:
+    first, second = (result.outcomes["sampling"] for result in pair)
+    assert (first.digests, first.tokens, first.finished) == (second.digests, second.tokens, second.finished)
+    assert first.faults.keys() == second.faults.keys()
+    alone = run(build(speaking), ways_of_sampling(greedy=True))
+    assert (first.tokens, first.finished, first.faults) == (alone.tokens, alone.finished, alone.faults)
