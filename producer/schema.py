@@ -96,7 +96,7 @@ class Choice(Wire):
 def _bounded(structure: Wire) -> Wire:
     try:
         size = len(json.dumps(structure.model_dump(mode="json"), ensure_ascii=False))
-    except RecursionError:
+    except (RecursionError, ValueError):  # whichever limit is met first
         raise ValueError("a structure is nested too deeply") from None
     if size > MAX_STRUCTURE_CHARS:
         raise ValueError(f"a structure of {size} characters; the limit is {MAX_STRUCTURE_CHARS}")

@@ -143,4 +143,6 @@ def _structure(wanted: schema.Structure | None) -> Structure | None:
         case schema.Grammar():
             return Structure(StructureKind.LARK, wanted.grammar)
         case schema.Choice():
-            return Structure(StructureKind.CHOICE, json.dumps(wanted.choices))
+            return Structure(
+                StructureKind.CHOICE, json.dumps(wanted.choices, ensure_ascii=False, separators=(",", ":"))
+            )

@@ -136,7 +136,7 @@ class Leader:
         """One engine step that gives every byte of `tokens` to one request (default: the newest)."""
         handle = of if of is not None else self.group.admitted[-1].handle
         output = StepOutput(
-            tuple(Token(handle, byte, more.get("logprob")) for byte in tokens.encode()),
+            tuple(Token(handle, byte, more.get("logprob"), more.get("top", ())) for byte in tokens.encode()),
             ((handle, finish),) if finish else (),
             more.get("faults", ()),
         )

@@ -7,7 +7,7 @@ import pytest
 from hortator.producer.errors import StoreUnavailable
 from hortator.producer.schema import FinishReason, State
 from hortator.producer.store import Lease, Outcome, ReleaseReason, Verdict
-from hortator.workers.engine.step import Finish
+from hortator.workers.engine.step import Finish, Structure, StructureKind
 from hortator.workers.intake import seed_of
 from hortator.workers.outbox import COMMITS_PER_CALL, Delivery, Outbox
 from tests.workers.leader import EOS, MODEL, Leader
@@ -58,6 +58,59 @@ def test_logprobs_reach_the_result() -> None:
     result = leader.status().result
     assert result is not None
     assert result.logprobs == (-0.25, -0.25)
+
+
+def test_the_likeliest_tokens_reach_journal_and_result() -> None:
+    leader = Leader()
+    leader.run(logprobs=True, top_logprobs=2)
+    top = ((97, -0.25), (98, -2.0))
+    leader.step("ab", logprob=-0.25, top=top, finish=Finish.LENGTH)
+    result = leader.status().result
+    assert result is not None
+    assert result.top_logprobs == (top, top)
+    assert [chunk.top_logprobs for chunk in leader.store.chunks("id-1")] == [(top, top)]
+
+
+def test_every_way_of_sampling_reaches_the_engine() -> None:
+    leader = Leader()
+    leader.run(
+        repetition_penalty=1.2,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        logit_bias={3: 1.5},
+        min_tokens=4,
+        structure={"type": "choice", "choices": ["ja", "nö"]},
+    )
+    sampling = leader.group.admitted[0].sampling
+    assert (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.2, 0.5, -0.5)
+    assert (sampling.logit_bias, sampling.min_tokens) == (((3, 1.5),), 4)
+    assert sampling.structure == Structure(StructureKind.CHOICE, '["ja","nö"]')
+
+
+def test_a_schema_reaches_the_engine_with_its_properties_in_their_order() -> None:
+    leader = Leader()
+    leader.run(structure={"type": "json_schema", "json_schema": {"properties": {"b": {}, "a": {}}}})
+    structure = leader.group.admitted[0].sampling.structure
+    assert structure == Structure(StructureKind.JSON_SCHEMA, '{"properties":{"b":{},"a":{}}}')
+
+
+def test_a_bad_parameter_of_a_plain_celery_message_fails_its_job_with_the_reason() -> None:
+    leader = Leader()
+    leader.store.push(MODEL, message("plain-1", prompt="hi", top_logprobs=3))
+    leader.turn(after_s=0.1)
+    failure = leader.status("plain-1").failure
+    assert failure is not None
+    assert failure.code == "bad_request"
+    assert "top_logprobs needs logprobs" in failure.message
+
+
+def test_a_stop_string_counts_only_after_min_tokens() -> None:
+    leader = Leader()
+    leader.run(stop=["ab"], min_tokens=3)
+    leader.step("abcabd")
+    result = leader.status().result
+    assert result is not None
+    assert (result.text, len(result.token_ids)) == ("abc", 5)
 
 
 def test_a_stop_string_ends_the_job_here_and_in_the_engine() -> None:
