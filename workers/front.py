@@ -142,7 +142,7 @@ class Front:
 
     def room(self) -> int:
         """How many jobs to claim now."""
-        if self._info is None or self._draining or not self._checked:
+        if self._info is None or self._draining or not self._checked or not self._group.steady:
             return 0
         return self._claimer.room(len(self._live) + len(self._taken), self._info, self._stats)
 
@@ -292,7 +292,8 @@ class Front:
             logger.warning("group %s did not start: %s", self._settings.group, event.reason)
         self._info = self._stats = None
         self._admits, self._cancels = [], []
-        self._return(list(self._live.values()), ReleaseReason.CRASHED, "the group went down")
+        reason = ReleaseReason.DRAINED if event.by_pause else ReleaseReason.CRASHED
+        self._return(list(self._live.values()), reason, "the group went down")
         if event.permanent:
             self.fatal = event.reason
 
@@ -465,8 +466,7 @@ class Front:
     def flush(self) -> None:
         """Tell the engine, then the store."""
         if self._admits or self._cancels:
-            self._group.submit(admit=self._admits, cancel=self._cancels)
-            self._admits, self._cancels = [], []
+            self._submit()
         now = self._clock()
         if self._unjournalled and (now >= self._journal_at or self._draining):
             for live in self._unjournalled.values():
@@ -476,6 +476,14 @@ class Front:
         if self._outbox and (now >= self._deliver_at or self._draining):
             self._deliver()
             self._deliver_at = now + (CROWDED_DELIVERY_S if self._crowded else 0.0)
+
+    def _submit(self) -> None:
+        """What a group that is gone never had cannot have brought it down: it goes back uncharged."""
+        admits, cancels = self._admits, self._cancels
+        self._admits, self._cancels = [], []
+        if not self._group.submit(admit=admits, cancel=cancels):
+            never_had = [live for request in admits if (live := self._by_handle.get(request.handle))]
+            self._return(never_had, ReleaseReason.DRAINED, "the group is going down")
 
     def _deliver(self) -> None:
         delivery = Delivery()

@@ -398,7 +398,51 @@ def test_tokens_of_an_earlier_epoch_are_ignored() -> None:
     assert leader.status().state is State.RUNNING
 
 
+def test_nothing_is_claimed_while_the_group_is_in_doubt() -> None:
+    leader = Leader()
+    leader.group.steady = False
+    leader.run()
+    assert leader.status().state is State.QUEUED
+    leader.group.steady = True
+    leader.turn(after_s=0.1)
+    assert leader.status().state is State.RUNNING
+
+
+def test_jobs_that_ranks_ran_when_they_gave_up_a_stopped_front_are_not_charged() -> None:
+    leader = Leader()
+    leader.run()
+    leader.step("ab")
+    leader.down(by_pause=True)
+    assert leader.status().attempt == 0
+    assert leader.store.queues()[0].suspects == 0
+    leader.ready(epoch=2)
+    leader.turn(after_s=0.1)
+    assert leader.group.admitted[-1].generated == tuple(b"ab")
+
+
 # ---- suspects
+
+
+def test_a_job_that_the_dead_group_never_had_is_not_charged() -> None:
+    leader = Leader()
+    leader.group.rank_0_gone = True
+    leader.run()
+    assert leader.gone_ == [("id-1", "the group is going down")]
+    leader.down()
+    assert leader.status().attempt == 0
+    assert leader.store.queues()[0].suspects == 0
+
+
+def test_a_suspect_that_the_dead_group_never_had_is_not_convicted() -> None:
+    leader = Leader()
+    crashed_batch(leader, jobs=1)
+    leader.front.hand_back()
+    leader.turn()
+    leader.group.rank_0_gone = True
+    leader.turn(after_s=0.1)
+    leader.down()
+    assert leader.status("id-0").state is State.QUEUED
+    assert leader.store.queues()[0].suspects == 1
 
 
 def crashed_batch(leader: Leader, jobs: int = 2) -> None:
