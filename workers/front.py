@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from hortator.producer.errors import BadRequest, HortatorError, PromptTooLong, StoreUnavailable, StoreUnsuitable
 from hortator.producer.schema import Failure, FinishReason, Job, Result, State, Usage
-from hortator.producer.store import Claimed, GroupBeat, Lease, Outcome, ReleaseReason, Store, Verdict
+from hortator.producer.store import Claimed, ClaimMode, GroupBeat, Lease, Outcome, ReleaseReason, Store, Verdict
 from hortator.producer.sweeper import Sweeper
 from hortator.workers.claimer import Claimer
 from hortator.workers.engine.step import EngineInfo, EngineStats, Finish, Request
@@ -150,13 +150,22 @@ class Front:
         """Claim what there is room for, if it is time to ask."""
         before, idle = self._clock(), not self._live
         claim = self._claimer.claim(self.room(), idle=idle, crowded=self._crowded)
-        if claim is None or not claim.jobs:
+        if claim is None:
+            return ()
+        if claim.mode is ClaimMode.DRAIN:
+            self._step_aside()
+        if not claim.jobs:
             return ()
         if idle:
             self._renew_at = before + self._renew_every_s
         self._claimed_at = before
         self._taken.update((claimed.lease.job_id, claimed) for claimed in claim.jobs)
         return claim.jobs
+
+    def _step_aside(self) -> None:
+        """The next suspect waits for an empty group: those that have just been cleared go on after it, not before."""
+        if self._live and all(live.cleared for live in self._live.values()):
+            self.hand_back(reason="cleared; the next suspect waits")
 
     def open(self, claimed: Claimed) -> Envelope | None:
         """The message's envelope; None if it is not one of ours, and then it is buried and its job has failed."""
@@ -283,6 +292,7 @@ class Front:
         if live and len(live.output.token_ids) - live.num_inherited >= self._settings.probation_tokens:
             self._outbox.clear(live.lease)
             self._claimer.let_join(live.lease)
+            live.cleared = True
 
     def _down(self, event: Down) -> None:
         """The engine has lost everything: hand all jobs back with the tokens that they have."""
@@ -433,12 +443,15 @@ class Front:
         self._obey(signals.cancelled, signals.lost)
 
     def _cut_off(self, now: float) -> None:
-        """Stop what we have no right to run any more; somebody else may be running it already."""
+        """Stop what we have no right to run any more; somebody else may be running it already.
+
+        If nobody is, because Redis was away for everybody, the hand-back arrives before any sweeper may call us dead
+        (sweeper.py), and the job goes on uncharged: nothing crashed.  Otherwise the store fences it.
+        """
         late = [live for live in self._live.values() if now - live.leased_at > self._settings.lease_s]
         if late:
             logger.warning("%d leases could not be renewed for %g s: stopping", len(late), self._settings.lease_s)
-        for live in late:
-            self._lose(live, "its lease could not be renewed")
+            self._return(late, ReleaseReason.DRAINED, "its lease could not be renewed")
 
     def _obey(self, cancelled: frozenset[str], lost: frozenset[str]) -> None:
         for job_id in lost:

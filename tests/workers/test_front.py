@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from hortator.producer.errors import StoreUnavailable
-from hortator.producer.schema import FinishReason, State
+from hortator.producer.schema import FinishReason, Job, State
 from hortator.producer.store import Lease, Outcome, ReleaseReason, Verdict
 from hortator.workers.engine.step import Finish
 from hortator.workers.intake import seed_of
@@ -462,13 +462,41 @@ def test_a_suspect_runs_alone_until_it_is_past_the_point_of_the_crash() -> None:
     leader.step("ab")
     leader.turn(after_s=0.1)
     assert leader.redis.calls.count("clear") == 0
+    first = leader.group.admitted[-1].handle
     leader.step("c")
     leader.turn(after_s=0.1)
-    assert leader.redis.calls.count("clear") == 1
-    assert leader.front.num_live == 1  # the next suspect waits for an empty group
-    leader.step("d", finish=Finish.LENGTH)
     leader.turn(after_s=0.1)
+    assert leader.redis.calls.count("clear") == 1
     assert leader.front.num_live == 1
+    assert leader.group.admitted[-1].handle != first, "the next suspect does not wait for the end of the first"
+
+
+def test_many_long_suspects_cost_a_short_run_each_and_then_go_on_together() -> None:
+    jobs = 4
+    leader = Leader(probation_tokens=2)
+    crashed_batch(leader, jobs=jobs)
+    for _ in range(jobs):
+        assert leader.front.num_live == 1
+        leader.step("abc")
+        leader.turn(after_s=0.1)
+        leader.turn(after_s=0.1)
+    assert leader.front.num_live == jobs
+    assert leader.store.queues()[0].suspects == 0
+    assert {len(request.generated) for request in leader.group.admitted[1 - jobs :]} == {3}
+    assert {leader.status(f"id-{number}").attempt for number in range(jobs)} == {2}, "stepping aside is not charged"
+
+
+def test_a_cleared_suspect_that_already_has_company_is_not_sent_back() -> None:
+    leader = Leader(probation_tokens=2)
+    crashed_batch(leader, jobs=1)
+    leader.step("ab")
+    leader.run(job_id="next")
+    other = leader.store.enqueue([Job(model=MODEL, prompt="x")], job_ids=["other"])[0].job_id
+    [claimed] = leader.store.claim(MODEL, owner="another", limit=1, lease_s=60, idle=False).jobs
+    leader.store.release([claimed.lease], reason=ReleaseReason.CRASHED)
+    leader.turn(after_s=0.1)
+    assert leader.front.num_live == 2
+    assert leader.status(other).state is State.QUEUED
 
 
 def test_nothing_joins_a_suspect_before_it_is_cleared() -> None:
@@ -568,6 +596,21 @@ def test_a_front_that_cannot_renew_stops_its_jobs_by_itself() -> None:
     leader.turn(after_s=4.0)
     assert leader.gone_ == [("id-1", "its lease could not be renewed")]
     assert leader.group.cancelled == [leader.group.admitted[0].handle]
+
+
+def test_an_outage_longer_than_the_lease_charges_nobody_and_keeps_the_tokens() -> None:
+    leader = Leader()
+    leader.run(max_tokens=8)
+    leader.redis.away = True
+    leader.step("ab", after_s=3.0)
+    leader.turn(after_s=9.0)
+    leader.redis.away = False
+    for _ in range(20):  # long enough for the sweeper to believe in dead leaders again
+        leader.turn(after_s=1.1)
+    assert leader.group.admitted[-1].generated == tuple(b"ab")
+    status = leader.status()
+    assert (status.state, status.attempt) == (State.RUNNING, 1)
+    assert leader.redis.calls.count("clear") == 0, "it was no suspect"
 
 
 def test_a_lost_lease_stops_the_job_without_an_outcome() -> None:
