@@ -152,7 +152,12 @@ local function open(raw)
   if not is_object(m['properties']) then return id, 'no properties: not a Celery protocol 2 message' end
   local mark = headers['hortator']
   if type(mark) ~= 'table' then return id, nil, nil, false end
-  return id, nil, mark['version'], mark['record'] == true
+  local spoken = mark['version']
+  if spoken == cjson.null then spoken = nil end
+  if spoken ~= nil and (type(spoken) ~= 'number' or spoken < 1 or spoken % 1 ~= 0) then
+    return id, 'its hortator.version is no version: a positive integer'
+  end
+  return id, nil, spoken, mark['record'] == true
 end
 
 local function refuse(id, problem, raw, step)

@@ -510,7 +510,7 @@ class MemoryStore:
                     self._queue(letter.model).lists[step].appendleft(letter.message)
             return [by_id[letter_id][0].job_id or "" for letter_id in letter_ids]
 
-    def check(self) -> None:
+    def check(self, *, for_submits: bool = False) -> None:
         """Memory is always suitable."""
 
     def _clean_record(self, job_id: str, model: str, tenant: str) -> bool:

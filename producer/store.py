@@ -211,5 +211,6 @@ class Store(Protocol):
         """Send dead letters to their queue again with a clean record; the job ids ("" where a letter has none).
         An unknown letter raises UnknownJob, and nothing is replayed."""
 
-    def check(self) -> None:
-        """Raise StoreUnsuitable with the reason unless this server is safe to queue on; StoreUnavailable if away."""
+    def check(self, *, for_submits: bool = False) -> None:
+        """Raise StoreUnsuitable with the reason unless this server is safe to queue on; StoreUnavailable if away, and
+        with `for_submits` also if an enqueue would be refused now, because memory is short or no writes are taken."""

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
-from hortator.producer.errors import BadRequest, HortatorError, PromptTooLong, StoreUnavailable, StoreUnsuitable
+from hortator.producer.errors import BadRequest, HortatorError, PromptTooLong, StoreForbidden, StoreUnavailable, StoreUnsuitable
 from hortator.producer.schema import Failure, FinishReason, Job, Result, State, Usage
 from hortator.producer.store import Claimed, ClaimMode, GroupBeat, Lease, Outcome, ReleaseReason, Store, Verdict
 from hortator.producer.sweeper import Sweeper
@@ -413,7 +413,7 @@ class Front:
             return
         try:
             self._link.call(self._store.check)
-        except StoreUnsuitable as error:
+        except (StoreUnsuitable, StoreForbidden) as error:
             self.fatal = error.message
         else:
             self._checked = True
