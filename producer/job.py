@@ -6,7 +6,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from hortator.producer.errors import BadRequest, ConfigError, HortatorError, JobCancelled, JobExpired, JobFailed, UnknownJob
+from hortator.producer.errors import (
+    BadRequest,
+    ConfigError,
+    HortatorError,
+    JobCancelled,
+    JobExpired,
+    JobFailed,
+    UnknownJob,
+)
 from hortator.producer.schema import Chunk, Job, Priority, Result, Sampling, State, Status
 
 MIN_POLL_S = 0.005

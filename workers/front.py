@@ -15,7 +15,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
-from hortator.producer.errors import BadRequest, HortatorError, PromptTooLong, StoreForbidden, StoreUnavailable, StoreUnsuitable
+from hortator.producer.errors import (
+    BadRequest,
+    HortatorError,
+    PromptTooLong,
+    StoreForbidden,
+    StoreUnavailable,
+    StoreUnsuitable,
+)
 from hortator.producer.schema import Failure, FinishReason, Job, Result, State, Usage
 from hortator.producer.store import Claimed, ClaimMode, GroupBeat, Lease, Outcome, ReleaseReason, Store, Verdict
 from hortator.producer.sweeper import Sweeper

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from hortator.producer.errors import StoreUnavailable
+from hortator.producer.errors import HortatorError, StoreForbidden, StoreUnavailable, StoreUnsuitable
 from hortator.producer.schema import FinishReason, Job, State
 from hortator.producer.store import Lease, Outcome, ReleaseReason, Verdict
 from hortator.workers.engine.step import Finish
@@ -697,25 +697,40 @@ def test_a_redis_that_hangs_is_not_asked_again_at_once() -> None:
 
 
 def raise_unavailable() -> None:
-    from hortator.producer.errors import StoreUnavailable
-
     raise StoreUnavailable("timeout")
 
 
-def test_an_unsuitable_redis_is_fatal_before_the_first_claim(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hortator.producer.errors import StoreUnsuitable
-
+@pytest.mark.parametrize("error", [StoreUnsuitable("it evicts"), StoreForbidden("wrong password")])
+def test_a_redis_that_cannot_be_used_is_fatal_before_the_first_claim(
+    monkeypatch: pytest.MonkeyPatch, error: HortatorError
+) -> None:
     leader = Leader(ready=False)
 
     def refuse() -> None:
-        raise StoreUnsuitable("maxmemory-policy is allkeys-lru")
+        raise error
 
     monkeypatch.setattr(leader.store, "check", refuse)
     leader.enqueue()
     leader.ready()
     leader.turn(after_s=0.1)
-    assert leader.front.fatal == "maxmemory-policy is allkeys-lru"
+    assert leader.front.fatal == error.message
     assert leader.status().state is State.QUEUED
+
+
+def test_credentials_that_are_refused_later_are_an_outage_and_nothing_exits(monkeypatch: pytest.MonkeyPatch) -> None:
+    leader = Leader()
+    leader.run()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise StoreForbidden("the password was changed")
+
+    with monkeypatch.context() as rotated:
+        for name in ("append", "renew", "commit", "claim", "beat"):
+            rotated.setattr(leader.store, name, refuse)
+        leader.step("ab", after_s=1.1)
+    assert leader.front.fatal is None
+    leader.step("c", finish=Finish.LENGTH, after_s=1.1)
+    assert leader.status().state is State.SUCCEEDED
 
 
 # ---- the end
