@@ -125,7 +125,7 @@ class ConfigError(HortatorError):
 class StoreForbidden(StoreUnavailable, ConfigError):
     """Redis is there and refuses our credentials, or they do not allow what we need.
 
-    To somebody who starts a process a setting is wrong; to one that runs already the store is away until that is mended.
+    To whoever starts a process a setting is wrong; for one that runs already the store is away until that is mended.
     """
 
 

@@ -87,10 +87,12 @@ class Group:
         had none of them.  Raises GroupFailed unless the group is ready."""
         if self._ready is None:
             raise GroupFailed(f"the group is {self.state}: nothing can be submitted")
+        if (pipe := self._pipe) is None:
+            return False
         delivered = False
         try:
-            for message in submissions(admit, cancel) if self._pipe is not None else ():
-                self._pipe.send(message)
+            for message in submissions(admit, cancel):
+                pipe.send(message)
                 delivered = True
         except PipeBroken as error:
             self._lose_pipe(error.message)

@@ -121,7 +121,7 @@ def test_a_redis_that_evicts_is_not_ready_and_says_why(redis: EmbeddedRedis, api
 
 def test_refused_credentials_are_no_bug_of_the_server(redis: EmbeddedRedis, api: Api) -> None:
     api.redis.config_set("requirepass", "rotated")
-    api.redis.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    api.redis.client_kill_filter(_type="normal", skipme=True)
     refused_within(api, 0.3)
     assert "credentials" in api.http.get("/readyz").json()["error"]["message"]
     api.redis.config_set("requirepass", "")

@@ -402,10 +402,14 @@ def test_missing_rights_are_told_from_a_redis_that_is_away(redis_rig: RedisRig, 
             RedisStore(redis_rig.url.replace("//", "//limited:pw@"), namespace=NAMESPACE) as store,
             pytest.raises(StoreForbidden, match="credentials"),
         ):
-            store.enqueue([job()], job_ids=["id-1"])
-            store.check(for_submits=True)
+            _ask_for_all(store)
     finally:
         redis_rig.redis.execute_command("ACL", "DELUSER", "limited")
+
+
+def _ask_for_all(store: RedisStore) -> None:
+    store.enqueue([job()], job_ids=["id-1"])
+    store.check(for_submits=True)
 
 
 def test_a_check_for_submits_sees_what_a_submit_would_meet(own_redis: EmbeddedRedis) -> None:
