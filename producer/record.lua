@@ -5,7 +5,7 @@
 -- | job:{id}             | hash   | read, ended, handed back                          |
 -- | message:{id}         | string | dropped with the job's end, pushed back by drained|
 -- | journal:{id}         | stream | closed with the job's end                         |
--- | celery-task-meta-{id}| string | written and published with the job's end          |
+-- | celery-task-meta-{id}| string | written and published with the job's end; back in the queue it is dropped |
 -- | leases:{model}       | zset   | left at the end of an attempt                     |
 -- | deadlines            | zset   | joined with a deadline, left at the job's end     |
 -- | suspects:{model}     | list   | joined after a crash, left at the job's end       |
@@ -144,6 +144,7 @@ local function overdue(job)
 end
 
 local function back_in_queue(id, job)
+  redis.call('DEL', namespace .. 'celery-task-meta-' .. id) -- to Celery it is PENDING again
   redis.call('ZREM', own .. 'leases:' .. job.model, id)
   count_queued(job.model, job.tenant, 1)
   job.state = 'queued'
