@@ -498,5 +498,5 @@ def test_nothing_of_an_earlier_life_of_an_id_is_left(redis_rig: RedisRig) -> Non
     redis_rig.claim()
     for job_id in ("own", "foreign"):
         assert redis_rig.store.chunks(job_id) == []
-        assert not redis_rig.redis.exists(redis_rig.names.result(job_id))
+        assert b'"STARTED"' in redis_rig.redis.get(redis_rig.names.result(job_id))
     assert redis_rig.state("malformed") is State.FAILED
