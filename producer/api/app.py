@@ -65,7 +65,7 @@ def create_app(store: AsyncStore, *, api_settings: ApiSettings) -> FastAPI:
 
 
 async def end(tasks: list[asyncio.Task[None]]) -> None:
-    """Cancel until they obey: redis-py turns a cancellation that meets it at the wrong moment into a broken connection."""
+    """Cancel until they obey: redis-py can turn a cancellation into the error of a connection."""
     while pending := [task for task in tasks if not task.done()]:
         for task in pending:
             task.cancel()
