@@ -385,7 +385,13 @@ def _outcome_args(outcome: Outcome) -> tuple[Any, ...]:
         failure = outcome.failure or Failure(code=outcome.state.value, message=outcome.state.value)
         code, text = failure.code, failure.message
     seal = hashlib.blake2b("\0".join((outcome.state, result, code, text)).encode(), digest_size=4).hexdigest()
-    return (job_id, outcome.lease.attempt, outcome.state.value, seal, result, code, text)
+    return (job_id, outcome.lease.attempt, outcome.state.value, seal, result, code, text, *_rest_args(outcome.rest))
+
+
+def _rest_args(rest: Chunk | None) -> tuple[Any, ...]:
+    if rest is None:
+        return ("", "", "")
+    return (rest.index, rest.index + len(rest.token_ids), journal.encode_chunk(rest))
 
 
 def _status(job_id: str, row: list[Any]) -> Status:

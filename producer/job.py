@@ -19,7 +19,7 @@ from hortator.producer.schema import Chunk, Job, Priority, Result, Sampling, Sta
 
 MIN_POLL_S = 0.005
 MAX_POLL_S = 0.25
-POLL_SHARE = 0.2  # at most this share of the time goes into asking
+POLL_SHARE = 0.1  # at most this share of the time goes into asking
 
 
 def new_job(

@@ -378,6 +378,8 @@ class MemoryStore:
         if record is None:
             stored = self._record(job_id)
             return Verdict.COMMITTED if stored and stored.outcome == outcome else Verdict.FENCED
+        if outcome.rest is not None and outcome.rest.index == record.tokens:
+            self._append(record, outcome.rest)
         failure = None
         if state is not State.SUCCEEDED:
             failure = outcome.failure or Failure(code=state.value, message=state.value)

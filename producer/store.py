@@ -69,12 +69,14 @@ class Signals:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How one attempt ended.  state is terminal; a result goes with SUCCEEDED, a failure with the other three."""
+    """How one attempt ended.  state is terminal; a result goes with SUCCEEDED, a failure with the other three.  `rest`
+    is what the journal still lacks; it is written in the same call."""
 
     lease: Lease
     state: State
     result: Result | None = None
     failure: Failure | None = None
+    rest: Chunk | None = None
 
 
 class Verdict(StrEnum):

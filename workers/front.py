@@ -13,6 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from hortator.producer.errors import (
@@ -40,7 +41,8 @@ from hortator.workers.text import Text
 
 logger = logging.getLogger("hortator.front")
 
-JOURNAL_EVERY_S = 0.03
+JOURNAL_EVERY_S, LONGEST_JOURNAL_S = 0.03, 0.1
+JOURNAL_ENTRIES_PER_S = 500  # a chunk costs Redis, the front and every reader the same, however many tokens it holds
 BEAT_EVERY_S = 1.0
 CROWDED_DELIVERY_S = 0.004  # a well filled group tells Redis of its results at most this often
 LONGEST_SLEEP_S = 0.05  # a revoke or a rejection by Celery comes between two turns, and waits no longer than this
@@ -275,6 +277,7 @@ class Front:
     def _stepped(self, event: Stepped) -> None:
         output, self._stats = event.output, event.stats
         self._gauges.count(output)
+        self._claimer.stepped(event.step)
         by_handle, unjournalled = self._by_handle, self._unjournalled
         for token in output.tokens:
             live = by_handle.get(token.handle)
@@ -346,8 +349,8 @@ class Front:
 
     def _end(self, live: Live, outcome: Outcome, *, in_engine: bool = True) -> None:
         self._forget(live, in_engine=in_engine)
-        self._outbox.append(live.lease, live.output.take())
-        self._outbox.commit(outcome)
+        rest = live.output.take()
+        self._outbox.commit(outcome if rest is None else replace(outcome, rest=rest))
 
     def _forget(self, live: Live, *, in_engine: bool = True) -> None:
         del self._live[live.lease.job_id], self._by_handle[live.handle]
@@ -492,10 +495,14 @@ class Front:
             for live in self._unjournalled.values():
                 self._outbox.append(live.lease, live.output.take())
             self._unjournalled.clear()
-            self._journal_at = now + self._journal_every_s
+            self._journal_at = now + self._journal_pause_s()
         if self._outbox and (now >= self._deliver_at or self._draining):
             self._deliver()
             self._deliver_at = now + (CROWDED_DELIVERY_S if self._crowded else 0.0)
+
+    def _journal_pause_s(self) -> float:
+        wanted_s = len(self._live) / JOURNAL_ENTRIES_PER_S
+        return max(self._journal_every_s, min(wanted_s, LONGEST_JOURNAL_S))
 
     def _submit(self) -> None:
         """What a group that is gone never had cannot have brought it down: it goes back uncharged."""

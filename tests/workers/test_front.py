@@ -7,7 +7,8 @@ import pytest
 from hortator.producer.errors import HortatorError, StoreForbidden, StoreUnavailable, StoreUnsuitable
 from hortator.producer.schema import FinishReason, Job, State
 from hortator.producer.store import Lease, Outcome, ReleaseReason, Verdict
-from hortator.workers.engine.step import Finish
+from hortator.workers.engine.step import EngineStats, Finish, StepOutput, Token
+from hortator.workers.group import Stepped
 from hortator.workers.intake import seed_of
 from hortator.workers.outbox import COMMITS_PER_CALL, Delivery, Outbox
 from tests.workers.leader import EOS, MODEL, Leader
@@ -92,13 +93,11 @@ def test_one_step_is_one_message_and_one_commit_for_all_its_jobs() -> None:
     leader.redis.calls.clear()
     handles = [request.handle for request in leader.group.admitted]
     output = [(handle, Finish.LENGTH) for handle in handles]
-    from hortator.workers.engine.step import EngineStats, StepOutput, Token
-    from hortator.workers.group import Stepped
-
     step = StepOutput(tuple(Token(handle, 97) for handle in handles), tuple(output))
     leader.turn(Stepped(1, 1, step, EngineStats(0, 0, 1, 1, 0), False))
-    assert leader.redis.calls.count("commit") == leader.redis.calls.count("append") == 1
+    assert leader.redis.calls == ["commit"]
     assert all(leader.status(f"id-{number}").state is State.SUCCEEDED for number in range(4))
+    assert all(leader.journal(f"id-{number}") == "a" for number in range(4))
 
 
 def test_tokens_are_journalled_at_most_every_thirty_milliseconds() -> None:
@@ -110,6 +109,33 @@ def test_tokens_are_journalled_at_most_every_thirty_milliseconds() -> None:
     assert 3 <= leader.redis.calls.count("append") <= 5
     leader.turn(after_s=0.05)
     assert leader.journal() == "a" * 10
+
+
+def test_many_jobs_are_journalled_in_larger_pieces_so_that_redis_bears_a_full_group() -> None:
+    leader = Leader(max_num_seqs=64)
+    for number in range(64):
+        leader.enqueue(job_id=f"id-{number}")
+    leader.turn(after_s=0.1)
+    handles = [request.handle for request in leader.group.admitted]
+    leader.redis.calls.clear()
+    for step in range(1, 31):
+        output = StepOutput(tuple(Token(handle, 97) for handle in handles))
+        leader.turn(Stepped(1, step, output, EngineStats(64, 0, 1, 1, 0), False), after_s=0.02)
+    assert 5 <= leader.redis.calls.count("append") <= 7, "600 ms of generation"
+    leader.turn(after_s=0.1)
+    assert leader.journal("id-63") == "a" * 30
+
+
+def test_a_full_group_with_slow_steps_asks_for_jobs_no_more_than_twice_a_step() -> None:
+    leader = Leader(max_num_seqs=4)
+    for number in range(3):
+        leader.run(job_id=f"id-{number}")
+    leader.redis.calls.clear()
+    for step in range(1, 11):
+        leader.turn(Stepped(1, step, StepOutput(), EngineStats(3, 0, 1, 1, 0), False), after_s=0.001)
+        for _ in range(19):
+            leader.turn(after_s=0.001)
+    assert 15 <= leader.redis.calls.count("claim") <= 22
 
 
 # ---- what cannot run
