@@ -6,12 +6,20 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from hortator.producer.errors import BadRequest, HortatorError, JobCancelled, JobExpired, JobFailed, UnknownJob
+from hortator.producer.errors import (
+    BadRequest,
+    ConfigError,
+    HortatorError,
+    JobCancelled,
+    JobExpired,
+    JobFailed,
+    UnknownJob,
+)
 from hortator.producer.schema import Chunk, Job, Priority, Result, Sampling, State, Status
 
 MIN_POLL_S = 0.005
 MAX_POLL_S = 0.25
-POLL_SHARE = 0.2  # at most this share of the time goes into asking
+POLL_SHARE = 0.1  # at most this share of the time goes into asking
 
 
 def new_job(
@@ -121,10 +129,10 @@ class Patience:
         self._since = None
 
     def bear(self, error: HortatorError) -> None:
-        """Raise the error if the store has been away for too long."""
+        """Raise the error if the store has been away for too long, or waiting cannot help."""
         now = time.monotonic()
         self._since = now if self._since is None else self._since
-        if now - self._since > self._patience_s:
+        if isinstance(error, ConfigError) or now - self._since > self._patience_s:
             raise error
 
 

@@ -13,11 +13,19 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
-from hortator.producer.errors import BadRequest, HortatorError, PromptTooLong, StoreUnavailable, StoreUnsuitable
+from hortator.producer.errors import (
+    BadRequest,
+    HortatorError,
+    PromptTooLong,
+    StoreForbidden,
+    StoreUnavailable,
+    StoreUnsuitable,
+)
 from hortator.producer.schema import Failure, FinishReason, Job, Result, State, Usage
-from hortator.producer.store import Claimed, GroupBeat, Lease, Outcome, ReleaseReason, Store, Verdict
+from hortator.producer.store import Claimed, ClaimMode, GroupBeat, Lease, Outcome, ReleaseReason, Store, Verdict
 from hortator.producer.sweeper import Sweeper
 from hortator.workers.claimer import Claimer
 from hortator.workers.engine.step import EngineInfo, EngineStats, Finish, Request
@@ -33,7 +41,8 @@ from hortator.workers.text import Text
 
 logger = logging.getLogger("hortator.front")
 
-JOURNAL_EVERY_S = 0.03
+JOURNAL_EVERY_S, LONGEST_JOURNAL_S = 0.03, 0.1
+JOURNAL_ENTRIES_PER_S = 500  # a chunk costs Redis, the front and every reader the same, however many tokens it holds
 BEAT_EVERY_S = 1.0
 CROWDED_DELIVERY_S = 0.004  # a well filled group tells Redis of its results at most this often
 LONGEST_SLEEP_S = 0.05  # a revoke or a rejection by Celery comes between two turns, and waits no longer than this
@@ -142,7 +151,7 @@ class Front:
 
     def room(self) -> int:
         """How many jobs to claim now."""
-        if self._info is None or self._draining or not self._checked:
+        if self._info is None or self._draining or not self._checked or not self._group.steady:
             return 0
         return self._claimer.room(len(self._live) + len(self._taken), self._info, self._stats)
 
@@ -150,13 +159,22 @@ class Front:
         """Claim what there is room for, if it is time to ask."""
         before, idle = self._clock(), not self._live
         claim = self._claimer.claim(self.room(), idle=idle, crowded=self._crowded)
-        if claim is None or not claim.jobs:
+        if claim is None:
+            return ()
+        if claim.mode is ClaimMode.DRAIN:
+            self._step_aside()
+        if not claim.jobs:
             return ()
         if idle:
             self._renew_at = before + self._renew_every_s
         self._claimed_at = before
         self._taken.update((claimed.lease.job_id, claimed) for claimed in claim.jobs)
         return claim.jobs
+
+    def _step_aside(self) -> None:
+        """The next suspect waits for an empty group: those that have just been cleared go on after it, not before."""
+        if self._live and all(live.cleared for live in self._live.values()):
+            self.hand_back(reason="cleared; the next suspect waits")
 
     def open(self, claimed: Claimed) -> Envelope | None:
         """The message's envelope; None if it is not one of ours, and then it is buried and its job has failed."""
@@ -257,6 +275,7 @@ class Front:
     def _stepped(self, event: Stepped) -> None:
         output, self._stats = event.output, event.stats
         self._gauges.count(output)
+        self._claimer.stepped(event.step)
         by_handle, unjournalled = self._by_handle, self._unjournalled
         for token in output.tokens:
             live = by_handle.get(token.handle)
@@ -281,6 +300,7 @@ class Front:
         if live and len(live.output.token_ids) - live.num_inherited >= self._settings.probation_tokens:
             self._outbox.clear(live.lease)
             self._claimer.let_join(live.lease)
+            live.cleared = True
 
     def _down(self, event: Down) -> None:
         """The engine has lost everything: hand all jobs back with the tokens that they have."""
@@ -290,7 +310,8 @@ class Front:
             logger.warning("group %s did not start: %s", self._settings.group, event.reason)
         self._info = self._stats = None
         self._admits, self._cancels = [], []
-        self._return(list(self._live.values()), ReleaseReason.CRASHED, "the group went down")
+        reason = ReleaseReason.DRAINED if event.by_pause else ReleaseReason.CRASHED
+        self._return(list(self._live.values()), reason, "the group went down")
         if event.permanent:
             self.fatal = event.reason
 
@@ -327,8 +348,8 @@ class Front:
 
     def _end(self, live: Live, outcome: Outcome, *, in_engine: bool = True) -> None:
         self._forget(live, in_engine=in_engine)
-        self._outbox.append(live.lease, live.output.take())
-        self._outbox.commit(outcome)
+        rest = live.output.take()
+        self._outbox.commit(outcome if rest is None else replace(outcome, rest=rest))
 
     def _forget(self, live: Live, *, in_engine: bool = True) -> None:
         del self._live[live.lease.job_id], self._by_handle[live.handle]
@@ -401,7 +422,7 @@ class Front:
             return
         try:
             self._link.call(self._store.check)
-        except StoreUnsuitable as error:
+        except (StoreUnsuitable, StoreForbidden) as error:
             self.fatal = error.message
         else:
             self._checked = True
@@ -431,12 +452,15 @@ class Front:
         self._obey(signals.cancelled, signals.lost)
 
     def _cut_off(self, now: float) -> None:
-        """Stop what we have no right to run any more; somebody else may be running it already."""
+        """Stop what we have no right to run any more; somebody else may be running it already.
+
+        If nobody is, because Redis was away for everybody, the hand-back arrives before any sweeper may call us dead
+        (sweeper.py), and the job goes on uncharged: nothing crashed.  Otherwise the store fences it.
+        """
         late = [live for live in self._live.values() if now - live.leased_at > self._settings.lease_s]
         if late:
             logger.warning("%d leases could not be renewed for %g s: stopping", len(late), self._settings.lease_s)
-        for live in late:
-            self._lose(live, "its lease could not be renewed")
+            self._return(late, ReleaseReason.DRAINED, "its lease could not be renewed")
 
     def _obey(self, cancelled: frozenset[str], lost: frozenset[str]) -> None:
         for job_id in lost:
@@ -464,17 +488,28 @@ class Front:
     def flush(self) -> None:
         """Tell the engine, then the store."""
         if self._admits or self._cancels:
-            self._group.submit(admit=self._admits, cancel=self._cancels)
-            self._admits, self._cancels = [], []
+            self._submit()
         now = self._clock()
         if self._unjournalled and (now >= self._journal_at or self._draining):
             for live in self._unjournalled.values():
                 self._outbox.append(live.lease, live.output.take())
             self._unjournalled.clear()
-            self._journal_at = now + self._journal_every_s
+            self._journal_at = now + self._journal_pause_s()
         if self._outbox and (now >= self._deliver_at or self._draining):
             self._deliver()
             self._deliver_at = now + (CROWDED_DELIVERY_S if self._crowded else 0.0)
+
+    def _journal_pause_s(self) -> float:
+        wanted_s = len(self._live) / JOURNAL_ENTRIES_PER_S
+        return max(self._journal_every_s, min(wanted_s, LONGEST_JOURNAL_S))
+
+    def _submit(self) -> None:
+        """What a group that is gone never had cannot have brought it down: it goes back uncharged."""
+        admits, cancels = self._admits, self._cancels
+        self._admits, self._cancels = [], []
+        if not self._group.submit(admit=admits, cancel=cancels):
+            never_had = [live for request in admits if (live := self._by_handle.get(request.handle))]
+            self._return(never_had, ReleaseReason.DRAINED, "the group is going down")
 
     def _deliver(self) -> None:
         delivery = Delivery()

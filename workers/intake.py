@@ -28,6 +28,7 @@ class Live:
     max_tokens: int
     num_inherited: int  # tokens of earlier attempts
     leased_at: float  # on the front's clock: when the lease was last known to be ours
+    cleared: bool = False  # it was a suspect, and has passed its probation
 
 
 def prepare(
