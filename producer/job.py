@@ -15,7 +15,7 @@ from hortator.producer.errors import (
     JobFailed,
     UnknownJob,
 )
-from hortator.producer.schema import Chunk, Job, Priority, Result, Sampling, State, Status
+from hortator.producer.schema import Choice, Chunk, Job, Priority, Result, Sampling, State, Status
 
 MIN_POLL_S = 0.005
 MAX_POLL_S = 0.25
@@ -143,7 +143,7 @@ class Follower:
         self.job_id = job_id
         self.after = after
         self._from_start = after == 0
-        self._chars = 0
+        self._read: dict[int, tuple[int, int]] = {}  # answer -> its tokens and characters so far
 
     def behind(self, status: Status) -> bool:
         return status.num_tokens > self.after
@@ -153,24 +153,35 @@ class Follower:
         taken = list(chunks)
         for chunk in taken:
             self.after = chunk.index + len(chunk.token_ids)
-            self._chars += len(chunk.text)
+            tokens, chars = self._read.get(chunk.choice or 0, (0, 0))
+            self._read[chunk.choice or 0] = (tokens + len(chunk.token_ids), chars + len(chunk.text))
         return taken
 
     def rest(self, result: Result) -> list[Chunk]:
         """What the journal does not hold any more, out of the result; whoever comes late without the text so far gets
         UnknownJob, for a text cannot be cut at tokens."""
-        if len(result.token_ids) <= self.after:
+        if result.usage.completion_tokens <= self.after:
             return []
         if not self._from_start:
             raise UnknownJob(
                 f"job {self.job_id}: its journal has expired; read its result", job_id=self.job_id, gone=True
             )
-        logprobs = None if result.logprobs is None else result.logprobs[self.after :]
-        chunk = Chunk(
-            index=self.after,
-            token_ids=result.token_ids[self.after :],
-            text=result.text[self._chars :],
-            logprobs=logprobs,
-            top_logprobs=None if result.top_logprobs is None else result.top_logprobs[self.after :],
+        chunks, index = [], self.after
+        answers: Sequence[Result | Choice] = result.choices or (result,)
+        for number, answer in enumerate(answers):
+            chunk = self._unread(answer, index, number)
+            if result.choices:
+                chunk = chunk.model_copy(update={"choice": number})
+            index += len(chunk.token_ids)
+            chunks.append(chunk)
+        return self.take([chunk for chunk in chunks if chunk.token_ids])
+
+    def _unread(self, answer: Result | Choice, index: int, number: int) -> Chunk:
+        tokens, chars = self._read.get(number, (0, 0))
+        return Chunk(
+            index=index,
+            token_ids=answer.token_ids[tokens:],
+            text=answer.text[chars:],
+            logprobs=None if answer.logprobs is None else answer.logprobs[tokens:],
+            top_logprobs=None if answer.top_logprobs is None else answer.top_logprobs[tokens:],
         )
-        return self.take([chunk])
