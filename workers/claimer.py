@@ -60,7 +60,7 @@ class Claimer:
         if claim.jobs:
             self._last_job_at = now
         if len(claim.jobs) < room:
-            self.at = now + self._pause_s(now - self._last_job_at, crowded=crowded)
+            self.at = now + self._pause_s(now - self._last_job_at, idle=idle, crowded=crowded)
         return claim
 
     def stepped(self, step: int) -> None:
@@ -94,9 +94,9 @@ class Claimer:
             self._alone = _Alone(claim.jobs[0].lease, claim.full_run_alone)
         return claim
 
-    def _pause_s(self, since_job_s: float, *, crowded: bool) -> float:
+    def _pause_s(self, since_job_s: float, *, idle: bool, crowded: bool) -> float:
         if since_job_s >= BUSY_FOR_S:
             return IDLE_POLL_S
         if since_job_s < EAGER_FOR_S and not crowded:
             return EAGER_POLL_S
-        return min(max(BUSY_POLL_S, self._step_s / 2), IDLE_POLL_S)
+        return BUSY_POLL_S if idle else min(max(BUSY_POLL_S, self._step_s / 2), IDLE_POLL_S)
