@@ -1,6 +1,6 @@
 """How chunks are written in a job's journal: compact JSON, `[index, [token ids], text, [logprobs] or null]`.
 
-Behind that, if the job asked for it, the likeliest tokens of each place (`[[[token id, logprob], ...], ...]` or null), and
+Behind that, if the job asked for them: the likeliest tokens of each place, `[[[token id, logprob], ...], ...]` or null;
 the number of the answer to which the tokens belong.
 """
 
