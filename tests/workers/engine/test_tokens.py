@@ -1,11 +1,11 @@
-"""Greedy float32 tokens are those of transformers' generate(): batched, chunked, preempted, and on two ranks."""
+"""Greedy float32 tokens are those of transformers' generate(): batched, chunked, preempted, and on several ranks."""
 
 import pytest
 
 from hortator.workers.engine.step import Finish
 from tests.workers.engine.checkpoints import ARCHITECTURES, EOS, MAX_MODEL_LEN, Checkpoint, mixed_requests
 from tests.workers.engine.drive import TIGHT, Outcome, build, run
-from tests.workers.engine.pair import PairResult, run_pair
+from tests.workers.engine.group import RankResult, run_group
 
 REQUESTS = mixed_requests()
 
@@ -51,41 +51,45 @@ def test_a_request_may_fill_the_context_to_its_end(name: str, checkpoints: dict[
     assert tuple(outcome.tokens[0])[: len(expected)] == expected
 
 
-@pytest.fixture(scope="module")
-def pair(checkpoints: dict[str, Checkpoint], tmp_path_factory: pytest.TempPathFactory) -> tuple[PairResult, PairResult]:
-    return run_pair({name: checkpoints[name].path for name in ARCHITECTURES}, tmp_path_factory.mktemp("pair"))
+Group = list[RankResult]
+
+
+@pytest.fixture(scope="module", params=[(2, 1), (1, 2), (2, 2)], ids=["2x1", "1x2", "2x2"])
+def group(
+    request: pytest.FixtureRequest, checkpoints: dict[str, Checkpoint], tmp_path_factory: pytest.TempPathFactory
+) -> Group:
+    """Tensor x pipeline parallel ranks."""
+    tp_size, pp_size = request.param
+    paths = {name: checkpoints[name].path for name in ARCHITECTURES}
+    return run_group(paths, tmp_path_factory.mktemp("group"), tp_size=tp_size, pp_size=pp_size)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_two_ranks_match_generate(
-    name: str, checkpoints: dict[str, Checkpoint], pair: tuple[PairResult, PairResult]
-) -> None:
-    assert mismatches(checkpoints[name], pair[0].outcomes[name]) == []
-    assert pair[0].preemptions[name] > 0
+def test_a_group_matches_generate(name: str, checkpoints: dict[str, Checkpoint], group: Group) -> None:
+    assert mismatches(checkpoints[name], group[0].outcomes[name]) == []
+    assert group[0].preemptions[name] > 0
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_two_ranks_agree_on_every_step(name: str, pair: tuple[PairResult, PairResult]) -> None:
-    first, second = (result.outcomes[name] for result in pair)
-    assert first.digests == second.digests
-    assert first.tokens == second.tokens
-    assert first.finished == second.finished
+def test_ranks_agree_on_every_step(name: str, group: Group) -> None:
+    first, *others = (result.outcomes[name] for result in group)
+    for other in others:
+        assert first.digests == other.digests
+        assert first.tokens == other.tokens
+        assert first.finished == other.finished
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_rank_reads_and_holds_only_its_slices(
-    name: str, checkpoints: dict[str, Checkpoint], pair: tuple[PairResult, PairResult]
-) -> None:
+def test_a_rank_reads_and_holds_only_its_part(name: str, checkpoints: dict[str, Checkpoint], group: Group) -> None:
+    assert [result.wrong_slices[name] for result in group] == [[] for _ in group]
+    assert [r.elements_read[name] for r in group] == [r.elements_held[name] for r in group]
     reference = checkpoints[name].reference()
-    body = {n: p.numel() for n, p in reference.model.named_parameters()}
-    cut = {n for n in body if "_proj" in n and not n.endswith("o_proj.bias")}
-    per_rank = sum(size // 2 if n in cut else size for n, size in body.items())
-    head = 0 if reference.config.tie_word_embeddings else reference.lm_head.weight.numel()
-    assert [result.elements_read[name] for result in pair] == [per_rank + head, per_rank]
-    assert all(result.wrong_slices[name] == [] for result in pair)
+    whole = sum(parameter.numel() for parameter in reference.parameters())
+    vocabulary = 2 * reference.lm_head.weight.numel()  # not cut: the embedding, and the head
+    assert all(result.elements_held[name] < vocabulary + 0.6 * whole for result in group)
 
 
-def test_a_bad_row_on_the_first_rank_is_a_fault_on_both(pair: tuple[PairResult, PairResult]) -> None:
-    for result in pair:
+def test_a_bad_row_on_the_rank_that_samples_is_a_fault_on_all(group: Group) -> None:
+    for result in group:
         assert {handle: fault.code for handle, fault in result.outcomes["bad row"].faults.items()} == {3: "bad_logits"}
         assert set(result.outcomes["bad row"].finished) == set(range(8)) - {3}
