@@ -1,19 +1,30 @@
 """Greedy float32 tokens are those of transformers' generate(): batched, chunked, preempted, and on several ranks."""
 
-import pytest
+import shutil
+from pathlib import Path
 
-from hortator.workers.engine.step import Finish
-from tests.workers.engine.checkpoints import ARCHITECTURES, EOS, MAX_MODEL_LEN, Checkpoint, mixed_requests
+import pytest
+from safetensors.torch import save_file
+
+from hortator.workers.engine.step import Finish, Request
+from tests.workers.engine.checkpoints import (
+    ARCHITECTURES,
+    EOS,
+    MAX_MODEL_LEN,
+    Checkpoint,
+    make_checkpoint,
+    mixed_requests,
+)
 from tests.workers.engine.drive import TIGHT, Outcome, build, run
 from tests.workers.engine.group import RankResult, run_group
 
 REQUESTS = mixed_requests()
 
 
-def mismatches(checkpoint: Checkpoint, outcome: Outcome) -> list[int]:
+def mismatches(checkpoint: Checkpoint, outcome: Outcome, requests: list[Request] = REQUESTS) -> list[int]:
     return [
         request.handle
-        for request in REQUESTS
+        for request in requests
         if tuple(outcome.tokens[request.handle]) != checkpoint.expected(request.prompt, request.sampling.max_tokens)
     ]
 
@@ -49,6 +60,39 @@ def test_a_request_may_fill_the_context_to_its_end(name: str, checkpoints: dict[
     assert outcome.finished == {0: Finish.LENGTH}
     expected = checkpoints[name].expected(prompt, 12)
     assert tuple(outcome.tokens[0])[: len(expected)] == expected
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ],
+    ids=lambda rope: str(rope["rope_type"]),
+)
+def test_rope_types_that_look_at_the_position_alone_match_generate(rope: dict[str, object], tmp_path: Path) -> None:
+    checkpoint = make_checkpoint("llama", tmp_path, rope_parameters={"rope_theta": 1e4, **rope})
+    outcome = run(build(checkpoint.path, **TIGHT), REQUESTS[:16], stagger=3)
+    assert mismatches(checkpoint, outcome, REQUESTS[:16]) == []
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_may_be_stacked_in_the_checkpoint(
+    name: str, checkpoints: dict[str, Checkpoint], tmp_path: Path
+) -> None:
+    for file in ("config.json", "generation_config.json"):
+        shutil.copy(checkpoints[name].path / file, tmp_path)
+    stacked = {key: tensor.contiguous() for key, tensor in checkpoints[name].reference().state_dict().items()}
+    assert stacked["model.layers.0.mlp.experts.gate_up_proj"].dim() == 3
+    save_file(stacked, tmp_path / "model.safetensors")
+    assert run(build(tmp_path), REQUESTS).tokens == run(build(checkpoints[name].path), REQUESTS).tokens
 
 
 Group = list[RankResult]
