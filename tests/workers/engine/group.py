@@ -1,6 +1,7 @@
-"""Real processes that are one model group (gloo), each driving its engine through the same plans.
+"""Real processes that are model groups (gloo), each driving its engine through the same plans.
 
-`run_group` starts them; as a script this file is one rank:  python group.py RANK TP_SIZE PP_SIZE FOLDER
+Starting processes is what takes time, so four of them are two groups of two at first, and then one of four.
+`run_groups` starts them; as a script this file is one:  python group.py INDEX FOLDER
 """
 
 import json
@@ -16,6 +17,10 @@ from tests.workers.engine.drive import TIGHT, Outcome, build, run
 
 ROOT = Path(__file__).resolve().parents[3]
 NUM_BLOCKS = 36  # few enough for preemption whatever a rank holds; the longest request needs 24
+NUM_REQUESTS = 32
+NUM_PROCESSES = 4
+# Tensor x pipeline parallel sizes, and the processes that are such a group.
+SHAPES = {"2x1": (2, 1, (0, 1)), "1x2": (1, 2, (2, 3)), "2x2": (2, 2, (0, 1, 2, 3))}
 
 
 @dataclass
@@ -29,32 +34,32 @@ class RankResult:
     wrong_slices: dict[str, list[str]] = field(default_factory=dict)
 
 
-def run_group(paths: dict[str, Path], folder: Path, *, tp_size: int, pp_size: int) -> list[RankResult]:
-    """Run all checkpoints in one group of processes (starting them is what takes time)."""
-    (folder / "paths.json").write_text(json.dumps({name: str(path) for name, path in paths.items()}))
+def run_groups(paths: dict[str, dict[str, Path]], folder: Path) -> dict[str, list[RankResult]]:
+    """Run checkpoints, by name, in a group of each shape."""
+    (folder / "paths.json").write_text(json.dumps(paths, default=str))
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}",
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
     }
-    world = range(tp_size * pp_size)
-    ranks = [
+    processes = [
         subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(tp_size), str(pp_size), str(folder)],
+            [sys.executable, __file__, str(index), str(folder)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in world
+        for index in range(NUM_PROCESSES)
     ]
     try:
-        logs = [process.communicate(timeout=100)[0] for process in ranks]
+        logs = [process.communicate(timeout=110)[0] for process in processes]
     finally:
-        for process in ranks:
+        for process in processes:
             process.kill()
-    assert [process.returncode for process in ranks] == [0 for _ in world], "\n".join(logs)
-    return [_load(folder / f"rank{rank}.json") for rank in world]
+            process.communicate()
+    assert [process.returncode for process in processes] == [0] * NUM_PROCESSES, "\n".join(logs)
+    return {shape: [_load(folder / f"{shape}.{i}.json") for i in members] for shape, (_, _, members) in SHAPES.items()}
 
 
 def _load(file: Path) -> RankResult:
@@ -72,27 +77,38 @@ def _outcome(raw: dict[str, Any]) -> Outcome:
     )
 
 
-def main(rank: int, tp_size: int, pp_size: int, folder: Path) -> None:
+def main(index: int, folder: Path) -> None:
     import torch
+
+    torch.set_num_threads(1)
+    read = _count_reads()
+    for shape, (tp_size, pp_size, members) in SHAPES.items():
+        if index not in members:
+            continue
+        mesh = _mesh(members.index(index), tp_size, pp_size, folder / f"{shape}.store")
+        result = RankResult()
+        for name, path in json.loads((folder / "paths.json").read_text())[shape].items():
+            _run(result, name, Path(path), mesh, read)
+        (folder / f"{shape}.{index}.json").write_text(json.dumps(asdict(result)))
+        torch.distributed.destroy_process_group()
+
+
+def _run(result: RankResult, name: str, path: Path, mesh: Any, read: list[int]) -> None:
+    from torch import distributed
 
     from tests.workers.engine.checkpoints import mixed_requests
 
-    torch.set_num_threads(1)
-    mesh = _mesh(rank, tp_size, pp_size, folder / "rendezvous")
-    result, read = RankResult(), _count_reads()
-    for name, path in json.loads((folder / "paths.json").read_text()).items():
-        read.clear()
-        engine = _engine(Path(path), mesh)
-        model = engine._runner._model
-        result.elements_read[name] = sum(read)
-        result.elements_held[name] = sum({id(p): p.numel() for p in _parameters(model)}.values())
-        result.wrong_slices[name] = _wrong_slices(model, Path(path), mesh)
-        result.outcomes[name] = run(engine, mixed_requests(), stagger=3)
-        result.preemptions[name] = engine.stats().preemptions
-    result.outcomes["bad row"] = _with_bad_row(engine)
-    (folder / f"rank{rank}.json").write_text(json.dumps(asdict(result)))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    read.clear()
+    engine = _engine(path, mesh)
+    model = engine._runner._model
+    result.elements_read[name] = sum(read)
+    result.elements_held[name] = sum({id(p): p.numel() for p in _parameters(model)}.values())
+    result.wrong_slices[name] = _wrong_slices(model, path, mesh)
+    result.outcomes[name] = run(engine, mixed_requests()[:NUM_REQUESTS], stagger=3)
+    result.preemptions[name] = engine.stats().preemptions
+    if "bad row" not in result.outcomes:
+        result.outcomes["bad row"] = _with_bad_row(engine)
+    distributed.barrier()  # what the engine still sends is lost with it
 
 
 def _engine(path: Path, mesh: Any) -> Any:
@@ -222,5 +238,4 @@ def _with_bad_row(engine: Any) -> Outcome:
 
 
 if __name__ == "__main__":
-    rank_, tp_size_, pp_size_ = (int(word) for word in sys.argv[1:4])
-    main(rank_, tp_size_, pp_size_, Path(sys.argv[4]))
+    main(int(sys.argv[1]), Path(sys.argv[2]))
