@@ -21,10 +21,10 @@ WAYS: list[dict[str, Any]] = [
     {"repetition_penalty": 1.5},
     {"presence_penalty": 1.0, "frequency_penalty": 0.5},
     {"logit_bias": ((5, 8.0), (17, -100.0)), "min_tokens": 20},
-    {"structure": JSON, "max_tokens": 110},
+    {"structure": JSON, "max_tokens": 100},
     {"structure": REGEX, "repetition_penalty": 1.2, "logit_bias": ((ord("b") + 2, 3.0),)},
     {"structure": IMPOSSIBLE},
-    {"structure": JSON, "temperature": 1.0, "top_p": 0.9, "frequency_penalty": 0.3, "max_tokens": 110},
+    {"structure": JSON, "temperature": 1.0, "top_p": 0.9, "frequency_penalty": 0.3, "max_tokens": 100},
     {"logprobs": True, "top_logprobs": 3, "presence_penalty": 2.0},
 ]
 
