@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_attention.py [--heads 32 --kv-heads 8 --head-dim 128]
 
-Each arm is captured in a CUDA graph over several caches, so that nothing is read from the L2 cache by chance; the figure
-is the median of many replays, and the bandwidth that it means for keys and values.
+Each arm is captured in a CUDA graph over several caches, so that nothing is read from the L2 cache by chance; the
+figure is the median of many replays, and the bandwidth that it means for keys and values.
 """
 
 import argparse

@@ -4,6 +4,7 @@
 
 - decode: milliseconds a step with B rows, prompt 512, output 128; the median over all steps in which all rows decode.
 - first: milliseconds to the first token of a 512-token prompt, alone.
+- edge: the longest prompt, and more sequences than the KV pool holds.
 - mix: 256 requests at once, prompts uniform 128-1024, outputs uniform 64-512; tokens per second.
 
 The figures to compare with are another engine's on the same kind of card, see docs/performance.md.
@@ -53,13 +54,13 @@ def load(args: argparse.Namespace) -> PagedEngine:
         started = time.perf_counter()
         engine = build_engine(
             model_path=Path(name),
-            mesh=SingleRank(torch.device("cuda")),
+            mesh=SingleRank(torch.device(args.device)),
             load_format="dummy",
             max_num_seqs=args.max_num_seqs,
             max_model_len=args.max_model_len,
             max_num_batched_tokens=args.max_num_batched_tokens,
+            kv_cache_bytes=args.kv_cache_bytes,
         )
-        torch.cuda.synchronize()
         print(f"loaded and captured in {time.perf_counter() - started:.1f} s; {engine.info.kv_tokens:,} KV tokens")
         return engine
 
@@ -123,12 +124,17 @@ def mix(driver: Driver, seed: int) -> dict[str, float]:
     requests = tuple(request(i, rng, rng.randint(128, 1024), rng.randint(64, 512)) for i in range(256))
     torch.cuda.synchronize()
     started, steps = time.perf_counter(), driver.num_steps
-    tokens = driver.step(requests) + driver.drain()
+    tokens, prefilling = driver.step(requests), 0.0
+    while not driver.engine.idle:
+        tokens += driver.step()
+        if driver.engine.stats().waiting:
+            prefilling = time.perf_counter() - started
     seconds = time.perf_counter() - started
     prompts = sum(len(r.prompt) for r in requests)
     assert tokens == sum(r.sampling.max_tokens for r in requests)
     return {
         "seconds": seconds,
+        "seconds_until_all_run": prefilling,
         "output_tokens": tokens,
         "prompt_tokens": prompts,
         "output_per_s": tokens / seconds,
@@ -137,11 +143,33 @@ def mix(driver: Driver, seed: int) -> dict[str, float]:
     }
 
 
+def edge(driver: Driver) -> dict[str, float]:
+    """The longest prompt that the model's length allows, then more sequences than the KV pool holds at a time."""
+    info, rng = driver.engine.info, random.Random(5)
+    started = time.perf_counter()
+    driver.step((request(0, rng, info.max_model_len - 33, 32),))
+    longest = driver.drain()
+    seconds = time.perf_counter() - started
+    each = info.kv_tokens // info.max_num_seqs  # with the outputs, twice what there is
+    crowd = tuple(request(i, rng, each, each) for i in range(info.max_num_seqs))
+    before = driver.engine.stats().preemptions
+    tokens = driver.step(crowd) + driver.drain()
+    assert longest == 32
+    assert tokens == info.max_num_seqs * each
+    return {
+        "longest prompt": info.max_model_len - 33,
+        "its seconds": seconds,
+        "sequences beyond the pool": info.max_num_seqs,
+        "tokens of each": 2 * each,
+        "preemptions": driver.engine.stats().preemptions - before,
+    }
+
+
 def profile(driver: Driver, batch: int) -> None:
-    """Where the time of ten decode steps goes, kernel by kernel."""
+    """Where the time of ten decode steps goes, kernel by kernel; batch 0: of ten steps full of prompts instead."""
     rng = random.Random(batch)
-    driver.step(tuple(request(i, rng, 512, 64) for i in range(batch)))
-    for _ in range(12):
+    driver.step(tuple(request(i, rng, 512, 64) for i in range(batch or 256)))
+    for _ in range(12 if batch else 2):
         driver.step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
         for _ in range(10):
@@ -150,7 +178,7 @@ def profile(driver: Driver, batch: int) -> None:
     driver.drain()
     rows = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)[:14]
     total = sum(e.self_device_time_total for e in found.key_averages())
-    print(f"--- B={batch}: {total / 1e4:.2f} ms of kernels a step")
+    print(f"--- {f'B={batch}' if batch else 'prompts'}: {total / 1e4:.2f} ms of kernels a step")
     for e in rows:
         print(f"{e.self_device_time_total / 1e4:8.3f} ms {e.count / 10:7.1f}x  {e.key[:90]}")
 
@@ -163,6 +191,9 @@ def main() -> None:
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--max-model-len", type=int, default=8192)
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
+    parser.add_argument("--budgets", type=int, nargs="+", help="tokens a step to try in the mix")
+    parser.add_argument("--kv-cache-bytes", type=int)
+    parser.add_argument("--device", default="cuda")
     parser.add_argument("--shape", type=json.loads, default={}, help="JSON over Llama-3.1-8B's config")
     parser.add_argument("--profile", type=int, nargs="*", default=[])
     parser.add_argument("--json", type=Path)
@@ -175,8 +206,14 @@ def main() -> None:
     if "first" in args.parts:
         found["first_token_ms"] = first_token_ms(driver, 3 * args.rounds)
     if "mix" in args.parts:
-        runs = [mix(driver, seed) for seed in range(args.rounds)]
-        found["mix"] = sorted(runs, key=lambda run: run["output_per_s"])[len(runs) // 2]
+        found["mix"] = {}
+        for budget in args.budgets or [args.max_num_batched_tokens]:
+            driver.engine._scheduler.max_num_batched_tokens = budget
+            runs = [mix(driver, seed) for seed in range(args.rounds)]
+            found["mix"][budget] = sorted(runs, key=lambda run: run["output_per_s"])[len(runs) // 2]
+        driver.engine._scheduler.max_num_batched_tokens = args.max_num_batched_tokens
+    if "edge" in args.parts:
+        found["edge"] = edge(driver)
     for batch in args.profile:
         profile(driver, batch)
     show(found)
@@ -192,8 +229,11 @@ def show(found: dict[str, Any]) -> None:
         table.add_row(f"decode step, B={batch}, ms", f"{ms:.2f}")
     if "first_token_ms" in found:
         table.add_row("first token of 512, alone, ms", f"{found['first_token_ms']:.1f}")
-    for name, value in found.get("mix", {}).items():
-        table.add_row(f"mix: {name}", f"{value:,.1f}")
+    for budget, run in found.get("mix", {}).items():
+        for name, value in run.items():
+            table.add_row(f"mix, {budget} tokens a step: {name}", f"{value:,.1f}")
+    for name, value in found.get("edge", {}).items():
+        table.add_row(f"edge: {name}", f"{value:,.1f}")
     Console().print(table)
 
 

@@ -20,10 +20,10 @@ from pydantic import ValidationError
 from hortator.producer import journal, message
 from hortator.producer.errors import (
     BadRequest,
-    ConfigError,
     HortatorError,
     IdempotencyConflict,
     QueueFull,
+    StoreForbidden,
     StoreUnavailable,
     StoreUnsuitable,
     UnknownJob,
@@ -212,6 +212,9 @@ class Calls:
     def sweep(self, limit: int, expired_before_ms: int | None) -> Call[SweepReport]:
         return self._call("sweep", [limit, "" if expired_before_ms is None else expired_before_ms], _sweep_report)
 
+    def ready(self) -> Call[None]:
+        return self._call("ready", [self.rules.memory_headroom], _refuse_full)
+
     def queues(self) -> Call[list[QueueInfo]]:
         return self._call("queues", [_ms(self.rules.beat_ttl_s)], _queues)
 
@@ -269,12 +272,14 @@ def refuse_unsuitable(info: dict[str, Any]) -> None:
 # Redis 6.2 wraps what a script met in an error of its own, so the code may stand anywhere
 _UNAVAILABLE = re.compile(r"\b(OOM|MISCONF|READONLY|LOADING|BUSY|MASTERDOWN|NOREPLICAS)\b")
 
+_FORBIDDEN = re.compile(r"\b(NOAUTH|WRONGPASS|NOPERM)\b|can't run this command|can't access at least one of the keys")
+
 
 def translate(error: Exception, where: str) -> HortatorError | None:
     """What to raise for what redis-py raised; None: it is nothing that the caller or Redis could mend."""
     text = str(error)
-    if isinstance(error, broken.AuthenticationError | broken.NoPermissionError):
-        return ConfigError(f"Redis at {where} refuses our credentials: {text}")
+    if isinstance(error, broken.AuthenticationError | broken.NoPermissionError) or _FORBIDDEN.search(text):
+        return StoreForbidden(f"Redis at {where} refuses our credentials: {text[:200]}", retry_after_s=5.0)
     if isinstance(error, broken.ConnectionError | broken.TimeoutError | OSError):
         return StoreUnavailable(f"Redis at {where} does not answer: {text or type(error).__name__}")
     if isinstance(error, broken.OutOfMemoryError | broken.ReadOnlyError) or _UNAVAILABLE.search(text):
@@ -311,10 +316,7 @@ def _receipts(jobs: list[Job], job_ids: list[str], reply: list[Any]) -> list[Rec
     if kind == b"ok":
         known = {rest[i]: rest[i + 1].decode() for i in range(0, len(rest), 2)}
         return [Receipt(known.get(i, job_id), i in known) for i, job_id in enumerate(job_ids)]
-    if kind == b"full_memory":
-        raise StoreUnavailable(
-            f"Redis is nearly full ({rest[0]} of {rest[1]} bytes): finished results will make room", retry_after_s=5.0
-        )
+    _refuse_full(reply)
     job, job_id = jobs[rest[0]], job_ids[rest[0]]
     if kind == b"unknown_model":
         raise unknown_model(job.model, [_text(name) for name in rest[1:]], job_id)
@@ -324,6 +326,14 @@ def _receipts(jobs: list[Job], job_ids: list[str], reply: list[Any]) -> list[Rec
         raise BadRequest("this job id cannot be used: leave ids to hortator", job_id=job_id)
     whose = f"model {job.model!r}" if kind == b"full_model" else f"tenant {job.tenant!r} on model {job.model!r}"
     raise queue_full(whose, rest[1], rest[2] / 1000, job_id)
+
+
+def _refuse_full(reply: list[Any]) -> None:
+    kind, *rest = reply
+    if kind == b"full_memory":
+        raise StoreUnavailable(
+            f"Redis is nearly full ({rest[0]} of {rest[1]} bytes): finished results will make room", retry_after_s=5.0
+        )
 
 
 def unknown_model(model: str, known: Iterable[str], job_id: str) -> UnknownModel:
@@ -375,7 +385,13 @@ def _outcome_args(outcome: Outcome) -> tuple[Any, ...]:
         failure = outcome.failure or Failure(code=outcome.state.value, message=outcome.state.value)
         code, text = failure.code, failure.message
     seal = hashlib.blake2b("\0".join((outcome.state, result, code, text)).encode(), digest_size=4).hexdigest()
-    return (job_id, outcome.lease.attempt, outcome.state.value, seal, result, code, text)
+    return (job_id, outcome.lease.attempt, outcome.state.value, seal, result, code, text, *_rest_args(outcome.rest))
+
+
+def _rest_args(rest: Chunk | None) -> tuple[Any, ...]:
+    if rest is None:
+        return ("", "", "")
+    return (rest.index, rest.index + len(rest.token_ids), journal.encode_chunk(rest))
 
 
 def _status(job_id: str, row: list[Any]) -> Status:

@@ -16,7 +16,7 @@
 -- | pace:{model}                 | hash   | claims per second                                        |
 -- | models                       | hash   | so that the sweeper finds the leases                     |
 -- | letters                      | stream | messages that can never run                              |
--- | celery-task-meta-{id}        | string | the failure of a refused foreign message with an id      |
+-- | celery-task-meta-{id}        | string | STARTED; the failure of a refused foreign message with an id |
 --
 -- args: model owner token seen limit lease_ms idle max_message_bytes version
 -- `token` names this reply; `seen` is the token of the last reply that arrived: if it is not the last one that was sent,
@@ -34,6 +34,9 @@ even_when_full()
 local leases, claimed_key = own .. 'leases:' .. model, own .. 'claimed:' .. owner
 local suspects, alone_key = own .. 'suspects:' .. model, own .. 'alone:' .. model
 local jobs, leased = {}, {}
+-- What a plain Celery client sees of a running job.  No PUBLISH: whoever waits, waits for the end.
+local started = '{"status": "STARTED", "result": {"hostname": ' .. cjson.encode(owner)
+  .. '}, "traceback": null, "children": [], "date_done": null, "task_id": "'
 
 local function tell(id, attempt, message, tenant, enqueued, deadline, tokens)
   local journal = {}
@@ -68,6 +71,7 @@ local function lease(id, job, message, step, alone)
   local key, attempt = own .. 'job:' .. id, job.attempt + 1
   redis.call('HSET', key, 'state', 'running', 'attempt', attempt, 'owner', owner, 'step', step, 'alone', alone and 1 or 0)
   redis.call('HSETNX', key, 'claimed', now)
+  redis.call('SET', namespace .. 'celery-task-meta-' .. id, started .. id .. '"}')
   redis.call('ZADD', leases, now + lease_ms, id)
   leased[#leased + 1] = id .. ' ' .. attempt
   tell(id, attempt, message, job.tenant, job.enqueued, job.deadline, job.tokens)
@@ -152,7 +156,12 @@ local function open(raw)
   if not is_object(m['properties']) then return id, 'no properties: not a Celery protocol 2 message' end
   local mark = headers['hortator']
   if type(mark) ~= 'table' then return id, nil, nil, false end
-  return id, nil, mark['version'], mark['record'] == true
+  local spoken = mark['version']
+  if spoken == cjson.null then spoken = nil end
+  if spoken ~= nil and (type(spoken) ~= 'number' or spoken < 1 or spoken % 1 ~= 0) then
+    return id, 'its hortator.version is no version: a positive integer'
+  end
+  return id, nil, spoken, mark['record'] == true
 end
 
 local function refuse(id, problem, raw, step)

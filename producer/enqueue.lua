@@ -32,9 +32,8 @@ local function retry_after_ms(model, excess)
   return math.max(1000, math.min(60000, math.ceil(1000 * excess / rate)))
 end
 
-local memory = redis.call('INFO', 'memory')
-local used, most = tonumber(memory:match('used_memory:(%d+)')), tonumber(memory:match('maxmemory:(%d+)'))
-if most > 0 and used > most * (1 - HEADROOM) then return {'full_memory', used, most} end
+local full = nearly_full(HEADROOM)
+if full then return full end
 
 local models, tenants, by_key, taken, duplicates, fresh = {}, {}, {}, {}, {}, {}
 for i = 0, (num_args - 5) / WIDTH - 1 do

@@ -8,6 +8,7 @@
     ├── UnknownJob                  never issued, of another tenant, or expired (`gone` tells)
     ├── QueueFull                   try again after `retry_after_s`
     ├── StoreUnavailable            Redis is away, full or slow; nothing was written
+    │   └── StoreForbidden          it refuses our credentials (a ConfigError, too)
     ├── StoreUnsuitable             Redis is too old, or set to evict: refused at start
     ├── JobFailed                   the job ended without a result
     │   ├── JobCancelled
@@ -119,6 +120,13 @@ class ConfigError(HortatorError):
     """A setting, a file or a model directory cannot work."""
 
     code = "config_error"
+
+
+class StoreForbidden(StoreUnavailable, ConfigError):
+    """Redis is there and refuses our credentials, or they do not allow what we need.
+
+    To whoever starts a process a setting is wrong; for one that runs already the store is away until that is mended.
+    """
 
 
 class GroupFailed(HortatorError):

@@ -6,12 +6,20 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from hortator.producer.errors import BadRequest, HortatorError, JobCancelled, JobExpired, JobFailed, UnknownJob
-from hortator.producer.schema import Chunk, Job, Priority, Result, Sampling, State, Status
+from hortator.producer.errors import (
+    BadRequest,
+    ConfigError,
+    HortatorError,
+    JobCancelled,
+    JobExpired,
+    JobFailed,
+    UnknownJob,
+)
+from hortator.producer.schema import Choice, Chunk, Job, Priority, Result, Sampling, State, Status
 
 MIN_POLL_S = 0.005
 MAX_POLL_S = 0.25
-POLL_SHARE = 0.2  # at most this share of the time goes into asking
+POLL_SHARE = 0.1  # at most this share of the time goes into asking
 
 
 def new_job(
@@ -121,10 +129,10 @@ class Patience:
         self._since = None
 
     def bear(self, error: HortatorError) -> None:
-        """Raise the error if the store has been away for too long."""
+        """Raise the error if the store has been away for too long, or waiting cannot help."""
         now = time.monotonic()
         self._since = now if self._since is None else self._since
-        if now - self._since > self._patience_s:
+        if isinstance(error, ConfigError) or now - self._since > self._patience_s:
             raise error
 
 
@@ -135,7 +143,7 @@ class Follower:
         self.job_id = job_id
         self.after = after
         self._from_start = after == 0
-        self._chars = 0
+        self._read: dict[int, tuple[int, int]] = {}  # answer -> its tokens and characters so far
 
     def behind(self, status: Status) -> bool:
         return status.num_tokens > self.after
@@ -145,24 +153,35 @@ class Follower:
         taken = list(chunks)
         for chunk in taken:
             self.after = chunk.index + len(chunk.token_ids)
-            self._chars += len(chunk.text)
+            tokens, chars = self._read.get(chunk.choice or 0, (0, 0))
+            self._read[chunk.choice or 0] = (tokens + len(chunk.token_ids), chars + len(chunk.text))
         return taken
 
     def rest(self, result: Result) -> list[Chunk]:
         """What the journal does not hold any more, out of the result; whoever comes late without the text so far gets
         UnknownJob, for a text cannot be cut at tokens."""
-        if len(result.token_ids) <= self.after:
+        if result.usage.completion_tokens <= self.after:
             return []
         if not self._from_start:
             raise UnknownJob(
                 f"job {self.job_id}: its journal has expired; read its result", job_id=self.job_id, gone=True
             )
-        logprobs = None if result.logprobs is None else result.logprobs[self.after :]
-        chunk = Chunk(
-            index=self.after,
-            token_ids=result.token_ids[self.after :],
-            text=result.text[self._chars :],
-            logprobs=logprobs,
-            top_logprobs=None if result.top_logprobs is None else result.top_logprobs[self.after :],
+        chunks, index = [], self.after
+        answers: Sequence[Result | Choice] = result.choices or (result,)
+        for number, answer in enumerate(answers):
+            chunk = self._unread(answer, index, number)
+            if result.choices:
+                chunk = chunk.model_copy(update={"choice": number})
+            index += len(chunk.token_ids)
+            chunks.append(chunk)
+        return self.take([chunk for chunk in chunks if chunk.token_ids])
+
+    def _unread(self, answer: Result | Choice, index: int, number: int) -> Chunk:
+        tokens, chars = self._read.get(number, (0, 0))
+        return Chunk(
+            index=index,
+            token_ids=answer.token_ids[tokens:],
+            text=answer.text[chars:],
+            logprobs=None if answer.logprobs is None else answer.logprobs[tokens:],
+            top_logprobs=None if answer.top_logprobs is None else answer.top_logprobs[tokens:],
         )
-        return self.take([chunk])

@@ -1,5 +1,8 @@
-"""How chunks are written in a job's journal: compact JSON, `[index, [token ids], text, [logprobs] or null]`, and behind
-that, if the job asked for them, the likeliest tokens of each place: `[[[token id, logprob], ...], ...]`."""
+"""How chunks are written in a job's journal: compact JSON, `[index, [token ids], text, [logprobs] or null]`.
+
+Behind that, if the job asked for them: the likeliest tokens of each place, `[[[token id, logprob], ...], ...]` or null;
+the number of the answer to which the tokens belong.
+"""
 
 import json
 from collections.abc import Iterable
@@ -10,8 +13,10 @@ from hortator.producer.schema import Chunk, TopLogprobs
 
 def encode_chunk(chunk: Chunk) -> bytes:
     parts: list[object] = [chunk.index, chunk.token_ids, chunk.text, chunk.logprobs]
-    if chunk.top_logprobs is not None:
+    if chunk.top_logprobs is not None or chunk.choice is not None:
         parts.append(chunk.top_logprobs)
+    if chunk.choice is not None:
+        parts.append(chunk.choice)
     return json.dumps(parts, separators=(",", ":"), ensure_ascii=False).encode()
 
 
@@ -22,7 +27,8 @@ def decode_chunk(raw: bytes) -> Chunk:
         token_ids=tuple(token_ids),
         text=text,
         logprobs=None if logprobs is None else tuple(logprobs),
-        top_logprobs=_tops(more[0]) if more else None,
+        top_logprobs=_tops(more[0]) if more and more[0] is not None else None,
+        choice=more[1] if len(more) > 1 else None,
     )
 
 
@@ -42,4 +48,11 @@ def _cut(chunk: Chunk, after: int) -> Chunk:
         return chunk
     logprobs = None if chunk.logprobs is None else chunk.logprobs[skip:]
     tops = None if chunk.top_logprobs is None else chunk.top_logprobs[skip:]
-    return Chunk(index=after, token_ids=chunk.token_ids[skip:], text=chunk.text, logprobs=logprobs, top_logprobs=tops)
+    return Chunk(
+        index=after,
+        token_ids=chunk.token_ids[skip:],
+        text=chunk.text,
+        logprobs=logprobs,
+        top_logprobs=tops,
+        choice=chunk.choice,
+    )

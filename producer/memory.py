@@ -378,6 +378,8 @@ class MemoryStore:
         if record is None:
             stored = self._record(job_id)
             return Verdict.COMMITTED if stored and stored.outcome == outcome else Verdict.FENCED
+        if outcome.rest is not None and outcome.rest.index == record.tokens:
+            self._append(record, outcome.rest)
         failure = None
         if state is not State.SUCCEEDED:
             failure = outcome.failure or Failure(code=state.value, message=state.value)
@@ -510,7 +512,7 @@ class MemoryStore:
                     self._queue(letter.model).lists[step].appendleft(letter.message)
             return [by_id[letter_id][0].job_id or "" for letter_id in letter_ids]
 
-    def check(self) -> None:
+    def check(self, *, for_submits: bool = False) -> None:
         """Memory is always suitable."""
 
     def _clean_record(self, job_id: str, model: str, tenant: str) -> bool:

@@ -77,5 +77,5 @@ class AsyncMemoryStore:
     async def replay(self, letter_ids: Sequence[str]) -> list[str]:
         return self.sync.replay(letter_ids)
 
-    async def check(self) -> None:
-        self.sync.check()
+    async def check(self, *, for_submits: bool = False) -> None:
+        self.sync.check(for_submits=for_submits)

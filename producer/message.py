@@ -90,7 +90,9 @@ def opened(raw: bytes, *, max_bytes: int) -> Opened:
         return Opened(problem="no usable id in its headers")
     mark = headers.get("hortator")
     mark = mark if isinstance(mark, dict) else {}
-    return Opened(job_id, _problem(envelope), mark.get("version"), mark.get("record") is True)
+    version = mark.get("version")
+    problem = _problem(envelope) or _version_problem(version)
+    return Opened(job_id, problem, version, mark.get("record") is True)
 
 
 def _json(raw: bytes) -> Any:
@@ -98,6 +100,13 @@ def _json(raw: bytes) -> Any:
         return json.loads(raw.decode(errors="replace"))
     except (ValueError, RecursionError):
         return None
+
+
+def _version_problem(version: Any) -> str | None:
+    sound = version is None or (isinstance(version, int | float) and not isinstance(version, bool) and version >= 1)
+    if sound and (version is None or version % 1 == 0):
+        return None
+    return "its hortator.version is no version: a positive integer"
 
 
 def _problem(envelope: dict[str, Any]) -> str | None:

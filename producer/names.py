@@ -30,7 +30,12 @@ TABLE: tuple[Key, ...] = (
     # what Celery sees
     Key("{model}", "list", "queue of priority interactive (step 0): Celery messages, LPUSH in, RPOP out", "never"),
     Key("{model}\\x06\\x16{step}", "list", "queues of standard (3), batch (6) and foreign lowest (9)", "never"),
-    Key("celery-task-meta-{id}", "string", "result in Celery's JSON; a PUBLISH on the same name", "result_ttl_s"),
+    Key(
+        "celery-task-meta-{id}",
+        "string",
+        "Celery's JSON: STARTED while it runs, then the result with a PUBLISH on the same name",
+        "none until terminal, then result_ttl_s",
+    ),
     # the job
     Key(
         "hortator:job:{id}",

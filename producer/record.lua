@@ -5,7 +5,7 @@
 -- | job:{id}             | hash   | read, ended, handed back                          |
 -- | message:{id}         | string | dropped with the job's end, pushed back by drained|
 -- | journal:{id}         | stream | closed with the job's end                         |
--- | celery-task-meta-{id}| string | written and published with the job's end          |
+-- | celery-task-meta-{id}| string | written and published with the job's end; back in the queue it is dropped |
 -- | leases:{model}       | zset   | left at the end of an attempt                     |
 -- | deadlines            | zset   | joined with a deadline, left at the job's end     |
 -- | suspects:{model}     | list   | joined after a crash, left at the job's end       |
@@ -35,6 +35,14 @@ end
 -- Redis refuses a script that grows memory while it is over maxmemory, but only at the script's first write.  All
 -- scripts except enqueue begin with a write that cannot grow it: what was accepted must be able to end even then.
 local function even_when_full() redis.call('DEL', own .. 'nothing') end
+
+-- What a submit is answered while running jobs and results need the rest of the memory; nil while there is room.
+local function nearly_full(headroom)
+  local memory = redis.call('INFO', 'memory')
+  local used, most = tonumber(memory:match('used_memory:(%d+)')), tonumber(memory:match('maxmemory:(%d+)'))
+  if most > 0 and used > most * (1 - headroom) then return {'full_memory', used, most} end
+  return nil
+end
 
 local function read(id)
   local v = redis.call('HMGET', own .. 'job:' .. id, 'state', 'model', 'tenant', 'attempt', 'free', 'tokens',
@@ -136,6 +144,7 @@ local function overdue(job)
 end
 
 local function back_in_queue(id, job)
+  redis.call('DEL', namespace .. 'celery-task-meta-' .. id) -- to Celery it is PENDING again
   redis.call('ZREM', own .. 'leases:' .. job.model, id)
   count_queued(job.model, job.tenant, 1)
   job.state = 'queued'

@@ -147,10 +147,12 @@ class RedisStore:
     def replay(self, letter_ids: Sequence[str]) -> list[str]:
         return self._run(self._calls.replay(letter_ids)) if letter_ids else []
 
-    def check(self) -> None:
+    def check(self, *, for_submits: bool = False) -> None:
         with self._translated():
             info = self._redis.info()
         refuse_unsuitable(info)
+        if for_submits:
+            self._run(self._calls.ready())
 
     def _run(self, call: Call[T]) -> T:
         lua = script(call.script)
@@ -280,10 +282,12 @@ class AsyncRedisStore:
     async def replay(self, letter_ids: Sequence[str]) -> list[str]:
         return await self._run(self._calls.replay(letter_ids)) if letter_ids else []
 
-    async def check(self) -> None:
+    async def check(self, *, for_submits: bool = False) -> None:
         async with self._translated():
             info = await self._redis.info()
         refuse_unsuitable(info)
+        if for_submits:
+            await self._run(self._calls.ready())
 
     async def _run(self, call: Call[T]) -> T:
         lua = script(call.script)

@@ -20,6 +20,7 @@ MAX_BIASES = 1024
 MAX_TOP_LOGPROBS = 20
 MAX_STRUCTURE_CHARS = 65_536
 MAX_CHOICES = 4096
+MAX_N = 16
 MAX_DEADLINE_S = 30 * 86_400
 
 ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")]
@@ -86,7 +87,7 @@ class Grammar(Wire):
     grammar: Annotated[str, StringConstraints(min_length=1)]
 
 
-class Choice(Wire):
+class OneOf(Wire):
     """One of these texts."""
 
     type: Literal["choice"] = "choice"
@@ -96,7 +97,7 @@ class Choice(Wire):
 def _bounded(structure: Wire) -> Wire:
     try:
         size = len(json.dumps(structure.model_dump(mode="json"), ensure_ascii=False))
-    except RecursionError:
+    except (RecursionError, ValueError):  # whichever limit is met first
         raise ValueError("a structure is nested too deeply") from None
     if size > MAX_STRUCTURE_CHARS:
         raise ValueError(f"a structure of {size} characters; the limit is {MAX_STRUCTURE_CHARS}")
@@ -104,7 +105,7 @@ def _bounded(structure: Wire) -> Wire:
 
 
 Structure = Annotated[
-    AnyJson | JsonSchema | Regex | Grammar | Choice, Field(discriminator="type"), AfterValidator(_bounded)
+    AnyJson | JsonSchema | Regex | Grammar | OneOf, Field(discriminator="type"), AfterValidator(_bounded)
 ]
 
 
@@ -136,6 +137,7 @@ class Sampling(Wire):
         default=0, ge=0, le=MAX_TOKENS, description="no end of sequence, stop token or stop string before this many"
     )
     structure: Structure | None = None
+    n: int = Field(default=1, ge=1, le=MAX_N, description="answers to the same prompt, each with a seed of its own")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -203,8 +205,22 @@ class Timings(Wire):
     finished_ms: int | None = None
 
 
+class Choice(Wire):
+    """One of the answers of a job that asked for several."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[float, ...] | None = None
+    top_logprobs: TopLogprobs | None = None
+
+
 class Result(Wire):
-    """The one visible result of a job."""
+    """The one visible result of a job.
+
+    Of one that asked for n > 1, `choices` are the answers, the other fields are the first one's, the usage is of all.
+    """
 
     version: Literal[1] = 1
     text: str
@@ -213,6 +229,7 @@ class Result(Wire):
     usage: Usage
     logprobs: tuple[float, ...] | None = None
     top_logprobs: TopLogprobs | None = None
+    choices: tuple[Choice, ...] | None = None
 
 
 class Failure(Wire):
@@ -238,13 +255,17 @@ class Status(Wire):
 
 
 class Chunk(Wire):
-    """Tokens `index .. index + len(token_ids)` of a job's output; `text` may be empty inside a character."""
+    """Tokens `index .. index + len(token_ids)` of a job's output; `text` may be empty inside a character.
+
+    Of a job that asked for n > 1, `choice` says to which answer they belong, and the index counts the tokens of all.
+    """
 
     index: int
     token_ids: tuple[int, ...]
     text: str
     logprobs: tuple[float, ...] | None = None
     top_logprobs: TopLogprobs | None = None
+    choice: int | None = None
 
 
 def dump(model: BaseModel) -> dict[str, Any]:

@@ -69,12 +69,14 @@ class Signals:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How one attempt ended.  state is terminal; a result goes with SUCCEEDED, a failure with the other three."""
+    """How one attempt ended.  state is terminal; a result goes with SUCCEEDED, a failure with the other three.  `rest`
+    is what the journal still lacks; it is written in the same call."""
 
     lease: Lease
     state: State
     result: Result | None = None
     failure: Failure | None = None
+    rest: Chunk | None = None
 
 
 class Verdict(StrEnum):
@@ -211,5 +213,6 @@ class Store(Protocol):
         """Send dead letters to their queue again with a clean record; the job ids ("" where a letter has none).
         An unknown letter raises UnknownJob, and nothing is replayed."""
 
-    def check(self) -> None:
-        """Raise StoreUnsuitable with the reason unless this server is safe to queue on; StoreUnavailable if away."""
+    def check(self, *, for_submits: bool = False) -> None:
+        """Raise StoreUnsuitable with the reason unless this server is safe to queue on; StoreUnavailable if away, and
+        with `for_submits` also if an enqueue would be refused now, because memory is short or no writes are taken."""

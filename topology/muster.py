@@ -72,10 +72,6 @@ class Muster:
         here = {rank for keeper in self._keepers.values() for rank in keeper.ranks}
         return sorted(self._orders.keys() - here)
 
-    @property
-    def num_keepers(self) -> int:
-        return len(self._keepers)
-
     def pump(self, timeout_s: float = 0.0) -> None:
         """Serve the connections for up to `timeout_s`."""
         pause_s = self._wire.poll(timeout_s)

@@ -5,6 +5,7 @@ Importable without a model, so that `inspect`, `control` and `events` need only 
 
 import sys
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery, signals
@@ -174,7 +175,17 @@ def _become_leader(instance: Any = None, options: Any = None, **_: Any) -> None:
         raise SystemExit(EX_CONFIG) from None
 
 
-app = App()
+def _app() -> App:
+    try:
+        return App()
+    except ConfigError as error:
+        if "celery" not in Path(sys.argv[0]).parts[-2:]:  # celery would show its user our traceback
+            raise
+        sys.stderr.write(f"hortator: {error.message}\n")
+        raise SystemExit(EX_CONFIG) from None
+
+
+app = _app()
 
 
 @app.task(  # type: ignore[untyped-decorator]

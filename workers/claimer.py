@@ -36,6 +36,7 @@ class Claimer:
         self._alone: _Alone | None = None
         self._waits_for_idle = False  # a suspect needs an empty group
         self._redis_minus_clock_ms = 0.0
+        self._last_step, self._stepped_at, self._step_s = 0, clock(), 0.0
 
     def room(self, num_live: int, info: EngineInfo, stats: EngineStats | None) -> int:
         """How many jobs to claim now."""
@@ -59,8 +60,15 @@ class Claimer:
         if claim.jobs:
             self._last_job_at = now
         if len(claim.jobs) < room:
-            self.at = now + self._pause_s(now - self._last_job_at, crowded=crowded)
+            self.at = now + self._pause_s(now - self._last_job_at, idle=idle, crowded=crowded)
         return claim
+
+    def stepped(self, step: int) -> None:
+        """The engine has reported this step: a job can only enter between two of them."""
+        now = self._clock()
+        if step > self._last_step:
+            self._step_s = (now - self._stepped_at) / (step - self._last_step)
+        self._last_step, self._stepped_at = step, now
 
     def clock_of(self, redis_ms: int) -> float:
         """A time of Redis on the front's clock."""
@@ -86,7 +94,9 @@ class Claimer:
             self._alone = _Alone(claim.jobs[0].lease, claim.full_run_alone)
         return claim
 
-    def _pause_s(self, since_job_s: float, *, crowded: bool) -> float:
+    def _pause_s(self, since_job_s: float, *, idle: bool, crowded: bool) -> float:
+        if since_job_s >= BUSY_FOR_S:
+            return IDLE_POLL_S
         if since_job_s < EAGER_FOR_S and not crowded:
             return EAGER_POLL_S
-        return BUSY_POLL_S if since_job_s < BUSY_FOR_S else IDLE_POLL_S
+        return BUSY_POLL_S if idle else min(max(BUSY_POLL_S, self._step_s / 2), IDLE_POLL_S)

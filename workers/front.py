@@ -13,19 +13,28 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
-from hortator.producer.errors import BadRequest, HortatorError, PromptTooLong, StoreUnavailable, StoreUnsuitable
-from hortator.producer.schema import Failure, FinishReason, Job, Result, State, Usage
-from hortator.producer.store import Claimed, GroupBeat, Lease, Outcome, ReleaseReason, Store, Verdict
+from hortator.producer.errors import (
+    BadRequest,
+    HortatorError,
+    PromptTooLong,
+    StoreForbidden,
+    StoreUnavailable,
+    StoreUnsuitable,
+)
+from hortator.producer.schema import Failure, FinishReason, Job, State
+from hortator.producer.store import Claimed, ClaimMode, GroupBeat, Lease, Outcome, ReleaseReason, Store, Verdict
 from hortator.producer.sweeper import Sweeper
 from hortator.workers.claimer import Claimer
 from hortator.workers.engine.step import EngineInfo, EngineStats, Finish, Request
 from hortator.workers.envelope import Envelope, job_of, open_envelope
 from hortator.workers.gauges import Gauges
 from hortator.workers.group import Event, Group, Ready, Stepped
-from hortator.workers.intake import Live, prepare
+from hortator.workers.intake import prepare
 from hortator.workers.link import Link
+from hortator.workers.live import Live, Strand
 from hortator.workers.outbox import Delivery, Letter, Outbox
 from hortator.workers.settings import WorkerSettings
 from hortator.workers.supervisor import Down
@@ -33,7 +42,8 @@ from hortator.workers.text import Text
 
 logger = logging.getLogger("hortator.front")
 
-JOURNAL_EVERY_S = 0.03
+JOURNAL_EVERY_S, LONGEST_JOURNAL_S = 0.03, 0.1
+JOURNAL_ENTRIES_PER_S = 500  # a chunk costs Redis, the front and every reader the same, however many tokens it holds
 BEAT_EVERY_S = 1.0
 CROWDED_DELIVERY_S = 0.004  # a well filled group tells Redis of its results at most this often
 LONGEST_SLEEP_S = 0.05  # a revoke or a rejection by Celery comes between two turns, and waits no longer than this
@@ -83,7 +93,7 @@ class Front:
         self._stats: EngineStats | None = None
         self._taken: dict[str, Claimed] = {}  # claimed, not admitted yet
         self._live: dict[str, Live] = {}  # the engine has them
-        self._by_handle: dict[int, Live] = {}
+        self._by_handle: dict[int, tuple[Live, Strand]] = {}  # the strands that the engine works on
         self._unjournalled: dict[str, Live] = {}
         self._admits: list[Request] = []
         self._cancels: list[int] = []
@@ -142,21 +152,30 @@ class Front:
 
     def room(self) -> int:
         """How many jobs to claim now."""
-        if self._info is None or self._draining or not self._checked:
+        if self._info is None or self._draining or not self._checked or not self._group.steady:
             return 0
-        return self._claimer.room(len(self._live) + len(self._taken), self._info, self._stats)
+        return self._claimer.room(len(self._by_handle) + len(self._taken), self._info, self._stats)
 
     def take(self) -> Sequence[Claimed]:
         """Claim what there is room for, if it is time to ask."""
         before, idle = self._clock(), not self._live
         claim = self._claimer.claim(self.room(), idle=idle, crowded=self._crowded)
-        if claim is None or not claim.jobs:
+        if claim is None:
+            return ()
+        if claim.mode is ClaimMode.DRAIN:
+            self._step_aside()
+        if not claim.jobs:
             return ()
         if idle:
             self._renew_at = before + self._renew_every_s
         self._claimed_at = before
         self._taken.update((claimed.lease.job_id, claimed) for claimed in claim.jobs)
         return claim.jobs
+
+    def _step_aside(self) -> None:
+        """The next suspect waits for an empty group: those that have just been cleared go on after it, not before."""
+        if self._live and all(live.cleared for live in self._live.values()):
+            self.hand_back(reason="cleared; the next suspect waits")
 
     def open(self, claimed: Claimed) -> Envelope | None:
         """The message's envelope; None if it is not one of ours, and then it is buried and its job has failed."""
@@ -172,7 +191,7 @@ class Front:
             self.hand_back([claimed.lease], reason="the group is down")
             return False
         try:
-            live, request = self._prepare(claimed, envelope, self._info)
+            live, requests = self._prepare(claimed, envelope, self._info)
         except BadRequest as error:
             self._refuse(claimed, error)
             return False
@@ -182,17 +201,15 @@ class Front:
             self._refuse(claimed, HortatorError(f"internal error: {type(error).__name__}"))
             return False
         self._enter(live)
-        reason = live.output.complete(max_tokens=live.max_tokens)
-        if reason is not None:  # the attempt before died between its last token and its commit
-            self._succeed(live, reason, in_engine=False)
+        if live.done:  # the attempt before died between its last token and its commit
+            self._succeed(live)
             return False
-        self._admits.append(request)
+        self._admits += requests
         return True
 
-    def _prepare(self, claimed: Claimed, envelope: Envelope, info: EngineInfo) -> tuple[Live, Request]:
+    def _prepare(self, claimed: Claimed, envelope: Envelope, info: EngineInfo) -> tuple[Live, list[Request]]:
         job = job_of(envelope, model=self._queue)
-        handle = next(self._handles)
-        prepared = prepare(job, claimed, handle=handle, text=self._text, info=info, now=self._claimed_at)
+        prepared = prepare(job, claimed, handles=self._handles, text=self._text, info=info, now=self._claimed_at)
         self._arm(claimed, job, envelope)
         return prepared
 
@@ -201,7 +218,8 @@ class Front:
         self._taken.pop(job_id, None)
         if job_id in self._live:  # we lost its lease without noticing, and have now got it again
             self._lose(self._live[job_id], "another attempt owns it")
-        self._live[job_id] = self._by_handle[live.handle] = live
+        self._live[job_id] = live
+        self._by_handle.update((strand.handle, (live, strand)) for strand in live.strands if strand.reason is None)
 
     def _arm(self, claimed: Claimed, job: Job, envelope: Envelope) -> None:
         deadline_ms = claimed.deadline_ms
@@ -257,30 +275,35 @@ class Front:
     def _stepped(self, event: Stepped) -> None:
         output, self._stats = event.output, event.stats
         self._gauges.count(output)
+        self._claimer.stepped(event.step)
         by_handle, unjournalled = self._by_handle, self._unjournalled
         for token in output.tokens:
-            live = by_handle.get(token.handle)
-            if live is None:
+            found = by_handle.get(token.handle)
+            if found is None:
                 continue  # cancelled, or ended by a stop string, a step or two ago
+            live, strand = found
             unjournalled[live.lease.job_id] = live
-            if live.output.feed(token.token_id, token.logprob, token.top):
-                self._succeed(live, FinishReason.STOP)
+            if strand.output.feed(token.token_id, token.logprob, token.top):
+                self._leave_engine(strand)
+                self._finish(live, strand, FinishReason.STOP)
         for handle, finish in output.finished:
-            if live := by_handle.get(handle):
-                self._succeed(live, _REASONS[finish], in_engine=False)
+            if found := by_handle.pop(handle, None):
+                self._finish(*found, _REASONS[finish])
         for fault in output.faults:
-            if live := by_handle.get(fault.handle):
+            if found := by_handle.pop(fault.handle, None):
+                live, _ = found
                 failure = Failure(code=fault.code, message=fault.message)
-                self._end(live, Outcome(live.lease, State.FAILED, failure=failure), in_engine=False)
+                self._end(live, Outcome(live.lease, State.FAILED, failure=failure))
         self._probation()
 
     def _probation(self) -> None:
         """A suspect that got beyond the point where its group died is cleared, and others may join it."""
         lease = self._claimer.suspect()
         live = self._live.get(lease.job_id) if lease else None
-        if live and len(live.output.token_ids) - live.num_inherited >= self._settings.probation_tokens:
+        if live and live.num_tokens - live.num_inherited >= self._settings.probation_tokens:
             self._outbox.clear(live.lease)
             self._claimer.let_join(live.lease)
+            live.cleared = True
 
     def _down(self, event: Down) -> None:
         """The engine has lost everything: hand all jobs back with the tokens that they have."""
@@ -290,22 +313,18 @@ class Front:
             logger.warning("group %s did not start: %s", self._settings.group, event.reason)
         self._info = self._stats = None
         self._admits, self._cancels = [], []
-        self._return(list(self._live.values()), ReleaseReason.CRASHED, "the group went down")
+        reason = ReleaseReason.DRAINED if event.by_pause else ReleaseReason.CRASHED
+        self._return(list(self._live.values()), reason, "the group went down")
         if event.permanent:
             self.fatal = event.reason
 
-    def _succeed(self, live: Live, reason: FinishReason, *, in_engine: bool = True) -> None:
-        output = live.output
-        output.finish()
-        result = Result.model_construct(
-            text=output.text,
-            token_ids=tuple(output.token_ids),
-            finish_reason=reason,
-            usage=Usage.model_construct(prompt_tokens=live.num_prompt, completion_tokens=len(output.token_ids)),
-            logprobs=None if output.logprobs is None else tuple(output.logprobs),
-            top_logprobs=None if output.top_logprobs is None else tuple(output.top_logprobs),
-        )
-        self._end(live, Outcome(live.lease, State.SUCCEEDED, result=result), in_engine=in_engine)
+    def _finish(self, live: Live, strand: Strand, reason: FinishReason) -> None:
+        strand.end(reason)
+        if live.done:
+            self._succeed(live)
+
+    def _succeed(self, live: Live) -> None:
+        self._end(live, Outcome(live.lease, State.SUCCEEDED, result=live.result()))
 
     def end(self, job_id: str, state: State, failure: Failure) -> bool:
         """End a job of ours from outside: revoked, refused, timed out.  False if it is not here."""
@@ -325,17 +344,24 @@ class Front:
         except StoreUnavailable:
             logger.warning("job %s is not cancelled: Redis is away", job_id)
 
-    def _end(self, live: Live, outcome: Outcome, *, in_engine: bool = True) -> None:
-        self._forget(live, in_engine=in_engine)
-        self._outbox.append(live.lease, live.output.take())
-        self._outbox.commit(outcome)
+    def _end(self, live: Live, outcome: Outcome) -> None:
+        self._forget(live)
+        chunks = live.take()
+        for chunk in chunks[:-1]:
+            self._outbox.append(live.lease, chunk)
+        self._outbox.commit(replace(outcome, rest=chunks[-1]) if chunks else outcome)
 
-    def _forget(self, live: Live, *, in_engine: bool = True) -> None:
-        del self._live[live.lease.job_id], self._by_handle[live.handle]
+    def _forget(self, live: Live) -> None:
+        del self._live[live.lease.job_id]
         self._unjournalled.pop(live.lease.job_id, None)
         self._claimer.let_join(live.lease)
-        if in_engine and self._info is not None:
-            self._cancel(live.handle)
+        for strand in live.strands:
+            self._leave_engine(strand)
+
+    def _leave_engine(self, strand: Strand) -> None:
+        """Unless it has left by itself."""
+        if self._by_handle.pop(strand.handle, None) and self._info is not None:
+            self._cancel(strand.handle)
 
     def _cancel(self, handle: int) -> None:
         """Tell the engine, unless it has never heard of the job."""
@@ -364,7 +390,7 @@ class Front:
     def _return(self, jobs: list[Live], reason: ReleaseReason, why: str) -> None:
         for live in jobs:
             self._forget(live)
-            self._outbox.append(live.lease, live.output.take())
+            self._journal(live)
         self._outbox.release([live.lease for live in jobs], reason)
         for live in jobs:
             self._watcher.gone(live.lease, why)
@@ -401,7 +427,7 @@ class Front:
             return
         try:
             self._link.call(self._store.check)
-        except StoreUnsuitable as error:
+        except (StoreUnsuitable, StoreForbidden) as error:
             self.fatal = error.message
         else:
             self._checked = True
@@ -431,12 +457,15 @@ class Front:
         self._obey(signals.cancelled, signals.lost)
 
     def _cut_off(self, now: float) -> None:
-        """Stop what we have no right to run any more; somebody else may be running it already."""
+        """Stop what we have no right to run any more; somebody else may be running it already.
+
+        If nobody is, because Redis was away for everybody, the hand-back arrives before any sweeper may call us dead
+        (sweeper.py), and the job goes on uncharged: nothing crashed.  Otherwise the store fences it.
+        """
         late = [live for live in self._live.values() if now - live.leased_at > self._settings.lease_s]
         if late:
             logger.warning("%d leases could not be renewed for %g s: stopping", len(late), self._settings.lease_s)
-        for live in late:
-            self._lose(live, "its lease could not be renewed")
+            self._return(late, ReleaseReason.DRAINED, "its lease could not be renewed")
 
     def _obey(self, cancelled: frozenset[str], lost: frozenset[str]) -> None:
         for job_id in lost:
@@ -464,17 +493,33 @@ class Front:
     def flush(self) -> None:
         """Tell the engine, then the store."""
         if self._admits or self._cancels:
-            self._group.submit(admit=self._admits, cancel=self._cancels)
-            self._admits, self._cancels = [], []
+            self._submit()
         now = self._clock()
         if self._unjournalled and (now >= self._journal_at or self._draining):
             for live in self._unjournalled.values():
-                self._outbox.append(live.lease, live.output.take())
+                self._journal(live)
             self._unjournalled.clear()
-            self._journal_at = now + self._journal_every_s
+            self._journal_at = now + self._journal_pause_s()
         if self._outbox and (now >= self._deliver_at or self._draining):
             self._deliver()
             self._deliver_at = now + (CROWDED_DELIVERY_S if self._crowded else 0.0)
+
+    def _journal(self, live: Live) -> None:
+        for chunk in live.take():
+            self._outbox.append(live.lease, chunk)
+
+    def _journal_pause_s(self) -> float:
+        wanted_s = len(self._live) / JOURNAL_ENTRIES_PER_S
+        return max(self._journal_every_s, min(wanted_s, LONGEST_JOURNAL_S))
+
+    def _submit(self) -> None:
+        """What a group that is gone never had cannot have brought it down: it goes back uncharged."""
+        admits, cancels = self._admits, self._cancels
+        self._admits, self._cancels = [], []
+        if not self._group.submit(admit=admits, cancel=cancels):
+            found = (self._by_handle.get(request.handle) for request in admits)
+            never_had = {live.lease: live for live, _ in filter(None, found)}
+            self._return(list(never_had.values()), ReleaseReason.DRAINED, "the group is going down")
 
     def _deliver(self) -> None:
         delivery = Delivery()

@@ -84,18 +84,22 @@ class Group:
         self._flush()
         return events
 
-    def submit(self, *, admit: Sequence[Request] = (), cancel: Sequence[int] = ()) -> None:
-        """Hand over requests and cancels; never blocks.  Raises GroupFailed unless the group is ready."""
+    def submit(self, *, admit: Sequence[Request] = (), cancel: Sequence[int] = ()) -> bool:
+        """Hand over requests and cancels; never blocks.  False if rank 0 is gone (Down is on its way): it has certainly
+        had none of them.  Raises GroupFailed unless the group is ready."""
         if self._ready is None:
             raise GroupFailed(f"the group is {self.state}: nothing can be submitted")
-        if self._pipe is None:
-            return  # rank 0 is gone, Down is on its way
+        if (pipe := self._pipe) is None:
+            return False
+        delivered = False
         try:
             for message in submissions(admit, cancel):
-                self._pipe.send(message)
+                pipe.send(message)
+                delivered = True
         except PipeBroken as error:
             self._lose_pipe(error.message)
         self._watch_writing()
+        return delivered
 
     def close(self, *, timeout_s: float = 5.0) -> None:
         """End all ranks: STOP, then SIGTERM, then SIGKILL.  No process is left, and no event comes any more."""
@@ -124,6 +128,11 @@ class Group:
         if self._ready is not None:
             return "ready"
         return "starting" if self._supervisor.phase == "ready" else self._supervisor.phase
+
+    @property
+    def steady(self) -> bool:
+        """Ready, and no reason to doubt it: rank 0's pipe is whole, all ranks beat, and we were watching."""
+        return self._ready is not None and self._pipe is not None and self._supervisor.steady
 
     @property
     def pids(self) -> dict[int, int]:

@@ -3,63 +3,67 @@
 import hashlib
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from hortator.producer import schema
 from hortator.producer.errors import BadRequest, PromptTooLong
-from hortator.producer.schema import Job, Priority
-from hortator.producer.store import Claimed, Lease
+from hortator.producer.schema import Chunk, Job, Priority
+from hortator.producer.store import Claimed
 from hortator.workers.engine.step import EngineInfo, Request, SamplingParams, Structure, StructureKind
+from hortator.workers.live import Live, Strand
 from hortator.workers.output import Output
 from hortator.workers.text import Text
 
 _CLASSES = tuple(Priority)  # interactive first
 
 
-@dataclass(slots=True, eq=False)
-class Live:
-    """A job that the engine has."""
-
-    lease: Lease
-    handle: int
-    output: Output
-    num_prompt: int
-    max_tokens: int
-    num_inherited: int  # tokens of earlier attempts
-    leased_at: float  # on the front's clock: when the lease was last known to be ours
-
-
 def prepare(
-    job: Job, claimed: Claimed, *, handle: int, text: Text, info: EngineInfo, now: float
-) -> tuple[Live, Request]:
-    """Tokens, limits and the state in which an earlier attempt left the job.  Raises BadRequest, PromptTooLong."""
+    job: Job, claimed: Claimed, *, handles: Iterator[int], text: Text, info: EngineInfo, now: float
+) -> tuple[Live, list[Request]]:
+    """Tokens, limits and the state in which an earlier attempt left the job; the requests of the strands that go on.
+    Raises BadRequest, PromptTooLong."""
     _refuse_hopeless(job, text, info)
     prompt = _tokens(job, text)
     max_tokens = _fit(job, prompt, info)
+    strands = tuple(
+        Strand(next(handles), _output(job, text, info, _of(claimed.journal, number)))
+        for number in range(job.sampling.n)
+    )
+    live = Live(claimed.lease, strands, len(prompt), max_tokens, now)
+    live.end_what_is_complete()
+    params = _params(job, claimed.lease.job_id, max_tokens)
+    requests = [
+        Request(
+            strand.handle,
+            prompt,
+            params if number == 0 else replace(params, seed=seed_of(f"{params.seed}/{number}")),
+            tuple(strand.output.token_ids),
+            priority=_CLASSES.index(job.priority),
+            deadline_ms=0 if job.deadline_s is None else claimed.enqueued_ms + math.ceil(job.deadline_s * 1000),
+            salt=seed_of(claimed.tenant),  # what one tenant has sent must not be guessed by another from what is cached
+        )
+        for number, strand in enumerate(strands)
+        if strand.reason is None
+    ]
+    return live, requests
+
+
+def _of(journal: Sequence[Chunk], number: int) -> list[Chunk]:
+    return [chunk for chunk in journal if (chunk.choice or 0) == number]
+
+
+def _output(job: Job, text: Text, info: EngineInfo, journal: Sequence[Chunk]) -> Output:
     sampling = job.sampling
-    ends = frozenset(sampling.stop_token_ids) | frozenset(() if sampling.ignore_eos else info.eos_token_ids)
-    output = Output(
+    return Output(
         text.decoder(),
-        ends=ends,
+        ends=frozenset(sampling.stop_token_ids) | frozenset(() if sampling.ignore_eos else info.eos_token_ids),
         stop=sampling.stop,
         min_tokens=sampling.min_tokens,
-        journal=claimed.journal,
+        journal=journal,
         logprobs=sampling.logprobs,
         top_logprobs=sampling.top_logprobs > 0,
     )
-    generated = tuple(output.token_ids)
-    live = Live(claimed.lease, handle, output, len(prompt), max_tokens, len(generated), now)
-    request = Request(
-        handle,
-        prompt,
-        _params(job, claimed.lease.job_id, max_tokens),
-        generated,
-        priority=_CLASSES.index(job.priority),
-        deadline_ms=0 if job.deadline_s is None else claimed.enqueued_ms + math.ceil(job.deadline_s * 1000),
-        salt=seed_of(claimed.tenant),  # what one tenant has sent must not be guessed by another from what is cached
-    )
-    return live, request
 
 
 def seed_of(name: str) -> int:
@@ -99,10 +103,12 @@ def _fit(job: Job, prompt: Sequence[int], info: EngineInfo) -> int:
             f" (max_model_len {info.max_model_len}, and one to generate)"
         )
     max_tokens = min(job.sampling.max_tokens, room)
-    if len(prompt) + max_tokens > info.kv_tokens:
+    n = job.sampling.n
+    if len(prompt) + n * max_tokens > info.kv_tokens:
+        times, or_n = (f"{n} times ", ", n") if n > 1 else ("", "")
         raise PromptTooLong(
-            f"prompt ({len(prompt)}) and max_tokens ({max_tokens}) need {len(prompt) + max_tokens} tokens;"
-            f" the KV pool holds {info.kv_tokens}: lower max_tokens or shorten the prompt"
+            f"prompt ({len(prompt)}) and {times}max_tokens ({max_tokens}) need {len(prompt) + n * max_tokens} tokens;"
+            f" the KV pool holds {info.kv_tokens}: lower max_tokens{or_n} or shorten the prompt"
         )
     return max_tokens
 
@@ -142,5 +148,7 @@ def _structure(wanted: schema.Structure | None) -> Structure | None:
             return Structure(StructureKind.REGEX, wanted.pattern)
         case schema.Grammar():
             return Structure(StructureKind.LARK, wanted.grammar)
-        case schema.Choice():
-            return Structure(StructureKind.CHOICE, json.dumps(wanted.choices))
+        case schema.OneOf():
+            return Structure(
+                StructureKind.CHOICE, json.dumps(wanted.choices, ensure_ascii=False, separators=(",", ":"))
+            )

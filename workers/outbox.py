@@ -75,6 +75,9 @@ class Outbox:
             self._appends = []
             delivery.cancelled |= signals.cancelled
             delivery.lost |= signals.lost
+        while self._clears:  # before their release: a cleared suspect goes back as one of many
+            self._store.clear(self._clears[0])
+            del self._clears[0]
         self._flush_releases()
         while self._letters:
             letter = self._letters[0]
@@ -85,9 +88,6 @@ class Outbox:
             verdicts = self._store.commit(batch)
             del self._outcomes[: len(batch)]
             delivery.verdicts += zip(batch, verdicts, strict=True)
-        while self._clears:
-            self._store.clear(self._clears[0])
-            del self._clears[0]
 
     def _flush_releases(self) -> None:
         for reason in ReleaseReason:

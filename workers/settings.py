@@ -15,6 +15,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from hortator.producer.errors import ConfigError
 from hortator.producer.schema import ModelName
 from hortator.topology.errors import BadPlacement
 from hortator.topology.placement import Node, read_nodes
@@ -146,5 +147,19 @@ class WorkerSettings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         toml = os.environ.get("HORTATOR_CONFIG")
-        files = (TomlConfigSettingsSource(settings_cls, toml_file=Path(toml)),) if toml else ()
+        files = (_read(Path(toml), settings_cls),) if toml else ()
         return (init_settings, env_settings, *files)
+
+
+def _read(file: Path, settings_cls: type[BaseSettings]) -> PydanticBaseSettingsSource:
+    """The file's settings; ConfigError if it cannot be read, or names a setting that there is not."""
+    if not file.is_file():
+        raise ConfigError(f"HORTATOR_CONFIG={file}: there is no such file")
+    try:
+        source = TomlConfigSettingsSource(settings_cls, toml_file=file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"HORTATOR_CONFIG={file}: {error}") from None
+    unknown = sorted(source.toml_data.keys() - WorkerSettings.model_fields.keys())
+    if unknown:
+        raise ConfigError(f"HORTATOR_CONFIG={file}: no such settings: {', '.join(unknown)}")
+    return source

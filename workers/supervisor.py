@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hortator.topology.control import ControlServer
 from hortator.topology.errors import TopologyError
@@ -23,6 +23,7 @@ from .engine.step import EngineInfo
 from .launching import check_meeting_host, rank_commands
 from .rank import Exit, read_description
 from .settings import WorkerSettings
+from .watch import Watch
 
 TICK_S = 0.1
 SETTLE_S = 0.1
@@ -52,6 +53,7 @@ class Down:
     reason: str
     permanent: bool
     retry_in_s: float | None
+    by_pause: bool = False  # the ranks gave up a front that had been stopped: nothing that they ran is to blame
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,7 @@ class Failure:
 
     reason: str
     permanent: bool = False
+    by_pause: bool = False
 
 
 class Supervisor:
@@ -82,6 +85,12 @@ class Supervisor:
         self.last_failure: str | None = None
         self.rejected: Mapping[str, int] = {}
         """Connections to the control port that were turned away, by reason."""
+        self._watch = Watch(settings.heartbeat_s, settings.heartbeat_timeout_s)
+
+    @property
+    def steady(self) -> bool:
+        """All ranks have beaten lately, and this process has watched them without a gap."""
+        return self._watch.steady(time.monotonic())
 
     def start(self) -> None:
         self._thread.start()
@@ -129,7 +138,7 @@ class Supervisor:
         retry_in_s = None if failure.permanent else self._backoff_s()
         again = f"next try in {retry_in_s:g} s" if retry_in_s is not None else "not tried again: change the settings"
         log.error("group of epoch %d is down: %s; %s", self.epoch, failure.reason, again)
-        self._post(Down(self.epoch, failure.reason, failure.permanent, retry_in_s))
+        self._post(Down(self.epoch, failure.reason, failure.permanent, retry_in_s, failure.by_pause))
         return retry_in_s
 
     def _within_budget(self, failure: Failure, now: float) -> Failure:
@@ -139,7 +148,7 @@ class Supervisor:
         if not budget or len(self._downs) <= budget or failure.permanent:
             return failure
         reason = f"{failure.reason}; given up after {budget} restarts within {window_s:g} s (restart_budget)"
-        return Failure(reason, permanent=True)
+        return replace(failure, reason=reason, permanent=True)
 
     def _backoff_s(self) -> float:
         """Doubles while the group does not even get ready; a life of HEALTHY_S starts from the bottom again."""
@@ -181,8 +190,11 @@ class Supervisor:
 
     def _live(self, server: ControlServer, pipe: socket.socket) -> Failure | None:
         started = time.monotonic()
+        self._watch = Watch(self._settings.heartbeat_s, self._settings.heartbeat_timeout_s)
         while not self._closing.is_set():
             troubles = server.poll(TICK_S)
+            heard = min((vitals.heard for vitals in server.vitals.values()), default=started)
+            self._watch.look(time.monotonic(), heard, cpu_s=time.process_time())
             exits = self._launcher.exits()
             troubles = self._launcher.troubles() + troubles
             if self._condemned is not None and self._condemned[0] == self.epoch:
@@ -200,13 +212,15 @@ class Supervisor:
         return None
 
     def _diagnose(self, server: ControlServer, troubles: list[Trouble]) -> Failure:
+        paused = self._watch.paused(time.monotonic())
         settled = time.monotonic() + SETTLE_S
         while time.monotonic() < settled:
             troubles += server.poll(TICK_S / 10)
             self._launcher.exits()
             troubles = self._launcher.troubles() + troubles
         names = {rank: vitals.name for rank, vitals in server.vitals.items()}
-        return verdict(troubles, self._launcher.exits(), names)
+        failure = verdict(troubles, self._launcher.exits(), names)
+        return replace(failure, by_pause=paused and mere_consequence(troubles, self._launcher.exits()))
 
     def _dismiss(self, server: ControlServer) -> None:
         """Half of the time to obey STOP, a quarter to obey SIGTERM; who then is left gets killed."""
@@ -245,6 +259,13 @@ def verdict(troubles: list[Trouble], exits: Mapping[int, int], names: Mapping[in
         return Failure(_named(trouble, names))
     rank, code = min(exits.items())
     return Failure(f"rank {rank} {describe_exit(code)}")
+
+
+def mere_consequence(troubles: list[Trouble], exits: Mapping[int, int]) -> bool:
+    """Every rank that is gone lost its leader, or another rank that did: nobody died of what it ran."""
+    codes = {trouble.code for trouble in troubles if trouble.cause is Cause.FAILED}
+    ended = {*exits.values()} - {Exit.LEADER_LOST, Exit.COLLECTIVE}
+    return not ended and codes <= {"collective", "leader_lost"} and not any(t.cause is Cause.REFUSED for t in troubles)
 
 
 def _named(trouble: Trouble, names: Mapping[int, str]) -> str:

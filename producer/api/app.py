@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -26,6 +26,7 @@ from hortator.producer.errors import HortatorError, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
+CANCEL_AGAIN_S = 0.2
 HTTP_CODES = {404: "no_such_route", 405: "method_not_allowed"}
 
 
@@ -48,10 +49,7 @@ def create_app(store: AsyncStore, *, api_settings: ApiSettings) -> FastAPI:
             yield
         finally:
             watcher.drain()
-            for task in tasks:
-                task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
+            await end(tasks)
 
     app = FastAPI(title="hortator", version=__version__, lifespan=lifespan, redirect_slashes=False)
     app.state.watcher = watcher
@@ -64,6 +62,14 @@ def create_app(store: AsyncStore, *, api_settings: ApiSettings) -> FastAPI:
     app.add_middleware(KeyGate, ring=api_settings.key_ring(), open_paths=api_settings.open_paths)
     app.add_middleware(Meter, metrics=metrics)
     return app
+
+
+async def end(tasks: list[asyncio.Task[None]]) -> None:
+    """Cancel until they obey: redis-py can turn a cancellation into the error of a connection."""
+    while pending := [task for task in tasks if not task.done()]:
+        for task in pending:
+            task.cancel()
+        await asyncio.wait(pending, timeout=CANCEL_AGAIN_S)
 
 
 async def sweep(store: AsyncStore, metrics: Metrics, *, every_s: float) -> None:

@@ -69,7 +69,7 @@ class FleetRoutes:
         if self._watcher.draining:
             return refusal(StoreUnavailable("this process is stopping"))
         try:
-            await self._store.check()
+            await self._store.check(for_submits=True)
         except HortatorError as reason:
             return refusal(reason)
         return JSONResponse({"status": "ready"})

@@ -82,8 +82,8 @@ class PatientStore:
     async def dead_letters(self, *, limit: int = 100, before: str | None = None) -> list[DeadLetter]:
         return await self._in_turn(lambda: self._store.dead_letters(limit=limit, before=before))
 
-    async def check(self) -> None:
-        await self._in_turn(self._store.check)
+    async def check(self, *, for_submits: bool = False) -> None:
+        await self._in_turn(lambda: self._store.check(for_submits=for_submits))
 
     async def _in_turn(self, call: Callable[[], Awaitable[T]], extra_s: float = 0.0) -> T:
         await self._enter()

@@ -79,6 +79,8 @@ def serve(
         try:
             await store.check()
         except StoreUnavailable as problem:
+            if isinstance(problem, ConfigError):  # wrong credentials: nothing to wait for
+                raise
             typer.echo(f"warning: {problem.message}; serving, not ready until it answers", err=True)
         typer.echo(f"hortator API on {address_of(sock)} (pages: /docs), {redacted(where.redis_url)}", err=True)
         return create_app(store, api_settings=settings)

@@ -100,8 +100,8 @@ def test_prefill(kernels: Any, past: bool, window: int) -> None:
     contexts = [count + before for count, before in zip(counts, befores, strict=True)]
     cache = random(2, 200, kv_heads, size, head_dim)
     slots = torch.randperm(200 * size, device=DEVICE)[: sum(contexts)].int()
-    ends = [torch.tensor([0, *values], device=DEVICE).cumsum(0).int() for values in (counts, contexts)]
-    chunks = Chunks(*ends, max(counts), max(contexts), slots if past else None)
+    query_ends, key_ends = (torch.tensor([0, *n], device=DEVICE).cumsum(0).int() for n in (counts, contexts))
+    chunks = Chunks(query_ends, key_ends, max(counts), max(contexts), slots if past else None)
     qkv = random(sum(counts), (heads + 2 * kv_heads) * head_dim)
     options = {"num_heads": heads, "scale": head_dim**-0.5, "window": window}
     got = kernels.prefill(qkv, cache, chunks, **options)

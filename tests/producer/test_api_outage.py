@@ -119,10 +119,20 @@ def test_a_redis_that_evicts_is_not_ready_and_says_why(redis: EmbeddedRedis, api
     assert "allkeys-lru" in answer.json()["error"]["message"]
 
 
+def test_refused_credentials_are_no_bug_of_the_server(redis: EmbeddedRedis, api: Api) -> None:
+    api.redis.config_set("requirepass", "rotated")
+    api.redis.client_kill_filter(_type="normal", skipme=True)
+    refused_within(api, 0.3)
+    assert "credentials" in api.http.get("/readyz").json()["error"]["message"]
+    api.redis.config_set("requirepass", "")
+    wait_for("readyz", lambda: api.http.get("/readyz").status_code == 200)
+
+
 def test_a_full_redis_refuses_jobs_and_the_api_lives(redis: EmbeddedRedis, api: Api) -> None:
     api.redis.config_set("maxmemory", "1")
     answer = api.http.post("/v1/jobs", json=job())
     assert answer.status_code in (429, 503)
     assert int(answer.headers["retry-after"]) >= 1
+    assert api.http.get("/readyz").status_code == 503, "jobs cannot be accepted now"
     api.redis.config_set("maxmemory", "0")
     wait_for("a job to be accepted", lambda: api.http.post("/v1/jobs", json=job()).status_code == 202)

@@ -12,7 +12,7 @@ from hortator.producer.names import Names
 from hortator.producer.redis_store import RedisStore
 from hortator.producer.rules import Rules
 from hortator.producer.schema import Failure, State
-from hortator.producer.store import Lease, Outcome
+from hortator.producer.store import Lease, Outcome, ReleaseReason
 from tests.producer.rig import LEASE_S, MODEL, NAMESPACE, RedisRig, done, job, prompt_of, result
 
 
@@ -53,6 +53,19 @@ def test_an_own_job_is_a_celery_task_to_celery(redis_rig: RedisRig, app: Any) ->
     assert answer.state == "PENDING"
     redis_rig.store.commit([done(redis_rig.claim_one(), "text")])
     assert answer.get(timeout=5)["text"] == "text"
+
+
+def test_a_running_job_is_started_to_celery_and_pending_again_when_it_goes_back(redis_rig: RedisRig, app: Any) -> None:
+    answer = app.send_task("llm.generate", args=["hi"], queue=MODEL)
+    lease = redis_rig.claim_one(owner="a group")
+    assert answer.state == "STARTED"
+    assert answer.info["hostname"].startswith("a_group")
+    redis_rig.store.release([lease], reason=ReleaseReason.DRAINED)
+    assert answer.state == "PENDING"
+    redis_rig.store.release([redis_rig.claim_one()], reason=ReleaseReason.CRASHED)
+    assert answer.state == "PENDING"
+    redis_rig.store.commit([done(redis_rig.claim_one(), "text")])
+    assert (answer.state, answer.get(timeout=5)["text"]) == ("SUCCESS", "text")
 
 
 def test_a_failure_is_raised_by_get(redis_rig: RedisRig, app: Any) -> None:

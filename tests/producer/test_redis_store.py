@@ -15,7 +15,7 @@ import redis
 
 from hortator.producer.calls import refuse_unsuitable, script
 from hortator.producer.embedded import EmbeddedRedis
-from hortator.producer.errors import ConfigError, StoreUnavailable, StoreUnsuitable
+from hortator.producer.errors import ConfigError, StoreForbidden, StoreUnavailable, StoreUnsuitable
 from hortator.producer.names import TABLE
 from hortator.producer.redis_store import AsyncRedisStore, RedisStore
 from hortator.producer.rules import Rules
@@ -394,6 +394,37 @@ def test_a_wrong_password_is_a_clear_error_and_is_not_repeated(own_redis: Embedd
     assert "wr0ng" not in str(caught.value)
 
 
+@pytest.mark.parametrize("rights", ["+@all -evalsha -eval", "+@all -lpush", "+@all -del"])
+def test_missing_rights_are_told_from_a_redis_that_is_away(redis_rig: RedisRig, rights: str) -> None:
+    redis_rig.redis.execute_command("ACL", "SETUSER", "limited", "on", ">pw", "~*", "&*", *rights.split())
+    try:
+        with (
+            RedisStore(redis_rig.url.replace("//", "//limited:pw@"), namespace=NAMESPACE) as store,
+            pytest.raises(StoreForbidden, match="credentials"),
+        ):
+            _ask_for_all(store)
+    finally:
+        redis_rig.redis.execute_command("ACL", "DELUSER", "limited")
+
+
+def _ask_for_all(store: RedisStore) -> None:
+    store.enqueue([job()], job_ids=["id-1"])
+    store.check(for_submits=True)
+
+
+def test_a_check_for_submits_sees_what_a_submit_would_meet(own_redis: EmbeddedRedis) -> None:
+    with redis.Redis.from_url(own_redis.url) as admin, RedisStore(own_redis.url, timeout_s=5) as store:
+        store.check(for_submits=True)
+        admin.config_set("maxmemory", "1mb")
+        store.check()  # leaders may start: they are the ones that make room
+        with pytest.raises(StoreUnavailable, match="nearly full"):
+            store.check(for_submits=True)
+        admin.config_set("maxmemory", "0")
+        admin.config_set("min-replicas-to-write", 1)
+        with pytest.raises(StoreUnavailable, match="takes no writes"):
+            store.check(for_submits=True)
+
+
 def test_the_asyncio_store_keeps_the_same_promises(redis_rig: RedisRig) -> None:
     async def scenario() -> None:
         async with AsyncRedisStore(redis_rig.url, namespace=NAMESPACE, timeout_s=5) as store:
@@ -467,5 +498,5 @@ def test_nothing_of_an_earlier_life_of_an_id_is_left(redis_rig: RedisRig) -> Non
     redis_rig.claim()
     for job_id in ("own", "foreign"):
         assert redis_rig.store.chunks(job_id) == []
-        assert not redis_rig.redis.exists(redis_rig.names.result(job_id))
+        assert b'"STARTED"' in redis_rig.redis.get(redis_rig.names.result(job_id))
     assert redis_rig.state("malformed") is State.FAILED

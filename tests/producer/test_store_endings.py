@@ -1,8 +1,36 @@
 """Cancel, deadlines, status: every accepted job becomes terminal, once, and tenants see only their own."""
 
+from dataclasses import replace
+
 from hortator.producer.schema import State
 from hortator.producer.store import ReleaseReason, Verdict
 from tests.producer.rig import Rig, done, foreign, job, tokens
+
+
+def test_the_last_tokens_are_journalled_with_the_outcome(rig: Rig) -> None:
+    [job_id] = rig.enqueue("x")
+    lease = rig.claim_one()
+    rig.store.append([tokens(lease, 0, 1, 2)])
+    outcome = replace(done(lease), rest=tokens(lease, 2, 3).chunk)
+    assert rig.store.commit([outcome]) == [Verdict.COMMITTED]
+    assert rig.store.commit([outcome]) == [Verdict.COMMITTED], "its reply was lost"
+    assert [chunk.index for chunk in rig.store.chunks(job_id)] == [0, 2]
+    assert rig.status(job_id).num_tokens == 3
+
+
+def test_an_outcome_that_is_all_of_the_journal_says_when_the_first_token_came(rig: Rig) -> None:
+    [job_id] = rig.enqueue("x")
+    lease = rig.claim_one()
+    rig.store.commit([replace(done(lease), rest=tokens(lease, 0, 1).chunk)])
+    assert rig.status(job_id).timings.first_token_ms is not None
+
+
+def test_last_tokens_that_the_journal_cannot_take_do_not_stop_the_end(rig: Rig) -> None:
+    [job_id] = rig.enqueue("x")
+    lease = rig.claim_one()
+    assert rig.store.commit([replace(done(lease), rest=tokens(lease, 7, 3).chunk)]) == [Verdict.COMMITTED]
+    assert rig.state(job_id) is State.SUCCEEDED
+    assert rig.store.chunks(job_id) == []
 
 
 def test_a_queued_job_is_cancelled_at_once(rig: Rig) -> None:

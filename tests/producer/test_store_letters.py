@@ -154,6 +154,22 @@ def test_a_job_of_a_later_schema_stays_for_a_worker_that_speaks_it(rig: Rig) -> 
     assert rig.store.dead_letters() == []
 
 
+@pytest.mark.parametrize("version", ["1", True, False, 1.5, 0, -1, [], {"major": 2}])
+def test_a_version_that_is_none_is_buried_and_does_not_go_round_for_ever(rig: Rig, version: Any) -> None:
+    rig.push(foreign("odd", headers=headers(id="odd", hortator={"version": version})))
+    assert rig.claim().jobs == ()
+    assert rig.depth() == 0
+    [letter] = rig.store.dead_letters()
+    assert (letter.job_id, letter.reason) == ("odd", "its hortator.version is no version: a positive integer")
+    assert rig.state("odd") is State.FAILED
+
+
+@pytest.mark.parametrize("mark", [{"version": None}, {"version": 1.0}, {}, "x"])
+def test_a_message_without_a_version_is_of_ours(rig: Rig, mark: Any) -> None:
+    rig.push(foreign("plain", headers=headers(id="plain", hortator=mark)))
+    assert rig.claim_one().job_id == "plain"
+
+
 def test_a_queue_of_later_schemas_does_not_spin(rig: Rig) -> None:
     for i in range(2000):
         raw = foreign(f"f{i}", headers=headers(id=f"f{i}", hortator={"version": 2}))

@@ -10,7 +10,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from hortator.producer import Job, Sampling
-from tests.together.fleet import LEASE_S, REPOSITORY, Fleet, alive, assert_all_right, wait_for
+from hortator.producer.store import ReleaseReason
+from tests.together.fleet import LEASE_S, REPOSITORY, Fleet, Worker, alive, assert_all_right, wait_for
 
 LONG = 150  # tokens of a job that is killed in its middle: about 3 s of generation
 PROMPTS = [f"prompt number {i} is not like the others;" for i in range(8)]
@@ -123,6 +124,31 @@ def test_a_stopped_peer_is_noticed_within_seconds(fleet: Fleet) -> None:
     wait_for("all ranks of the old epoch gone", lambda: not any(map(alive, before)), 6.0)
     leader.ready(after_epoch=epoch)
     assert_all_right(fleet.finished(list(asked)), asked, LONG)
+
+
+def test_a_stopped_front_that_wakes_charges_and_convicts_nobody(fleet: Fleet) -> None:
+    leader = fleet.worker("one", heartbeat_s=0.2, heartbeat_timeout_s=0.8, lease_s=30).ready()
+    asked = ask(fleet, max_tokens=60)
+    fleet.progressed(list(asked))
+    stopped_until_its_ranks_are_gone(leader)
+    done = fleet.finished(list(asked))
+    assert_all_right(done, asked, 60)
+    assert {status.attempt for status in done.values()} == {1}, "handed back uncharged"
+
+    leader.signal(signal.SIGSTOP)
+    [suspect] = fleet.enqueue(["innocent;"], max_tokens=20)
+    [claimed] = fleet.store.claim("echo", owner="another", limit=1, lease_s=30, idle=True).jobs
+    fleet.store.release([claimed.lease], reason=ReleaseReason.CRASHED)
+    stopped_until_its_ranks_are_gone(leader)
+    assert_all_right(fleet.finished([suspect]), {suspect: "innocent;"}, 20)
+
+
+def stopped_until_its_ranks_are_gone(leader: Worker) -> None:
+    """SIGSTOP, until the ranks have given the front up; then it wakes."""
+    ranks = [pid for pid in leader.ranks() if alive(pid)]
+    leader.signal(signal.SIGSTOP)
+    wait_for("ranks that gave up", lambda: not any(map(alive, ranks)), 5.0)
+    leader.signal(signal.SIGCONT)
 
 
 def test_no_rank_outlives_its_front(fleet: Fleet) -> None:

@@ -80,6 +80,21 @@ def test_a_stall_shorter_than_the_lease_takes_nothing_over(fleet: Fleet) -> None
     assert {status.attempt for status in done.values()} == {1}
 
 
+def test_writes_refused_for_longer_than_the_lease_charge_nobody(fleet: Fleet) -> None:
+    leader = fleet.worker("one", lease_s=1.5).ready()
+    asked = ask(fleet)
+    fleet.progressed(list(asked))
+    admin = redis_py.Redis.from_url(fleet.redis.url)
+    admin.config_set("min-replicas-to-write", 1)
+    time.sleep(2.5)
+    admin.config_set("min-replicas-to-write", 0)
+    admin.close()
+    done = fleet.finished(list(asked))
+    assert_all_right(done, asked, TOKENS)
+    assert {status.attempt for status in done.values()} == {1}
+    assert leader.process.poll() is None
+
+
 def test_a_job_longer_than_its_lease_runs_once(fleet: Fleet) -> None:
     fleet.worker("one", lease_s=1.5).ready()
     prompts = ["a long way to go;"]

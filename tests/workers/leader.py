@@ -37,11 +37,16 @@ class FakeGroup:
         self.admitted: list[Request] = []
         self.cancelled: list[int] = []
         self.messages = 0
+        self.steady = True
+        self.rank_0_gone = False
 
-    def submit(self, *, admit: Sequence[Request] = (), cancel: Sequence[int] = ()) -> None:
+    def submit(self, *, admit: Sequence[Request] = (), cancel: Sequence[int] = ()) -> bool:
+        if self.rank_0_gone:
+            return False
         self.messages += 1
         self.admitted += admit
         self.cancelled += cancel
+        return True
 
     def poll(self) -> list[Event]:
         return []
@@ -118,8 +123,8 @@ class Leader:
         self.front.on_events([Ready(epoch, self.info, 0.1)])
         self.turn()
 
-    def down(self, reason: str = "rank 1 died", *, permanent: bool = False) -> None:
-        self.front.on_events([Down(self.group.epoch, reason, permanent, None if permanent else 0.1)])
+    def down(self, reason: str = "rank 1 died", *, permanent: bool = False, by_pause: bool = False) -> None:
+        self.front.on_events([Down(self.group.epoch, reason, permanent, None if permanent else 0.1, by_pause)])
         self.turn()
 
     def turn(self, *events: Event, after_s: float = 0.0) -> None:
@@ -136,7 +141,7 @@ class Leader:
         """One engine step that gives every byte of `tokens` to one request (default: the newest)."""
         handle = of if of is not None else self.group.admitted[-1].handle
         output = StepOutput(
-            tuple(Token(handle, byte, more.get("logprob")) for byte in tokens.encode()),
+            tuple(Token(handle, byte, more.get("logprob"), more.get("top", ())) for byte in tokens.encode()),
             ((handle, finish),) if finish else (),
             more.get("faults", ()),
         )

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 
-from hortator.producer.errors import StoreUnavailable
-from hortator.producer.schema import FinishReason, State
+from hortator.producer.errors import HortatorError, StoreForbidden, StoreUnavailable, StoreUnsuitable
+from hortator.producer.schema import FinishReason, Job, State
 from hortator.producer.store import Lease, Outcome, ReleaseReason, Verdict
-from hortator.workers.engine.step import Finish
+from hortator.workers.engine.step import EngineStats, Finish, StepOutput, Structure, StructureKind, Token
+from hortator.workers.group import Stepped
 from hortator.workers.intake import seed_of
 from hortator.workers.outbox import COMMITS_PER_CALL, Delivery, Outbox
 from tests.workers.leader import EOS, MODEL, Leader
@@ -60,6 +61,59 @@ def test_logprobs_reach_the_result() -> None:
     assert result.logprobs == (-0.25, -0.25)
 
 
+def test_the_likeliest_tokens_reach_journal_and_result() -> None:
+    leader = Leader()
+    leader.run(logprobs=True, top_logprobs=2)
+    top = ((97, -0.25), (98, -2.0))
+    leader.step("ab", logprob=-0.25, top=top, finish=Finish.LENGTH)
+    result = leader.status().result
+    assert result is not None
+    assert result.top_logprobs == (top, top)
+    assert [chunk.top_logprobs for chunk in leader.store.chunks("id-1")] == [(top, top)]
+
+
+def test_every_way_of_sampling_reaches_the_engine() -> None:
+    leader = Leader()
+    leader.run(
+        repetition_penalty=1.2,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        logit_bias={3: 1.5},
+        min_tokens=4,
+        structure={"type": "choice", "choices": ["ja", "nö"]},
+    )
+    sampling = leader.group.admitted[0].sampling
+    assert (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.2, 0.5, -0.5)
+    assert (sampling.logit_bias, sampling.min_tokens) == (((3, 1.5),), 4)
+    assert sampling.structure == Structure(StructureKind.CHOICE, '["ja","nö"]')
+
+
+def test_a_schema_reaches_the_engine_with_its_properties_in_their_order() -> None:
+    leader = Leader()
+    leader.run(structure={"type": "json_schema", "json_schema": {"properties": {"b": {}, "a": {}}}})
+    structure = leader.group.admitted[0].sampling.structure
+    assert structure == Structure(StructureKind.JSON_SCHEMA, '{"properties":{"b":{},"a":{}}}')
+
+
+def test_a_bad_parameter_of_a_plain_celery_message_fails_its_job_with_the_reason() -> None:
+    leader = Leader()
+    leader.store.push(MODEL, message("plain-1", prompt="hi", top_logprobs=3))
+    leader.turn(after_s=0.1)
+    failure = leader.status("plain-1").failure
+    assert failure is not None
+    assert failure.code == "bad_request"
+    assert "top_logprobs needs logprobs" in failure.message
+
+
+def test_a_stop_string_counts_only_after_min_tokens() -> None:
+    leader = Leader()
+    leader.run(stop=["ab"], min_tokens=3)
+    leader.step("abcabd")
+    result = leader.status().result
+    assert result is not None
+    assert (result.text, len(result.token_ids)) == ("abc", 5)
+
+
 def test_a_stop_string_ends_the_job_here_and_in_the_engine() -> None:
     leader = Leader()
     leader.run(stop=["END"])
@@ -92,13 +146,11 @@ def test_one_step_is_one_message_and_one_commit_for_all_its_jobs() -> None:
     leader.redis.calls.clear()
     handles = [request.handle for request in leader.group.admitted]
     output = [(handle, Finish.LENGTH) for handle in handles]
-    from hortator.workers.engine.step import EngineStats, StepOutput, Token
-    from hortator.workers.group import Stepped
-
     step = StepOutput(tuple(Token(handle, 97) for handle in handles), tuple(output))
     leader.turn(Stepped(1, 1, step, EngineStats(0, 0, 1, 1, 0), False))
-    assert leader.redis.calls.count("commit") == leader.redis.calls.count("append") == 1
+    assert leader.redis.calls == ["commit"]
     assert all(leader.status(f"id-{number}").state is State.SUCCEEDED for number in range(4))
+    assert all(leader.journal(f"id-{number}") == "a" for number in range(4))
 
 
 def test_tokens_are_journalled_at_most_every_thirty_milliseconds() -> None:
@@ -110,6 +162,33 @@ def test_tokens_are_journalled_at_most_every_thirty_milliseconds() -> None:
     assert 3 <= leader.redis.calls.count("append") <= 5
     leader.turn(after_s=0.05)
     assert leader.journal() == "a" * 10
+
+
+def test_many_jobs_are_journalled_in_larger_pieces_so_that_redis_bears_a_full_group() -> None:
+    leader = Leader(max_num_seqs=64)
+    for number in range(64):
+        leader.enqueue(job_id=f"id-{number}")
+    leader.turn(after_s=0.1)
+    handles = [request.handle for request in leader.group.admitted]
+    leader.redis.calls.clear()
+    for step in range(1, 31):
+        output = StepOutput(tuple(Token(handle, 97) for handle in handles))
+        leader.turn(Stepped(1, step, output, EngineStats(64, 0, 1, 1, 0), False), after_s=0.02)
+    assert 5 <= leader.redis.calls.count("append") <= 7, "600 ms of generation"
+    leader.turn(after_s=0.1)
+    assert leader.journal("id-63") == "a" * 30
+
+
+def test_a_full_group_with_slow_steps_asks_for_jobs_no_more_than_twice_a_step() -> None:
+    leader = Leader(max_num_seqs=4)
+    for number in range(3):
+        leader.run(job_id=f"id-{number}")
+    leader.redis.calls.clear()
+    for step in range(1, 11):
+        leader.turn(Stepped(1, step, StepOutput(), EngineStats(3, 0, 1, 1, 0), False), after_s=0.001)
+        for _ in range(19):
+            leader.turn(after_s=0.001)
+    assert 15 <= leader.redis.calls.count("claim") <= 22
 
 
 # ---- what cannot run
@@ -398,7 +477,51 @@ def test_tokens_of_an_earlier_epoch_are_ignored() -> None:
     assert leader.status().state is State.RUNNING
 
 
+def test_nothing_is_claimed_while_the_group_is_in_doubt() -> None:
+    leader = Leader()
+    leader.group.steady = False
+    leader.run()
+    assert leader.status().state is State.QUEUED
+    leader.group.steady = True
+    leader.turn(after_s=0.1)
+    assert leader.status().state is State.RUNNING
+
+
+def test_jobs_that_ranks_ran_when_they_gave_up_a_stopped_front_are_not_charged() -> None:
+    leader = Leader()
+    leader.run()
+    leader.step("ab")
+    leader.down(by_pause=True)
+    assert leader.status().attempt == 0
+    assert leader.store.queues()[0].suspects == 0
+    leader.ready(epoch=2)
+    leader.turn(after_s=0.1)
+    assert leader.group.admitted[-1].generated == tuple(b"ab")
+
+
 # ---- suspects
+
+
+def test_a_job_that_the_dead_group_never_had_is_not_charged() -> None:
+    leader = Leader()
+    leader.group.rank_0_gone = True
+    leader.run()
+    assert leader.gone_ == [("id-1", "the group is going down")]
+    leader.down()
+    assert leader.status().attempt == 0
+    assert leader.store.queues()[0].suspects == 0
+
+
+def test_a_suspect_that_the_dead_group_never_had_is_not_convicted() -> None:
+    leader = Leader()
+    crashed_batch(leader, jobs=1)
+    leader.front.hand_back()
+    leader.turn()
+    leader.group.rank_0_gone = True
+    leader.turn(after_s=0.1)
+    leader.down()
+    assert leader.status("id-0").state is State.QUEUED
+    assert leader.store.queues()[0].suspects == 1
 
 
 def crashed_batch(leader: Leader, jobs: int = 2) -> None:
@@ -418,13 +541,41 @@ def test_a_suspect_runs_alone_until_it_is_past_the_point_of_the_crash() -> None:
     leader.step("ab")
     leader.turn(after_s=0.1)
     assert leader.redis.calls.count("clear") == 0
+    first = leader.group.admitted[-1].handle
     leader.step("c")
     leader.turn(after_s=0.1)
-    assert leader.redis.calls.count("clear") == 1
-    assert leader.front.num_live == 1  # the next suspect waits for an empty group
-    leader.step("d", finish=Finish.LENGTH)
     leader.turn(after_s=0.1)
+    assert leader.redis.calls.count("clear") == 1
     assert leader.front.num_live == 1
+    assert leader.group.admitted[-1].handle != first, "the next suspect does not wait for the end of the first"
+
+
+def test_many_long_suspects_cost_a_short_run_each_and_then_go_on_together() -> None:
+    jobs = 4
+    leader = Leader(probation_tokens=2)
+    crashed_batch(leader, jobs=jobs)
+    for _ in range(jobs):
+        assert leader.front.num_live == 1
+        leader.step("abc")
+        leader.turn(after_s=0.1)
+        leader.turn(after_s=0.1)
+    assert leader.front.num_live == jobs
+    assert leader.store.queues()[0].suspects == 0
+    assert {len(request.generated) for request in leader.group.admitted[1 - jobs :]} == {3}
+    assert {leader.status(f"id-{number}").attempt for number in range(jobs)} == {2}, "stepping aside is not charged"
+
+
+def test_a_cleared_suspect_that_already_has_company_is_not_sent_back() -> None:
+    leader = Leader(probation_tokens=2)
+    crashed_batch(leader, jobs=1)
+    leader.step("ab")
+    leader.run(job_id="next")
+    other = leader.store.enqueue([Job(model=MODEL, prompt="x")], job_ids=["other"])[0].job_id
+    [claimed] = leader.store.claim(MODEL, owner="another", limit=1, lease_s=60, idle=False).jobs
+    leader.store.release([claimed.lease], reason=ReleaseReason.CRASHED)
+    leader.turn(after_s=0.1)
+    assert leader.front.num_live == 2
+    assert leader.status(other).state is State.QUEUED
 
 
 def test_nothing_joins_a_suspect_before_it_is_cleared() -> None:
@@ -526,6 +677,21 @@ def test_a_front_that_cannot_renew_stops_its_jobs_by_itself() -> None:
     assert leader.group.cancelled == [leader.group.admitted[0].handle]
 
 
+def test_an_outage_longer_than_the_lease_charges_nobody_and_keeps_the_tokens() -> None:
+    leader = Leader()
+    leader.run(max_tokens=8)
+    leader.redis.away = True
+    leader.step("ab", after_s=3.0)
+    leader.turn(after_s=9.0)
+    leader.redis.away = False
+    for _ in range(20):  # long enough for the sweeper to believe in dead leaders again
+        leader.turn(after_s=1.1)
+    assert leader.group.admitted[-1].generated == tuple(b"ab")
+    status = leader.status()
+    assert (status.state, status.attempt) == (State.RUNNING, 1)
+    assert leader.redis.calls.count("clear") == 0, "it was no suspect"
+
+
 def test_a_lost_lease_stops_the_job_without_an_outcome() -> None:
     leader = Leader()
     leader.run()
@@ -610,25 +776,40 @@ def test_a_redis_that_hangs_is_not_asked_again_at_once() -> None:
 
 
 def raise_unavailable() -> None:
-    from hortator.producer.errors import StoreUnavailable
-
     raise StoreUnavailable("timeout")
 
 
-def test_an_unsuitable_redis_is_fatal_before_the_first_claim(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hortator.producer.errors import StoreUnsuitable
-
+@pytest.mark.parametrize("error", [StoreUnsuitable("it evicts"), StoreForbidden("wrong password")])
+def test_a_redis_that_cannot_be_used_is_fatal_before_the_first_claim(
+    monkeypatch: pytest.MonkeyPatch, error: HortatorError
+) -> None:
     leader = Leader(ready=False)
 
     def refuse() -> None:
-        raise StoreUnsuitable("maxmemory-policy is allkeys-lru")
+        raise error
 
     monkeypatch.setattr(leader.store, "check", refuse)
     leader.enqueue()
     leader.ready()
     leader.turn(after_s=0.1)
-    assert leader.front.fatal == "maxmemory-policy is allkeys-lru"
+    assert leader.front.fatal == error.message
     assert leader.status().state is State.QUEUED
+
+
+def test_credentials_that_are_refused_later_are_an_outage_and_nothing_exits(monkeypatch: pytest.MonkeyPatch) -> None:
+    leader = Leader()
+    leader.run()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise StoreForbidden("the password was changed")
+
+    with monkeypatch.context() as rotated:
+        for name in ("append", "renew", "commit", "claim", "beat"):
+            rotated.setattr(leader.store, name, refuse)
+        leader.step("ab", after_s=1.1)
+    assert leader.front.fatal is None
+    leader.step("c", finish=Finish.LENGTH, after_s=1.1)
+    assert leader.status().state is State.SUCCEEDED
 
 
 # ---- the end

@@ -250,7 +250,7 @@ def _placements(
 def _tie(model: Any, config: ModelConfig) -> None:
     """A tied head shares the embedding of its own rank; where that is not, it has a copy of its own."""
     if config.hf.tie_word_embeddings and model.lm_head is not None and model.model.embed_tokens is not None:
-        _set_parameter(model, HEAD, model.get_parameter(EMBEDDING))
+        model.lm_head.weight = model.get_parameter(EMBEDDING)
 
 
 def _head_sizes(config: ModelConfig) -> tuple[int, int, int]:

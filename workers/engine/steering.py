@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from hortator.producer.errors import BadRequest
 
 from .draw import Draw
-from .penalties import Bias, Tally, add_biases, bias_of, forbid, penalise
+from .penalties import Bias, News, Table, Tally, add_biases, bias_of, forbid, penalise
 from .structure import Bits, Grammars, Matcher, without
 from .transfer import indices, to_device
 
@@ -27,9 +27,9 @@ PATIENCE_S = 0.005  # a step waits this long for structures that are still being
 class Past:
     """What is remembered of one sequence because counting it again each step would be dear."""
 
-    tally: Tally | None
     bias: Bias | None
     ends: NDArray[np.int64]  # end-of-sequence and stop tokens within the vocabulary
+    tally: Tally | None = None
     matcher: "Matcher | Future[llguidance.LLMatcher] | None" = None
 
 
@@ -46,6 +46,7 @@ class Steering:
 
     def __init__(self, grammars: Grammars | None) -> None:
         self._grammars = grammars
+        self._table: Table | None = None
         self._pasts: OrderedDict[int, Past] = OrderedDict()
         self._room = 16
 
@@ -67,26 +68,31 @@ class Steering:
         past = self._pasts.get(draw.handle)
         if past is None:
             sampling = draw.sampling
-            tally = Tally(with_prompt=sampling.repetition_penalty != 1) if sampling.penalises else None
             ends = np.array(sorted(t for t in draw.stops if t < vocab_size), dtype=np.int64)
-            past = self._pasts[draw.handle] = Past(tally, bias_of(sampling) if sampling.logit_bias else None, ends)
+            past = self._pasts[draw.handle] = Past(bias_of(sampling) if sampling.logit_bias else None, ends)
         self._pasts.move_to_end(draw.handle)
         return past
 
     def _forget(self, num_rows: int) -> None:
         self._room = max(self._room, 2 * num_rows)
         while len(self._pasts) > self._room:
-            self._pasts.popitem(last=False)
+            _, past = self._pasts.popitem(last=False)
+            if past.tally is not None and self._table is not None:
+                self._table.close(past.tally)
 
     def _penalise(self, logits: torch.Tensor, draws: Sequence[Draw], pasts: Sequence[Past]) -> None:
-        rows, tallies = [], []
-        for row, past in enumerate(pasts):
-            if past.tally is not None:
-                past.tally.catch_up(draws[row].tokens, draws[row].num_prompt)
-                rows.append(row)
-                tallies.append(past.tally)
-        if rows:
-            penalise(logits, rows, [draws[row].sampling for row in rows], tallies)
+        rows = [row for row, draw in enumerate(draws) if draw.sampling.penalises]
+        if not rows:
+            return
+        table = self._table = self._table or Table(logits.device)
+        news, tallies = News(), []
+        for row in rows:
+            draw, past = draws[row], pasts[row]
+            past.tally = past.tally or table.open(with_prompt=draw.sampling.repetition_penalty != 1)
+            past.tally.catch_up(draw.tokens, draw.num_prompt, news)
+            tallies.append(past.tally)
+        table.add(news, tallies)
+        penalise(logits, rows, [draws[row].sampling for row in rows], table, tallies)
 
     def _structure(
         self, logits: torch.Tensor, rows: Sequence[int], draws: Sequence[Draw], pasts: Sequence[Past]

@@ -11,6 +11,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import llguidance
@@ -24,6 +25,9 @@ from .step import Structure, StructureKind
 
 _NUM_COMPILED = 128  # structures kept for requests that use the same
 _THREADS = 2
+_MAX_REASON = 500
+_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
+"""Any layout, but not for ever: a model that has begun to indent may not find out of it."""
 _LIMITS = llguidance.LLParserLimits(
     max_grammar_size=100_000,
     initial_lexer_fuel=1_000_000,  # about 20 ms
@@ -42,16 +46,22 @@ class Matcher:
     def __init__(self, matcher: llguidance.LLMatcher) -> None:
         self.raw = matcher
         self._num_taken = 0  # of the generated tokens
+        self._strayed = False
 
     @property
     def problem(self) -> str | None:
         """Why the structure has come to nothing."""
-        return first_line(self.raw.get_error()) if self.raw.is_error() else None
+        if self.raw.is_error():
+            return first_line(self.raw.get_error())
+        return "the tokens of an earlier attempt do not follow it" if self._strayed else None
 
     def catch_up(self, tokens: "array[int]", num_prompt: int) -> None:
-        """Take the tokens that were generated since the last call."""
-        self.raw.consume_tokens(tokens[num_prompt + self._num_taken :].tolist())
+        """Take the tokens that were generated since the last call.  Whatever comes after the end (a request may ignore
+        ends of sequence) says nothing any more."""
+        news = tokens[num_prompt + self._num_taken :].tolist()
         self._num_taken = len(tokens) - num_prompt
+        if not self.raw.is_stopped() and self.raw.try_consume_tokens(news) < len(news):
+            self._strayed = not self.raw.is_stopped()
 
 
 class Grammars:
@@ -66,7 +76,6 @@ class Grammars:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="grammars")
         self._tokenizer = self._threads.submit(_read, tokenizer, vocab_size, list(eos_token_ids))
         self._compiled: OrderedDict[Structure, Future[llguidance.LLMatcher]] = OrderedDict()
-        self._executor = llguidance.LLExecutor(num_threads=len(os.sched_getaffinity(0)))
         self._vocab_size = vocab_size
 
     @classmethod
@@ -91,6 +100,10 @@ class Grammars:
             self._compiled.popitem(last=False)
         return known
 
+    @cached_property
+    def _executor(self) -> llguidance.LLExecutor:
+        return llguidance.LLExecutor(num_threads=len(os.sched_getaffinity(0)))
+
     def allowed(self, matchers: Sequence[Matcher]) -> Bits:
         """[matchers, vocabulary / 32]: a bit for each token that may come next.  A matcher may get a problem by it."""
         bits = allocate_token_bitmask(len(matchers), self._vocab_size)
@@ -111,7 +124,7 @@ def without(bits: Bits, tokens: Sequence[int]) -> Bits:
 
 def first_line(error: str) -> str:
     """The library's errors are long, and may quote what was generated after their first line."""
-    return error.strip().split("\n", 1)[0][:500]
+    return error.strip().split("\n", 1)[0][:_MAX_REASON]
 
 
 def _read(path: Path, vocab_size: int, eos_token_ids: list[int]) -> llguidance.LLTokenizer:
@@ -126,8 +139,8 @@ def _compile(tokenizer: "Future[llguidance.LLTokenizer]", structure: Structure) 
         matcher = llguidance.LLMatcher(tokenizer.result(), _grammar(structure), log_level=0, limits=_LIMITS)
     except ValueError as error:  # JSON that is none
         raise BadRequest(f"structure: {first_line(str(error))}") from None
-    if matcher.is_error():
-        raise BadRequest(f"structure: {first_line(matcher.get_error())}")
+    if matcher.is_error():  # of a description, which its sender knows: all lines may be told
+        raise BadRequest(f"structure: {' '.join(matcher.get_error().split())[:_MAX_REASON]}")
     return matcher
 
 
@@ -136,7 +149,7 @@ def _grammar(structure: Structure) -> str:
     text, make = structure.definition, llguidance.LLMatcher
     match structure.kind:
         case StructureKind.JSON_SCHEMA:
-            return make.grammar_from_json_schema(text)
+            return make.grammar_from_json_schema(text, defaults={"whitespace_pattern": _WHITESPACE})
         case StructureKind.REGEX:
             return make.grammar_from_regex(text)
         case StructureKind.LARK:

@@ -15,6 +15,7 @@ from typing import Self
 
 import psutil
 
+from hortator.producer.redis_store import RedisStore
 from tests.together.fleet import ECHO, LEASE_S, REPOSITORY, Fleet, Worker
 from tests.together.nodes.machines import Machine, Machines
 
@@ -35,6 +36,7 @@ class Cluster(Fleet):
         try:
             enter_network(Path(f"/run/netns/{self.first.netns}"))
             super().__enter__()
+            self.store = RedisStore(self.redis.url, timeout_s=10.0)  # what is tested here is not Redis' speed
         except BaseException:
             self._leave()
             raise

@@ -18,7 +18,7 @@ WINDOW = 24
 _GEMMA = {"head_dim": 8, "tie_word_embeddings": True, "num_key_value_heads": 4}
 _OWN: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True},
-    "qwen2": {"tie_word_embeddings": True},
+    "qwen2": {"tie_word_embeddings": True, "num_hidden_layers": 3},
     "qwen3": {"head_dim": 16, "num_key_value_heads": 2},
     "mistral": {"sliding_window": WINDOW},
     # Caps so low that scores and logits reach them; a scale of queries that is not the usual one.

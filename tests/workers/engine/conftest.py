@@ -1,11 +1,14 @@
 """One tiny checkpoint of each architecture, made once a session."""
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+from tests.workers.engine.byte_tokenizer import write_tokenizer
 from tests.workers.engine.checkpoints import ARCHITECTURES, Checkpoint, make_checkpoint
 
 
@@ -35,3 +38,12 @@ def checkpoint(request: pytest.FixtureRequest, checkpoints: dict[str, Checkpoint
 @pytest.fixture(scope="session")
 def llama(checkpoints: dict[str, Checkpoint]) -> Checkpoint:
     return checkpoints["llama"]
+
+
+@pytest.fixture(scope="session")
+def speaking(llama: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The llama with a tokenizer, so that its output can be structured."""
+    directory = tmp_path_factory.mktemp("speaking") / "llama"
+    shutil.copytree(llama.path, directory)
+    write_tokenizer(directory)
+    return directory

@@ -1,19 +1,31 @@
-"""Greedy float32 tokens are those of transformers' generate(): batched, chunked, preempted, and on two ranks."""
+"""Greedy float32 tokens are those of transformers' generate(): batched, chunked, preempted, and on several ranks."""
+
+import shutil
+from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
-from hortator.workers.engine.step import Finish
-from tests.workers.engine.checkpoints import ARCHITECTURES, EOS, MAX_MODEL_LEN, Checkpoint, mixed_requests
+from hortator.workers.engine.step import Finish, Request
+from tests.workers.engine.checkpoints import (
+    ARCHITECTURES,
+    EOS,
+    MAX_MODEL_LEN,
+    Checkpoint,
+    make_checkpoint,
+    mixed_requests,
+)
 from tests.workers.engine.drive import TIGHT, Outcome, build, run
-from tests.workers.engine.pair import PairResult, run_pair
+from tests.workers.engine.group import NUM_REQUESTS, WAYS, RankResult, run_groups
+from tests.workers.engine.ways import ways_of_sampling
 
 REQUESTS = mixed_requests()
 
 
-def mismatches(checkpoint: Checkpoint, outcome: Outcome) -> list[int]:
+def mismatches(checkpoint: Checkpoint, outcome: Outcome, requests: list[Request] = REQUESTS) -> list[int]:
     return [
         request.handle
-        for request in REQUESTS
+        for request in requests
         if tuple(outcome.tokens[request.handle]) != checkpoint.expected(request.prompt, request.sampling.max_tokens)
     ]
 
@@ -51,41 +63,105 @@ def test_a_request_may_fill_the_context_to_its_end(name: str, checkpoints: dict[
     assert tuple(outcome.tokens[0])[: len(expected)] == expected
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ],
+    ids=lambda rope: str(rope["rope_type"]),
+)
+def test_rope_types_that_look_at_the_position_alone_match_generate(rope: dict[str, object], tmp_path: Path) -> None:
+    checkpoint = make_checkpoint("llama", tmp_path, rope_parameters={"rope_theta": 1e4, **rope})
+    outcome = run(build(checkpoint.path, **TIGHT), REQUESTS[:16], stagger=3)
+    assert mismatches(checkpoint, outcome, REQUESTS[:16]) == []
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_may_be_stacked_in_the_checkpoint(
+    name: str, checkpoints: dict[str, Checkpoint], tmp_path: Path
+) -> None:
+    for file in ("config.json", "generation_config.json"):
+        shutil.copy(checkpoints[name].path / file, tmp_path)
+    stacked = {key: tensor.contiguous() for key, tensor in checkpoints[name].reference().state_dict().items()}
+    assert stacked["model.layers.0.mlp.experts.gate_up_proj"].dim() == 3
+    save_file(stacked, tmp_path / "model.safetensors")
+    assert run(build(tmp_path), REQUESTS).tokens == run(build(checkpoints[name].path), REQUESTS).tokens
+
+
+# Every architecture on two tensor parallel ranks, and in a pipeline, alone or with tensor parallel stages.
+STAGED = {
+    "1x2": ("qwen2", "qwen3", "mistral", "gemma3_text", "mixtral"),
+    "2x2": ("llama", "gemma2", "phi3", "qwen3_moe"),
+}
+ROWS = [("2x1", name) for name in ARCHITECTURES] + [(shape, name) for shape in STAGED for name in STAGED[shape]]
+
+
 @pytest.fixture(scope="module")
-def pair(checkpoints: dict[str, Checkpoint], tmp_path_factory: pytest.TempPathFactory) -> tuple[PairResult, PairResult]:
-    return run_pair({name: checkpoints[name].path for name in ARCHITECTURES}, tmp_path_factory.mktemp("pair"))
+def groups(
+    checkpoints: dict[str, Checkpoint], speaking: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[RankResult]]:
+    """By shape: tensor x pipeline parallel sizes."""
+    paths = {shape: {WAYS: speaking} for shape, _ in ROWS}
+    for shape, name in ROWS:
+        paths[shape][name] = checkpoints[name].path
+    return run_groups(paths, tmp_path_factory.mktemp("groups"))
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_two_ranks_match_generate(
-    name: str, checkpoints: dict[str, Checkpoint], pair: tuple[PairResult, PairResult]
+@pytest.fixture
+def group(shape: str, groups: dict[str, list[RankResult]]) -> list[RankResult]:
+    return groups[shape]
+
+
+@pytest.mark.parametrize(("shape", "name"), ROWS)
+def test_a_group_matches_generate(name: str, checkpoints: dict[str, Checkpoint], group: list[RankResult]) -> None:
+    assert mismatches(checkpoints[name], group[0].outcomes[name], REQUESTS[:NUM_REQUESTS]) == []
+    assert group[0].preemptions[name] > 0
+
+
+@pytest.mark.parametrize(("shape", "name"), ROWS)
+def test_ranks_agree_on_every_step(name: str, group: list[RankResult]) -> None:
+    first, *others = (result.outcomes[name] for result in group)
+    for other in others:
+        assert first.digests == other.digests
+        assert first.tokens == other.tokens
+        assert first.finished == other.finished
+
+
+@pytest.mark.parametrize(("shape", "name"), ROWS)
+def test_a_rank_reads_and_holds_only_its_part(
+    name: str, checkpoints: dict[str, Checkpoint], group: list[RankResult]
 ) -> None:
-    assert mismatches(checkpoints[name], pair[0].outcomes[name]) == []
-    assert pair[0].preemptions[name] > 0
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_two_ranks_agree_on_every_step(name: str, pair: tuple[PairResult, PairResult]) -> None:
-    first, second = (result.outcomes[name] for result in pair)
-    assert first.digests == second.digests
-    assert first.tokens == second.tokens
-    assert first.finished == second.finished
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_rank_reads_and_holds_only_its_slices(
-    name: str, checkpoints: dict[str, Checkpoint], pair: tuple[PairResult, PairResult]
-) -> None:
+    assert [result.wrong_slices[name] for result in group] == [[] for _ in group]
+    assert [result.elements_read[name] for result in group] == [result.elements_held[name] for result in group]
     reference = checkpoints[name].reference()
-    body = {n: p.numel() for n, p in reference.model.named_parameters()}
-    cut = {n for n in body if "_proj" in n and not n.endswith("o_proj.bias")}
-    per_rank = sum(size // 2 if n in cut else size for n, size in body.items())
-    head = 0 if reference.config.tie_word_embeddings else reference.lm_head.weight.numel()
-    assert [result.elements_read[name] for result in pair] == [per_rank + head, per_rank]
-    assert all(result.wrong_slices[name] == [] for result in pair)
+    whole = sum(parameter.numel() for parameter in reference.parameters())
+    vocabulary = reference.lm_head.weight.numel()  # not cut, neither the embedding nor the head
+    assert all(result.elements_held[name] < 0.6 * whole + 2 * vocabulary for result in group)
 
 
-def test_a_bad_row_on_the_first_rank_is_a_fault_on_both(pair: tuple[PairResult, PairResult]) -> None:
-    for result in pair:
+@pytest.mark.parametrize("shape", ["2x1", *STAGED])
+def test_a_bad_row_on_the_rank_that_samples_is_a_fault_on_all(group: list[RankResult]) -> None:
+    for result in group:
         assert {handle: fault.code for handle, fault in result.outcomes["bad row"].faults.items()} == {3: "bad_logits"}
         assert set(result.outcomes["bad row"].finished) == set(range(8)) - {3}
+
+
+@pytest.mark.parametrize("shape", ["2x1", *STAGED])
+def test_ranks_agree_on_every_way_of_sampling_and_choose_as_one_alone_does(
+    group: list[RankResult], speaking: Path
+) -> None:
+    alone = run(build(speaking), ways_of_sampling(greedy=True))
+    assert len({tuple(result.outcomes[WAYS].digests) for result in group}) == 1
+    for result in group:
+        outcome = result.outcomes[WAYS]
+        assert (outcome.tokens, outcome.finished) == (alone.tokens, alone.finished)
+        assert outcome.faults.keys() == alone.faults.keys()
+    assert group[0].outcomes[WAYS].faults == alone.faults

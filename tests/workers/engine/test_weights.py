@@ -19,7 +19,7 @@ from hortator.workers.engine.checkpoint import read_entries
 from hortator.workers.engine.parallel import WHOLE, Cut
 from hortator.workers.engine.weights import ShardReader
 from tests.workers.engine import footprint
-from tests.workers.engine.pair import ROOT
+from tests.workers.engine.group import ROOT
 
 CPU = torch.device("cpu")
 

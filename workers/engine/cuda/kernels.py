@@ -8,10 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
+from . import reference
 from .batch import Chunks
-from .reference import split_heads
 
 _TILE = 64  # keys that a program of `decode` reads at a time
+_HEADS = 8  # that a program of `rotate_and_store` turns
 _MIN_ROWS = 16  # of a matrix product's left side
 
 
@@ -69,33 +70,41 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 def _rotate_and_store(
     qkv, positions, slots, cos_sin, q_norm, k_norm, cache, eps, cache_half,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, NORM: tl.constexpr,
+    HEADS: tl.constexpr,
 ):  # fmt: skip
+    """One token, HEADS of its heads."""
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    source = qkv + (token * (HQ + 2 * HK) + head) * D
-    half = tl.arange(0, D // 2)
-    first = tl.load(source + half).to(tl.float32)
-    second = tl.load(source + D // 2 + half).to(tl.float32)
-    if head < HQ + HK:
-        if NORM:
-            scale = tl.rsqrt((tl.sum(first * first, axis=0) + tl.sum(second * second, axis=0)) / D + eps)
-            weight = q_norm if head < HQ else k_norm
-            kind = qkv.dtype.element_ty
-            first = (first * scale).to(kind).to(tl.float32) * tl.load(weight + half).to(tl.float32)
-            second = (second * scale).to(kind).to(tl.float32) * tl.load(weight + D // 2 + half).to(tl.float32)
-        angles = cos_sin + tl.load(positions + token).to(tl.int64) * D
-        cos, sin = tl.load(angles + half), tl.load(angles + D // 2 + half)
-        first, second = first * cos - second * sin, second * cos + first * sin
-        tl.store(source + half, first)
-        tl.store(source + D // 2 + half, second)
-    if head >= HQ:
-        slot = tl.load(slots + token).to(tl.int64)
-        is_value = head >= HQ + HK
-        kv_head = tl.where(is_value, head - HQ - HK, head - HQ)
-        target = cache + tl.where(is_value, cache_half, 0)
-        target += (((slot // BLOCK_SIZE) * HK + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE) * D
-        tl.store(target + half, first)
-        tl.store(target + D // 2 + half, second)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    half = tl.arange(0, D // 2)[None, :]
+    exists = (head < HQ + 2 * HK)[:, None]
+    source = qkv + (token * (HQ + 2 * HK) + head)[:, None] * D + half
+    first = tl.load(source, mask=exists, other=0.0).to(tl.float32)
+    second = tl.load(source + D // 2, mask=exists, other=0.0).to(tl.float32)
+    turns = (head < HQ + HK)[:, None]
+    if NORM:
+        scale = tl.rsqrt((tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / D + eps)[:, None]
+        is_query = (head < HQ)[:, None]
+        kind = qkv.dtype.element_ty
+        for_first = tl.where(is_query, tl.load(q_norm + half), tl.load(k_norm + half)).to(tl.float32)
+        for_second = tl.where(is_query, tl.load(q_norm + D // 2 + half), tl.load(k_norm + D // 2 + half)).to(tl.float32)
+        first = tl.where(turns, (first * scale).to(kind).to(tl.float32) * for_first, first)
+        second = tl.where(turns, (second * scale).to(kind).to(tl.float32) * for_second, second)
+    angles = cos_sin + tl.load(positions + token).to(tl.int64) * D + half
+    cos, sin = tl.load(angles), tl.load(angles + D // 2)
+    turned = first * cos - second * sin
+    second = tl.where(turns, second * cos + first * sin, second)
+    first = tl.where(turns, turned, first)
+    tl.store(source, first, mask=turns)
+    tl.store(source + D // 2, second, mask=turns)
+    slot = tl.load(slots + token).to(tl.int64)
+    is_value = head >= HQ + HK
+    kv_head = tl.where(is_value, head - HQ - HK, head - HQ)
+    target = (
+        tl.where(is_value, cache_half, 0) + ((slot // BLOCK_SIZE * HK + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE) * D
+    )
+    stored = exists & (head >= HQ)[:, None]
+    tl.store(cache + target[:, None] + half, first, mask=stored)
+    tl.store(cache + target[:, None] + D // 2 + half, second, mask=stored)
 
 
 def rotate_and_store(
@@ -115,9 +124,9 @@ def rotate_and_store(
     """
     _, _, kv_heads, block_size, head_dim = cache.shape
     q_norm, k_norm, eps = norms or (qkv, qkv, 0.0)
-    _rotate_and_store[(qkv.shape[0], num_heads + 2 * kv_heads)](
+    _rotate_and_store[(qkv.shape[0], triton.cdiv(num_heads + 2 * kv_heads, _HEADS))](
         qkv, positions, slots, cos_sin, q_norm, k_norm, cache, eps, cache.stride(0),
-        HQ=num_heads, HK=kv_heads, D=head_dim, BLOCK_SIZE=block_size, NORM=norms is not None, num_warps=1,
+        HQ=num_heads, HK=kv_heads, D=head_dim, BLOCK_SIZE=block_size, NORM=norms is not None, HEADS=_HEADS, num_warps=4,
     )  # fmt: skip
 
 
@@ -238,7 +247,9 @@ def prefill(
 
     torch's FlashAttention (Dao, 2023) over sequences of different lengths, queries aligned with the last keys.
     """
-    queries, keys, values = split_heads(qkv, cache, chunks, num_heads=num_heads)
+    if qkv.dtype == torch.float32:  # which that has no kernels for
+        return reference.prefill(qkv, cache, chunks, num_heads=num_heads, scale=scale, window=window)
+    queries, keys, values = reference.split_heads(qkv, cache, chunks, num_heads=num_heads)
     out: torch.Tensor = torch.ops.aten._flash_attention_forward(
         queries, keys, values, chunks.query_ends, chunks.key_ends, chunks.max_queries, chunks.max_keys,
         0.0, True, False,  # no dropout, causal, no debug mask

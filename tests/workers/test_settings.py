@@ -1,0 +1,48 @@
+"""Where a group's settings come from, and what is said when they cannot be read."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hortator.producer.errors import ConfigError
+from hortator.workers.settings import WorkerSettings
+
+
+@pytest.fixture
+def toml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that HORTATOR_CONFIG names."""
+    file = tmp_path / "group.toml"
+    monkeypatch.setenv("HORTATOR_CONFIG", str(file))
+    return file
+
+
+def test_the_environment_goes_before_the_file(toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toml.write_text('model = "m"\nengine = "echo"\nmax_num_seqs = 3\nlease_s = 7.0\n')
+    monkeypatch.setenv("HORTATOR_LEASE_S", "9")
+    settings = WorkerSettings()
+    assert (settings.model, settings.max_num_seqs, settings.lease_s) == ("m", 3, 9.0)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "there is no such file"),
+        (b"model = m", "line 1"),
+        (b"model = '\xff'", "utf-8"),
+        (b'modell = "m"', "no such settings: modell"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_what_is_wrong(toml: Path, content: bytes | None, says: str) -> None:
+    if content is not None:
+        toml.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"HORTATOR_CONFIG={toml}: .*{says}"):
+        WorkerSettings()
+
+
+def test_celery_says_it_in_one_line(toml: Path) -> None:
+    command = [sys.executable, "-m", "celery", "-A", "hortator.workers", "report"]
+    done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (78, f"hortator: HORTATOR_CONFIG={toml}: there is no such file\n")
