@@ -91,6 +91,17 @@ def test_stages_in_a_row_give_the_whole_models_numbers(name: str, pp_size: int, 
         assert parts[-1].model.logits(states).equal(whole.model.logits(expected))
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_are_those_of_transformers(name: str, deep: dict[str, Checkpoint]) -> None:
+    """Greedy tokens would not show a scale of all logits, nor their soft-cap."""
+    whole = Part(deep[name].path, SingleRank())
+    sequence = steps()[0][1].sequence
+    rows = [row(sequence, 0, len(sequence.tokens))]
+    with torch.inference_mode():
+        expected = deep[name].reference()(tokens_of(rows).unsqueeze(0)).logits[0]
+    assert torch.allclose(whole.model.logits(whole(tokens_of(rows), rows)), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2"])  # an own head, a tied one
 def test_a_stage_holds_its_layers_and_only_the_ends_hold_the_vocabulary(name: str, deep: dict[str, Checkpoint]) -> None:
     models = [load_model(read_config(deep[name].path), Stage(rank, 3)) for rank in range(3)]
