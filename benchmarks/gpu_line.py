@@ -29,14 +29,14 @@ HERE = Path(__file__).resolve().parent
 SEATS = 256
 
 
-def workload(seed: int) -> list[tuple[list[int], int]]:
+def workload(seed: int, jobs: int) -> list[tuple[list[int], int]]:
     """Token ids and output lengths, as gpu_engine's mix draws them."""
     rng = random.Random(seed)
-    jobs = []
-    for _ in range(SEATS):
+    drawn = []
+    for _ in range(jobs):
         prompt, output = rng.randint(128, 1024), rng.randint(64, 512)
-        jobs.append((rng.choices(range(1000, 100_000), k=prompt), output))
-    return jobs
+        drawn.append((rng.choices(range(1000, 100_000), k=prompt), output))
+    return drawn
 
 
 def make_model(folder: Path, args: argparse.Namespace) -> None:
@@ -65,7 +65,7 @@ def run_bare(args: argparse.Namespace) -> dict[str, Any]:
     for seed in (99, 0):  # the first is the warm-up
         requests = tuple(
             Request(i, tuple(prompt), SamplingParams(max_tokens=output, ignore_eos=True))
-            for i, (prompt, output) in enumerate(workload(seed))
+            for i, (prompt, output) in enumerate(workload(seed, args.jobs))
         )
         started = time.perf_counter()
         tokens = driver.step(requests) + driver.drain()
@@ -80,15 +80,15 @@ def run_line(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     def jobs(seed: int) -> list[Job]:
         return [
             Job(model="bench", token_ids=tuple(p), sampling=Sampling(max_tokens=n, ignore_eos=True))
-            for p, n in workload(seed)
+            for p, n in workload(seed, args.jobs)
         ]
 
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         redis = stack.enter_context(EmbeddedRedis(directory / "redis"))
         settings = {
-            "redis_url": redis.url, "model": "bench", "model_path": folder, "load_format": "dummy", "device": args.device,
-            "max_num_seqs": args.max_num_seqs, "max_model_len": args.max_model_len,
+            "redis_url": redis.url, "model": "bench", "model_path": folder, "load_format": "dummy",
+            "device": args.device, "max_num_seqs": args.max_num_seqs, "max_model_len": args.max_model_len,
             "max_num_batched_tokens": args.max_num_batched_tokens,
         }  # fmt: skip
         env = os.environ | {f"HORTATOR_{name.upper()}": str(value) for name, value in settings.items()}
@@ -125,6 +125,7 @@ def cpu_s(process: psutil.Process) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=SEATS)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--max-num-seqs", type=int, default=SEATS)
     parser.add_argument("--max-model-len", type=int, default=8192)
@@ -146,7 +147,7 @@ def main() -> None:
             runs["bare engine"].append(json.loads(subprocess.check_output(child).splitlines()[-1]))
             runs["whole line"].append(run_line(args, Path(name)))
     rates = {arm: statistics.median(run["tokens"] / run["seconds"] for run in of) for arm, of in runs.items()}
-    table = Table(title=f"{SEATS} jobs at once, median of {args.repeats} interleaved runs")
+    table = Table(title=f"{args.jobs} jobs at once, median of {args.repeats} interleaved runs")
     for column in ("arm", "tokens/s", "of bare", "seconds", "CPU us per token"):
         table.add_column(column, justify="left" if column == "arm" else "right")
     for arm, of in runs.items():
