@@ -35,6 +35,7 @@ _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 _LIMITS = llguidance.LLParserLimits(
     max_grammar_size=100_000,
     initial_lexer_fuel=1_000_000,  # about 20 ms
+    max_items_in_row=1000,  # about 250 optional properties; a step of the most ambiguous grammars takes 12 ms by then
     step_lexer_fuel=50_000,  # about 4 ms
     step_max_items=20_000,  # about 1 ms
     max_lexer_states=50_000,  # 1 to 2 kB each
