@@ -109,7 +109,8 @@ def groups(
     checkpoints: dict[str, Checkpoint], speaking: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[RankResult]]:
     """By shape: tensor x pipeline parallel sizes."""
-    paths = {shape: {WAYS: speaking} for shape, _ in ROWS}
+    paths: dict[str, dict[str, Path]] = {shape: {} for shape, _ in ROWS}
+    paths["2x2"][WAYS] = speaking
     for shape, name in ROWS:
         paths[shape][name] = checkpoints[name].path
     return run_groups(paths, tmp_path_factory.mktemp("groups"))
@@ -154,7 +155,7 @@ def test_a_bad_row_on_the_rank_that_samples_is_a_fault_on_all(group: list[RankRe
         assert set(result.outcomes["bad row"].finished) == set(range(8)) - {3}
 
 
-@pytest.mark.parametrize("shape", ["2x1", *STAGED])
+@pytest.mark.parametrize("shape", ["2x2"])
 def test_ranks_agree_on_every_way_of_sampling_and_choose_as_one_alone_does(
     group: list[RankResult], speaking: Path
 ) -> None:
