@@ -61,10 +61,10 @@ class Ground:
         return pack(groups, self.free, self.kinds)
 
     def check_memory(self, spec: ModelSpec, shape: ModelShape) -> None:
-        """Raises DoesNotFit, with the numbers and what would fit, if no GPU is large enough; BadModel if the model
-        cannot be cut that way on any."""
+        """Raises DoesNotFit, with the numbers and what would fit, if no GPU is large enough, not even one of unknown
+        size; BadModel if the model cannot be cut that way on any."""
         known = [size for size in self.sizes if size is not None and spec.device != "cpu"]
-        largest = max(known, default=None)
+        largest = max(known) if len(known) == len(self.sizes) else None
         checked_fit(shape, spec, largest, max_tp=self.widest)
 
 

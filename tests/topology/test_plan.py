@@ -174,6 +174,12 @@ def test_a_group_goes_where_its_gpus_are_large_enough() -> None:
     assert seats(plan.groups[0]) == [("b", (0,))]
 
 
+def test_a_gpu_of_unknown_size_is_trusted_before_one_that_is_too_small() -> None:
+    plan = planned("a 1, b 1", model("m"), shapes={"m": llama_8b()}, hosts={"a": {"gpu_memory_bytes": "16 GiB"}})
+    assert seats(plan.groups[0]) == [("b", (0,))]
+    assert "the GPU memory of 1 of 2 hosts is not known" in plan.notes[0]
+
+
 def test_a_model_on_cpus_is_not_held_against_the_memory_of_gpus() -> None:
     plan = planned("a 1", model("m", device="cpu"), shapes={"m": llama_8b()}, gpu_memory_bytes="1 GiB")
     assert plan.groups[0].ranks[0].available_bytes is None
