@@ -29,7 +29,7 @@ class Ground:
     def of(cls, fleet: Fleet, hosts: Sequence[HostSlots]) -> Self:
         found: dict[int | None, int] = {}
         kinds = tuple(found.setdefault(fleet.gpu_memory(host.address), len(found)) for host in hosts)
-        return cls(tuple(hosts), kinds, tuple(found), max(len(host.slots) for host in hosts))
+        return cls(tuple(hosts), kinds, tuple(found), max((len(host.slots) for host in hosts), default=0))
 
     @property
     def free(self) -> list[int]:
