@@ -1,4 +1,4 @@
-"""The leader's container is healthy while its group is ready: exit 0 if so, else 1 with what the group says of itself."""
+"""The leader is healthy while its group is ready: exit 0 if so, else 1 with what the group says of itself."""
 
 import os
 import socket
