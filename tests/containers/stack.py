@@ -5,6 +5,8 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -60,7 +62,7 @@ class Stack:
 
     def build(self) -> None:
         """Both images, with this host's wheels if pip has some that no index offers."""
-        with borrowed_wheels(os.environ.get("PIP_FIND_LINKS", "")):
+        with lent(self._wheels):
             self.compose("build", timeout_s=1500)
 
     def up(self, *, groups: int = 1) -> None:
@@ -141,20 +143,22 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-class borrowed_wheels:  # noqa: N801
-    """Wheels of a directory in compose/wheels, for as long as this lasts."""
+def local_wheels(places: str) -> list[Path]:
+    """Those that pip on this host is told to look for in directories."""
+    return [wheel for place in places.split() if Path(place).is_dir() for wheel in Path(place).glob("*.whl")]
 
-    def __init__(self, places: str) -> None:
-        self._found = [wheel for place in places.split() if Path(place).is_dir() for wheel in Path(place).glob("*.whl")]
-        self._made: list[Path] = []
 
-    def __enter__(self) -> None:
-        for wheel in self._found:
+@contextmanager
+def lent(wheels: list[Path]) -> Iterator[None]:
+    """They lie in compose/wheels for as long as this lasts."""
+    made = []
+    try:
+        for wheel in wheels:
             target = ROOT / "compose" / "wheels" / wheel.name
             if not target.exists():
                 shutil.copy(wheel, target)
-                self._made.append(target)
-
-    def __exit__(self, *_: object) -> None:
-        for wheel in self._made:
-            wheel.unlink(missing_ok=True)
+                made.append(target)
+        yield
+    finally:
+        for target in made:
+            target.unlink(missing_ok=True)
