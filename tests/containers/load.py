@@ -14,7 +14,7 @@ import httpx
 from tests.containers.stack import ROOT
 
 MODEL = "demo"
-BURST, PAUSE_S = 2, 0.25
+BURST, PAUSE_S = 2, 0.5
 MAX_ANSWER_CHARACTERS = 50  # a step takes long where two cores compute for two ranks and do much else
 TERMINAL = {"succeeded", "failed", "cancelled", "expired"}
 SUBMIT_PATIENCE_S = 60.0

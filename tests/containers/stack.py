@@ -42,8 +42,8 @@ class Stack:
             }
         )
         self._compose = compose_command(self.env)
-        self._override = directory / "subnet.json"
-        self._override.write_text(json.dumps(fixed_subnet()))
+        self._override = directory / "override.json"
+        self._override.write_text(json.dumps(override()))
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.api_port}", timeout=10)
 
     def __enter__(self) -> Self:
@@ -131,10 +131,14 @@ def compose_command(env: dict[str, str]) -> tuple[str, ...]:
     return ("docker-compose",)
 
 
-def fixed_subnet() -> dict[str, Any]:
-    """So that a container that comes back can be given its address again.  JSON is YAML."""
+def override() -> dict[str, Any]:
+    """A compose file (JSON is YAML).  With a subnet of its own, a container that comes back can be given its address
+    again; and jobs of a killed group, which run one by one at first, are cleared after one token."""
     pool = {"subnet": f"{SUBNET}.0/24"}
-    return {"networks": {"default": {"ipam": {"config": [pool]}}}}
+    return {
+        "networks": {"default": {"ipam": {"config": [pool]}}},
+        "services": {"leader": {"environment": {"HORTATOR_PROBATION_TOKENS": "1"}}},
+    }
 
 
 def free_port() -> int:
