@@ -30,17 +30,15 @@ class Stack:
         self.project = project
         self.api_port, self.redis_port = free_port(), free_port()
         self.images = {"HORTATOR_API_IMAGE": f"{project}-api", "HORTATOR_WORKER_IMAGE": f"{project}-worker"}
-        self.env = (
-            daemon.env
-            | images
-            | self.images
-            | {
-                "COMPOSE_PROJECT_NAME": project,
-                "HORTATOR_API_PUBLISH": f"127.0.0.1:{self.api_port}",
-                "HORTATOR_REDIS_PUBLISH": f"127.0.0.1:{self.redis_port}",
-                "PIP_EXTRA_INDEX_URL": os.environ.get("PIP_EXTRA_INDEX_URL", ""),
-            }
-        )
+        own = {
+            "COMPOSE_PROJECT_NAME": project,
+            "HORTATOR_API_PUBLISH": f"127.0.0.1:{self.api_port}",
+            "HORTATOR_REDIS_PUBLISH": f"127.0.0.1:{self.redis_port}",
+        }
+        self.env = daemon.env | images | self.images | own
+        self._wheels = local_wheels(os.environ.get("PIP_FIND_LINKS", ""))
+        if any(wheel.name.startswith("torch-") for wheel in self._wheels):
+            self.env.setdefault("PIP_EXTRA_INDEX_URL", "")  # no need of the index of CPU wheels
         self._compose = compose_command(self.env)
         self._override = directory / "override.json"
         self._override.write_text(json.dumps(override()))
