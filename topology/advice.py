@@ -41,7 +41,7 @@ def for_memory(shape: ModelShape, spec: ModelSpec, gpu_bytes: int | None, *, max
     found = [change for change in candidates if change and fits(shape, changed(spec, change), gpu_bytes)]
     if found and spec.kv_cache_bytes is not None:
         return found
-    larger = (_cut(spec, tp, pp) for tp, pp in group_sizes(shape, spec, max_tp=max_tp) if tp * pp > spec.world_size)
+    larger = (cut(spec, tp, pp) for tp, pp in group_sizes(shape, spec, max_tp=max_tp) if tp * pp > spec.world_size)
     return found + list(islice((change for change in larger if fits(shape, changed(spec, change), gpu_bytes)), 1))
 
 
@@ -52,8 +52,8 @@ def group_sizes(shape: ModelShape, spec: ModelSpec, *, max_tp: int) -> list[tupl
     return sorted(pairs, key=lambda pair: (pair[0] * pair[1], pair[1]))
 
 
-def _cut(spec: ModelSpec, tp: int, pp: int) -> Change:
-    """Only what changes."""
+def cut(spec: ModelSpec, tp: int, pp: int) -> Change:
+    """The change to groups of this size: only what differs."""
     change = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp}
     return {name: value for name, value in change.items() if value != getattr(spec, name)}
 
@@ -72,3 +72,10 @@ def _shorter(shape: ModelShape, spec: ModelSpec, gpu_bytes: int | None) -> Chang
 
 def _narrower(shape: ModelShape, spec: ModelSpec) -> Change:
     return {"dtype": "bfloat16"} if dtype_of(shape, spec) == "float32" else {}
+
+
+def listed(changes: list[Change]) -> str:
+    """The end of a refusal."""
+    if not changes:
+        return "no setting fits: use GPUs with more memory"
+    return "what fits: " + ", or ".join(worded(change) for change in changes)
