@@ -1,4 +1,4 @@
-"""The hostfile: which hosts there are, and how many GPUs each has.  Pure.
+"""The hostfile: which hosts there are, and how many GPUs each has.  Pure, but for `read_hostfile`.
 
     # a comment
     worker-0 slots=8      DeepSpeed's grammar (of 0.19.8)
@@ -12,6 +12,7 @@ two spellings, and names that ssh would take for something else.  These are refu
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from .address import address_problem, canonical, shown
 from .errors import BadHostfile
@@ -32,10 +33,24 @@ class Host:
     slots: int
 
 
+def read_hostfile(path: Path) -> tuple[Host, ...]:
+    """The hosts of this file.  Raises BadHostfile."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_HOSTFILE_CHARS + 1)
+    except OSError as error:
+        raise BadHostfile(f"cannot read the hostfile {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise BadHostfile(f"{path} is not UTF-8 at byte {error.start}: save it as UTF-8 text") from error
+    return parse_hostfile(text, source=str(path))
+
+
 def parse_hostfile(text: str, *, source: str = "hostfile") -> tuple[Host, ...]:
     """The hosts in the order of their lines.  Raises BadHostfile, naming `source` and the line."""
     if len(text) > MAX_HOSTFILE_CHARS:
-        raise BadHostfile(f"{source}: {len(text)} characters are no hostfile: the limit is {MAX_HOSTFILE_CHARS}")
+        raise BadHostfile(
+            f"{source}: more than {MAX_HOSTFILE_CHARS} characters are no hostfile: is this the right file?"
+        )
     hosts: list[Host] = []
     lines_of: dict[str, int] = {}
     for number, line in _entries(text):

@@ -1,6 +1,7 @@
 """The hostfile: DeepSpeed's own parser is the oracle wherever it means what it reads."""
 
 import re
+from pathlib import Path
 
 import pytest
 from deepspeed.launcher.runner import _parse_hostfile  # the dev extra brings it
@@ -8,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hortator.topology.errors import BadHostfile
-from hortator.topology.hostfile import MAX_SLOTS, Host, parse_hostfile
+from hortator.topology.hostfile import MAX_SLOTS, Host, parse_hostfile, read_hostfile
 
 LABEL = st.from_regex(r"[A-Za-z0-9]([A-Za-z0-9-]{0,8}[A-Za-z0-9])?", fullmatch=True)
 NAME = st.builds(lambda labels, last: ".".join([*labels, "n" + last]), st.lists(LABEL, max_size=2), LABEL)
@@ -142,3 +143,13 @@ def test_a_file_without_hosts_is_refused(text: str) -> None:
 def test_a_file_of_the_wrong_kind_is_refused_before_it_is_read() -> None:
     with pytest.raises(BadHostfile, match="are no hostfile"):
         parse_hostfile("a slots=1\n" * 1_000_000)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_bytes(b"a slots=1\n\xff")
+    with pytest.raises(BadHostfile, match="hosts is not UTF-8 at byte 10"):
+        read_hostfile(tmp_path / "hosts")
+    with pytest.raises(BadHostfile, match="cannot read the hostfile .*none: No such file"):
+        read_hostfile(tmp_path / "none")
+    (tmp_path / "hosts").write_text("a 2\r\n")
+    assert read_hostfile(tmp_path / "hosts") == (Host("a", 2),)
