@@ -8,7 +8,7 @@ from . import advice
 from .errors import DoesNotFit
 from .fleet import Fleet, ModelSpec
 from .hostfilter import HostSlots
-from .memory import fit
+from .memory import MemoryFit, fit
 from .modelshape import ModelShape
 from .packing import Demand, Part, pack
 
@@ -69,8 +69,13 @@ class Ground:
         cannot be cut that way on any."""
         known = [size for size in self.sizes if size is not None and spec.device != "cpu"]
         largest = max(known, default=None)
-        try:
-            fit(shape, spec, [largest] * spec.world_size)
-        except DoesNotFit as problem:
-            found = advice.for_memory(shape, spec, largest, max_tp=self.widest)
-            raise DoesNotFit(f"{problem}: {advice.listed(found)}") from None
+        checked_fit(shape, spec, largest, max_tp=self.widest)
+
+
+def checked_fit(shape: ModelShape, spec: ModelSpec, gpu_bytes: int | None, *, max_tp: int) -> MemoryFit:
+    """What fits on GPUs that are all of this size.  Raises BadModel, and DoesNotFit that says what would."""
+    try:
+        return fit(shape, spec, [gpu_bytes] * spec.world_size)
+    except DoesNotFit as problem:
+        found = advice.for_memory(shape, spec, gpu_bytes, max_tp=max_tp)
+        raise DoesNotFit(f"{problem}: {advice.listed(found)}") from None

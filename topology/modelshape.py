@@ -149,8 +149,7 @@ def model_shape(raw: Mapping[str, Any], *, source: str, tensors: Shapes | None =
     needed for a family that is not in FAMILIES.  Raises BadModel."""
     if "quantization_config" in raw:
         raise BadModel(f"{source} is quantised, which is not supported: use the unquantised checkpoint")
-    architectures = raw.get("architectures")
-    architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else "none"
+    architecture = _architecture(raw)
     family = FAMILIES.get(architecture)
     if family is not None:
         return _from_config(Config(raw, family.defaults, source), family, architecture, source)
@@ -160,6 +159,16 @@ def model_shape(raw: Mapping[str, Any], *, source: str, tensors: Shapes | None =
         f"{source}: the sizes of architecture {architecture} are not known, and there are no safetensors files to read "
         f"them from; known: {', '.join(FAMILIES)}"
     )
+
+
+def is_known(raw: Mapping[str, Any]) -> bool:
+    """Whether the table has the family of this config.json."""
+    return _architecture(raw) in FAMILIES
+
+
+def _architecture(raw: Mapping[str, Any]) -> str:
+    names = raw.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else "none"
 
 
 def _from_config(config: Config, family: Family, architecture: str, source: str) -> ModelShape:

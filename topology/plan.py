@@ -5,8 +5,8 @@ parallel, one message a step) may be on different ones.  A host appears once in 
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
-from typing import Literal
+from itertools import groupby, pairwise
+from typing import Literal, NamedTuple
 
 from .address import canonical
 from .errors import BadFleet, DoesNotFit
@@ -252,3 +252,22 @@ def _notes(fleet: Fleet, ground: Ground, shapes: Shapes) -> Iterator[str]:
     if unknown and any(spec.device != "cpu" for spec in fleet.models):
         which = "any host" if unknown == len(ground.hosts) else f"{unknown} of {len(ground.hosts)} hosts"
         yield f"the GPU memory of {which} is not known: set gpu_memory_bytes in the fleet file to have it checked"
+
+
+class Block(NamedTuple):
+    """The ranks of one stage of a group on one host."""
+
+    group: PlannedGroup
+    pp_rank: int
+    ranks: tuple[PlannedRank, ...]
+
+
+def blocks_by_host(plan: Plan) -> dict[str, list[Block]]:
+    """What a picture shows, in the order of the slots."""
+    found: dict[str, list[Block]] = {host.address: [] for host in plan.hosts}
+    for group in plan.groups:
+        for (host, pp_rank), ranks in groupby(group.ranks, key=lambda rank: (rank.host, rank.pp_rank)):
+            found[host].append(Block(group, pp_rank, tuple(ranks)))
+    for blocks in found.values():
+        blocks.sort(key=lambda block: block.ranks[0].slot)
+    return found

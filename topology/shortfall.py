@@ -3,13 +3,14 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from .advice import Change, changed, cut, group_sizes, worded
 from .fleet import ModelSpec
 from .ground import Ground, Placement, Shapes
 
 _SHOWN_HOSTS = 6
-_MAX_TRIES = 30
+_MAX_TRIES = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +106,13 @@ class Shortfall:
         return _with_replicas(models[number], low)
 
     def _other_cut(self) -> str | None:
-        """Smaller groups of one model that lacks room, all replicas kept."""
-        short = {spec.name: spec for spec, parts in zip(self._owners(), self.placed, strict=True) if parts is None}
-        for spec in short.values():
-            for change in self._cuts(spec)[:_MAX_TRIES]:
-                if self._fits([changed(other, change) if other is spec else other for other in self.models]):
-                    return f"{spec.name} with {worded(change)}"
+        """Other groups of one model, all replicas kept: of one that lacks room if that helps, else of a large one."""
+        short = {spec.name for spec, parts in zip(self._owners(), self.placed, strict=True) if parts is None}
+        order = sorted(self.models, key=lambda spec: (spec.name not in short, -spec.world_size * spec.replicas))
+        tries = ((spec, change) for spec in order for change in self._cuts(spec))
+        for spec, change in islice(tries, _MAX_TRIES):
+            if self._fits([changed(other, change) if other is spec else other for other in self.models]):
+                return f"{spec.name} with {worded(change)}"
         return None
 
     def _cuts(self, spec: ModelSpec) -> list[Change]:

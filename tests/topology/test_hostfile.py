@@ -149,7 +149,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_bytes(b"a slots=1\n\xff")
     with pytest.raises(BadHostfile, match="hosts is not UTF-8 at byte 10"):
         read_hostfile(tmp_path / "hosts")
-    with pytest.raises(BadHostfile, match="cannot read the hostfile .*none: No such file"):
+    with pytest.raises(BadHostfile, match=r"cannot read the hostfile .*none: No such file"):
         read_hostfile(tmp_path / "none")
     (tmp_path / "hosts").write_text("a 2\r\n")
     assert read_hostfile(tmp_path / "hosts") == (Host("a", 2),)
