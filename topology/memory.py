@@ -100,7 +100,7 @@ def rank_memories(shape: ModelShape, spec: ModelSpec) -> tuple[RankMemory, ...]:
             workspace_bytes=_workspace(shape, spec, samples=layers.stop == shape.num_layers and tp_rank == 0),
             token_bytes=item * len(layers) * shape.kv_width // tp_size,
         )
-        for pp_rank, layers in enumerate(_stages(shape, spec, pp_size))
+        for pp_rank, layers in enumerate(_stages(shape, spec))
         for tp_rank in range(tp_size)
     )
 
@@ -151,13 +151,14 @@ def human(size: int) -> str:
 # --- what a rank holds
 
 
-def _stages(shape: ModelShape, spec: ModelSpec, pp_size: int) -> tuple[range, ...]:
-    """As the engine cuts them: the head, which is not divided, in units of a layer's slice."""
-    head = shape.embedding * spec.tensor_parallel_size / shape.layer_elements
+def _stages(shape: ModelShape, spec: ModelSpec) -> tuple[range, ...]:
+    """As the engine cuts them: by what a rank reads in one step.  The head is not divided."""
+    costs = [layer.matrices / spec.tensor_parallel_size for layer in shape.layers]
     try:
-        return stage_layers(shape.num_layers, pp_size, last_extra=head)
+        return stage_layers(len(costs), spec.pipeline_parallel_size, costs=costs, last_extra=float(shape.embedding))
     except TooManyStages as error:
-        raise BadModel(f"{spec.name}: pipeline_parallel_size={pp_size}: {error}") from error
+        size = spec.pipeline_parallel_size
+        raise BadModel(f"{spec.name}: pipeline_parallel_size={size} is too much: {error}") from error
 
 
 def _elements(shape: ModelShape, layers: range, *, tp_rank: int, tp_size: int, pp_size: int) -> int:

@@ -23,7 +23,7 @@ class LayerShape:
 
     cut: int
     whole: int
-    activated: int  # of `cut`, those that one token reads: fewer in a mixture of experts
+    matrices: int  # of `cut`, those of matrices: what stages are balanced by
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +52,6 @@ class ModelShape:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
-
-    @property
-    def layer_elements(self) -> int:
-        """Weights that one token reads in one layer, norms and biases left out: the unit in which stages are cut."""
-        return self.hidden_size * (2 * self.attention_width - self.kv_width + self.mlp_width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,15 +192,12 @@ def _from_config(config: Config, family: Family, architecture: str, source: str)
     )
 
 
-def _attention(
-    config: Config, family: Family, *, hidden: int, heads: int, kv_heads: int, head_dim: int
-) -> tuple[int, int]:
-    """Elements that are cut, and that are not."""
+def _attention(config: Config, family: Family, *, hidden: int, heads: int, kv_heads: int, head_dim: int) -> LayerShape:
     queries, keys_and_values = heads * head_dim, 2 * kv_heads * head_dim
-    cut = hidden * (2 * queries + keys_and_values)
-    cut += queries + keys_and_values if config.flag(family.qkv_bias) else 0
+    matrices = hidden * (2 * queries + keys_and_values)
+    bias = queries + keys_and_values if config.flag(family.qkv_bias) else 0
     whole = hidden if config.flag(family.output_bias) else 0
-    return cut, whole + (2 * head_dim if family.head_norms else 0)
+    return LayerShape(matrices + bias, whole + (2 * head_dim if family.head_norms else 0), matrices)
 
 
 def _feed_forward(config: Config, family: Family, hidden: int, layer: int) -> tuple[LayerShape, int, tuple[str, int]]:
@@ -213,17 +205,19 @@ def _feed_forward(config: Config, family: Family, hidden: int, layer: int) -> tu
     count, taken, width = family.experts(config, layer) if family.experts else (0, 0, 0)
     if not count:
         width = config.size("intermediate_size")
+        matrices = 3 * hidden * width
         bias = config.flag(family.mlp_bias)
-        cut = 3 * hidden * width + (2 * width if bias else 0)
-        return LayerShape(cut, hidden if bias else 0, cut), 3 * width, ("intermediate_size", width)
-    expert = 3 * hidden * width
+        shape = LayerShape(matrices + (2 * width if bias else 0), hidden if bias else 0, matrices)
+        return shape, 3 * width, ("intermediate_size", width)
+    matrices = 3 * hidden * width * count
     key = "moe_intermediate_size" if config.has("moe_intermediate_size") else "intermediate_size"
-    return LayerShape(count * expert, count * hidden, taken * expert), 3 * taken * width, (key, width)
+    return LayerShape(matrices, count * hidden, matrices), 3 * taken * width, (key, width)
 
 
-def _sum(attention: tuple[int, int], feed: LayerShape, *, norms: int) -> LayerShape:
-    cut, whole = attention
-    return LayerShape(cut + feed.cut, whole + feed.whole + norms, cut + feed.activated)
+def _sum(attention: LayerShape, feed: LayerShape, *, norms: int) -> LayerShape:
+    return LayerShape(
+        attention.cut + feed.cut, attention.whole + feed.whole + norms, attention.matrices + feed.matrices
+    )
 
 
 def _dtype(config: Config) -> str:

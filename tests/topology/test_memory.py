@@ -1,5 +1,7 @@
 """What a rank needs: compared with what transformers allocates and with what the engine really loads."""
 
+import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ from hortator.topology.fleet import ModelSpec
 from hortator.topology.memory import fit, human, rank_memories
 from hortator.topology.modelshape import DTYPE_BYTES, FAMILIES, ModelShape, model_shape
 from hortator.workers.engine import model as engine_model
+from hortator.workers.engine.architectures import ARCHITECTURES as SERVED
+from hortator.workers.engine.architectures import divided_sizes
 from hortator.workers.engine.kvcache import PagedCache
 from tests.workers.engine.checkpoints import ARCHITECTURES, make_checkpoint
-from tests.workers.engine.meshes import TwoRanks
+from tests.workers.engine.meshes import Stage
 
 GIB = 2**30
 SMALL: dict[str, Any] = {
@@ -101,23 +105,48 @@ def test_an_unknown_family_is_sized_by_its_files(kind: str, changes: dict[str, A
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     transformers.logging.disable_progress_bar()
     root = tmp_path_factory.mktemp("models")
-    return {name: make_checkpoint(name, root / name).path for name in ARCHITECTURES}
+    return {name: make_checkpoint(name, root / name, num_hidden_layers=3).path for name in ARCHITECTURES}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_two_ranks_hold_as_many_bytes_as_the_engine_loads(
-    tiny: dict[str, Path], name: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("tp_size", "pp_size", "dtype"), [(1, 1, "bfloat16"), (2, 1, "float32"), (2, 2, "bfloat16")])
+def test_each_rank_holds_as_many_bytes_as_the_engine_loads(
+    tiny: dict[str, Path], name: str, tp_size: int, pp_size: int, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_model, "parallel_linear", lambda linear, *_: linear)  # slices are loaded before it
+    monkeypatch.setattr(engine_model, "_parallelise", lambda *_: None)  # slices are loaded before it
     shape = model_shape(json.loads((tiny[name] / "config.json").read_text()), source=name)
-    estimates = rank_memories(shape, spec(dtype=dtype, tensor_parallel_size=2))
-    for rank, estimate in enumerate(estimates):
-        config = engine_model.read_config(tiny[name], dtype=dtype)
-        loaded = engine_model.load_model(config, TwoRanks(rank, rank))
-        held = {id(p): p.nbytes for part in (loaded.body, loaded.head) if part is not None for p in part.parameters()}
+    config = engine_model.read_config(tiny[name], dtype=dtype)
+    sizes = spec(dtype=dtype, tensor_parallel_size=tp_size, pipeline_parallel_size=pp_size)
+    for estimate in rank_memories(shape, sizes):
+        place = Stage(estimate.pp_rank, pp_size, tp_rank=estimate.tp_rank, tp_size=tp_size)
+        loaded = engine_model.load_model(config, place)
+        parts = [part for part in (loaded.body, loaded.head) if part is not None]
+        held = {p.data_ptr(): p.nbytes for part in parts for p in part.parameters()}
+        assert (estimate.rank, estimate.layers) == (place.rank, loaded.stage)
         assert sum(held.values()) == estimate.weight_bytes
-        assert config.cache_shape(TwoRanks(rank, rank)).token_bytes == estimate.token_bytes
+        assert config.cache_shape(place).token_bytes == estimate.token_bytes
+
+
+def test_stages_are_cut_as_the_engine_cuts_them(tiny: dict[str, Path]) -> None:
+    """Also where layers differ, and for sizes whose weights are not here."""
+    for name, pp_size in itertools.product(("qwen3_moe", "mixtral", "llama"), (2, 3)):
+        raw = json.loads((tiny[name] / "config.json").read_text())
+        shape = model_shape({**raw, "vocab_size": 5000}, source=name)
+        config = engine_model.read_config(tiny[name])
+        config.hf.vocab_size = 5000
+        config = dataclasses.replace(config, vocab_size=5000)
+        stages = [rank.layers for rank in rank_memories(shape, spec(pipeline_parallel_size=pp_size))]
+        assert stages == [config.stage(Stage(stage, pp_size)) for stage in range(pp_size)]
+
+
+def test_what_must_divide_is_what_the_engine_divides(tiny: dict[str, Path]) -> None:
+    for name, path in tiny.items():
+        shape = model_shape(json.loads((path / "config.json").read_text()), source=name)
+        assert shape.divisible == divided_sizes(engine_model.read_config(path).hf)
+
+
+def test_the_table_has_the_families_that_the_engine_serves() -> None:
+    assert set(FAMILIES) == set(SERVED)
 
 
 def test_the_pool_takes_as_many_bytes_as_the_engines_cache(tiny: dict[str, Path]) -> None:
@@ -125,7 +154,7 @@ def test_the_pool_takes_as_many_bytes_as_the_engines_cache(tiny: dict[str, Path]
     config = engine_model.read_config(tiny["llama"])
     found = fit(shape, spec(max_num_seqs=3), [GIB])
     assert found.num_blocks == 3 * 512 // 16  # more than enough memory: as much as the sequences can use
-    cache_shape = config.cache_shape(TwoRanks(0, 0, tp_size=1, world_size=1))
+    cache_shape = config.cache_shape(Stage(0, 1))
     cache = PagedCache(cache_shape, num_blocks=found.num_blocks, block_size=16, device=torch.device("cpu"))
     assert found.kv_bytes(found.ranks[0]) == cache._storage.nbytes
 
