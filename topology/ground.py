@@ -23,21 +23,17 @@ class Ground:
     hosts: tuple[HostSlots, ...]
     kinds: tuple[int, ...]  # of each host
     sizes: tuple[int | None, ...]  # of each kind, in bytes; None: not known
+    widest: int  # slots of the largest host
 
     @classmethod
     def of(cls, fleet: Fleet, hosts: Sequence[HostSlots]) -> Self:
         found: dict[int | None, int] = {}
         kinds = tuple(found.setdefault(fleet.gpu_memory(host.address), len(found)) for host in hosts)
-        return cls(tuple(hosts), kinds, tuple(found))
+        return cls(tuple(hosts), kinds, tuple(found), max(len(host.slots) for host in hosts))
 
     @property
     def free(self) -> list[int]:
         return [len(host.slots) for host in self.hosts]
-
-    @property
-    def widest(self) -> int:
-        """Slots of the largest host."""
-        return max(self.free)
 
     def gpu_bytes(self, host: int) -> int | None:
         return self.sizes[self.kinds[host]]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from deepspeed.launcher.runner import _parse_hostfile  # the dev extra brings it
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hortator.topology.errors import BadHostfile
@@ -49,6 +49,7 @@ def we_read(text: str) -> list[tuple[str, int]] | None:
         return None
 
 
+@settings(max_examples=100, deadline=None)
 @given(lines=SOUND, end=ENDS)
 @example(lines=["a slots=1", "A slots=1"], end="\n")
 def test_what_deepspeed_reads_from_a_sound_file_is_what_we_read(lines: list[str], end: str) -> None:
@@ -61,6 +62,7 @@ def test_what_deepspeed_reads_from_a_sound_file_is_what_we_read(lines: list[str]
         assert ours is None
 
 
+@settings(max_examples=100, deadline=None)
 @given(lines=NOISE, end=ENDS)
 def test_what_we_read_of_any_text_deepspeed_reads_alike(lines: list[str], end: str) -> None:
     """But for the short form, which it does not know."""

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hortator.topology.errors import BadFleet, BadModel, DoesNotFit
@@ -50,6 +50,7 @@ HOSTS = st.lists(st.sets(st.integers(0, 7), min_size=1).map(sorted), min_size=1,
 )
 
 
+@settings(max_examples=60, deadline=None)
 @given(models=MODELS, hosts=HOSTS)
 def test_every_plan_gives_each_rank_a_slot_of_its_own_and_says_what_is_left(
     models: list[dict[str, Any]], hosts: list[HostSlots]
@@ -74,6 +75,7 @@ def test_every_plan_gives_each_rank_a_slot_of_its_own_and_says_what_is_left(
             assert len(on) == 1 or group.tensor_parallel_size > widest
 
 
+@settings(max_examples=60, deadline=None)
 @given(models=MODELS, hosts=HOSTS)
 def test_what_a_refusal_says_would_fit_does_fit(models: list[dict[str, Any]], hosts: list[HostSlots]) -> None:
     try:
