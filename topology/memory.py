@@ -171,13 +171,13 @@ def _elements(shape: ModelShape, layers: range, *, tp_rank: int, tp_size: int, p
 
 
 def _workspace(shape: ModelShape, spec: ModelSpec, *, samples: bool) -> int:
-    """The largest of what lives at once in one step of max_num_batched_tokens: the residual stream with its norm (in
-    the model's type and in float32), and queries, keys and values twice (before and after rotation) or the
+    """The largest of what lives at once in one step of max_num_batched_tokens: the residual stream with its norm (four
+    times in the model's type, twice in float32), and queries, keys and values twice (before and after rotation) or the
     feed-forward part; on the rank that samples, the logits of max_num_seqs rows and their float32 copies."""
     item = DTYPE_BYTES[dtype_of(shape, spec)]
     tokens, tp_size = spec.max_num_batched_tokens, spec.tensor_parallel_size
-    stream = tokens * shape.hidden_size * (2 * item + 2 * 4)
-    inner = max(2 * shape.attention_width, shape.mlp_width) * tokens * item // tp_size
+    stream = tokens * shape.hidden_size * (4 * item + 2 * 4)
+    inner = tokens * item * max(2 * shape.attention_width // tp_size, shape.mlp_width // tp_size + shape.routed_width)
     logits = spec.max_num_seqs * shape.vocab_size * (item + 4 * _FLOAT32_COPIES) if samples else 0
     return max(stream + inner, logits)
 

@@ -39,7 +39,8 @@ class ModelShape:
     max_model_len: int
     kv_width: int  # keys and values of one token in one layer, over all KV heads
     attention_width: int  # queries, keys and values of one token in one layer
-    mlp_width: int  # what one token widens to between two matrices of the feed-forward part
+    mlp_width: int  # what one token widens to between the matrices of the feed-forward part
+    routed_width: int  # besides: copies of its hidden state for the experts that it goes to
     final_norm: int
     tied: bool
     exact: bool = True
@@ -104,6 +105,7 @@ def _qwen3_experts(config: Config, layer: int) -> tuple[int, int, int]:
     return config.size(count), config.size("num_experts_per_tok"), config.size("moe_intermediate_size")
 
 
+_COPIES = 4  # of a hidden state that goes to an expert: gathered, widened back, weighted, summed
 _GEMMA = {"head_dim": 256, "tie_word_embeddings": True}
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family(qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"),
@@ -186,6 +188,7 @@ def _from_config(config: Config, family: Family, architecture: str, source: str)
         kv_width=2 * kv_heads * head_dim,
         attention_width=(heads + 2 * kv_heads) * head_dim,
         mlp_width=max(width for _, width, _ in feeds),
+        routed_width=_COPIES * hidden * config.size("num_experts_per_tok") if family.experts else 0,
         final_norm=hidden,
         tied=config.flag("tie_word_embeddings"),
         divisible=widths,
@@ -261,6 +264,7 @@ def _from_tensors(config: Config, tensors: Shapes, architecture: str, source: st
         kv_width=2 * kv_heads * head_dim,
         attention_width=(heads + 2 * kv_heads) * head_dim,
         mlp_width=3 * (config.size("intermediate_size") if config.has("intermediate_size") else 4 * hidden),
+        routed_width=0,
         final_norm=max(0, outside - (1 if outside < 2 * embedding else 2) * embedding),
         tied=outside < 2 * embedding,
         exact=False,
