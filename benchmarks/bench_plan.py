@@ -7,6 +7,7 @@ read the same text in turns; each checks what it reads, ours more.  Shown are me
 """
 
 import argparse
+import gc
 import json
 import logging
 import statistics
@@ -131,7 +132,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
+    import deepspeed.launcher.runner  # noqa: F401
+
     logging.disable(logging.INFO)
+    gc.collect()
+    gc.freeze()  # `hortator plan` imports no torch: it has not all these objects to walk through
     rows = [measure(count) for count in HOSTS]
     show(rows)
     if options.json:

@@ -175,3 +175,12 @@ def test_a_model_outside_the_table_is_sized_by_its_files(sh: Shell, fleet: Path)
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + 2 * 4096**2)  # a hole: only the header is read
     assert "note: Unheard is no model of the table: sizes are estimates" in sh.out("plan-memory", "--model", model)
+
+
+def test_the_documentations_example_is_a_plan(sh: Shell, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "08-many-nodes.md").read_text()
+    hosts, fleet = (page.split(f"```{kind}\n")[1].split("```")[0] for kind in ("text", "toml"))
+    (tmp_path / "hosts").write_text(hosts)
+    (tmp_path / "fleet.toml").write_text(fleet)
+    plan = Plan.model_validate_json(sh.out("plan", tmp_path / "fleet.toml", "--json"))
+    assert [(host.address, len(host.free)) for host in plan.hosts] == [("node-a", 0), ("node-b", 5), ("10.0.0.17", 0)]

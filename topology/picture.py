@@ -200,16 +200,21 @@ class _Drawing:
         self._box(x, y, width * rank.weight_bytes / whole, 7, fill=colour.line, stroke="none", radius=2)
 
     def _arrows(self, colour: dict[str, Colour]) -> None:
-        """From the last rank of each stage to the first of the next."""
+        """From the last rank of each stage to the next stage."""
         for group in self.plan.groups:
             for link in group.links:
                 if link.kind == "hidden":
                     half = len(link.ranks) // 2
-                    self._arrow(group.ranks[link.ranks[half - 1]], group.ranks[link.ranks[half]], colour[group.name])
+                    *_, source = (self._corner(group.ranks[rank]) for rank in link.ranks[:half])
+                    targets = [self._corner(group.ranks[rank]) for rank in link.ranks[half:]]
+                    self._arrow(source, _facing(source, targets), colour[group.name])
 
-    def _arrow(self, source: PlannedRank, target: PlannedRank, colour: Colour) -> None:
+    def _corner(self, rank: PlannedRank) -> tuple[int, int]:
+        return self.seats[rank.host, rank.slot]
+
+    def _arrow(self, source: tuple[int, int], target: tuple[int, int], colour: Colour) -> None:
         """To the right where the target is there, in a bow if something may be between; else from below to above."""
-        (x1, y1), (x2, y2) = self.seats[source.host, source.slot], self.seats[target.host, target.slot]
+        (x1, y1), (x2, y2) = source, target
         cell, height = self.scale.cell, self.scale.height
         across = x2 > x1
         if across:
@@ -267,6 +272,14 @@ class _Drawing:
         element = SubElement(self.root, "text", {"x": _number(x), "y": _number(y), **look})
         element.text = text
         return element
+
+
+def _facing(source: tuple[int, int], targets: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Where an arrow arrives: the first of the targets if it is to the right, else the nearest in its row."""
+    first = targets[0]
+    if first[0] > source[0]:
+        return first
+    return min((target for target in targets if target[1] == first[1]), key=lambda target: abs(target[0] - source[0]))
 
 
 def _number(value: float) -> str:
