@@ -6,7 +6,7 @@ from typing import Any
 
 from .errors import BadModel, DoesNotFit
 from .fleet import ModelSpec
-from .memory import affordable_tokens, dtype_of, fit, model_len_of, tensor_parallel_sizes
+from .memory import affordable_tokens, dtype_of, fit, tensor_parallel_sizes
 from .modelshape import ModelShape
 
 MAX_STAGES = 16
@@ -66,8 +66,7 @@ def _own_pool(spec: ModelSpec) -> Change:
 def _shorter(shape: ModelShape, spec: ModelSpec, gpu_bytes: int | None) -> Change:
     """The longest sequence that the pool would hold, in whole blocks."""
     tokens = affordable_tokens(shape, spec, gpu_bytes) or 0
-    useful = _MIN_BLOCKS * spec.block_size <= tokens < model_len_of(shape, spec)
-    return {"max_model_len": tokens} if useful else {}
+    return {"max_model_len": tokens} if tokens >= _MIN_BLOCKS * spec.block_size else {}
 
 
 def _narrower(shape: ModelShape, spec: ModelSpec) -> Change:

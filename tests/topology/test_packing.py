@@ -1,5 +1,6 @@
 """Groups onto free slots."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -79,15 +80,16 @@ def test_the_last_part_of_a_large_group_goes_where_it_leaves_least() -> None:
     assert packed([Demand(4, 3, ANY)], [8, 8, 4]) == [[(0, 2), (2, 1)]]
 
 
-def test_wide_groups_come_first_whatever_the_files_order() -> None:
-    assert packed([Demand(1, 1, ANY), Demand(1, 1, ANY), Demand(4, 1, ANY)], [4, 2]) == [[(1, 1)], [(1, 1)], [(0, 1)]]
-
-
-def test_another_order_is_tried_where_the_widest_first_fails() -> None:
-    wide, long = Demand(3, 1, ANY), Demand(1, 5, ANY)
-    assert None not in packed([wide, long], [5, 3])
-    narrow = Demand(2, 4, ANY)
-    assert None not in packed([wide, narrow], [8, 3])
+@pytest.mark.parametrize(
+    ("sizes", "free"),
+    [
+        ([(1, 3), (2, 1)], [1, 4]),  # only with the widest first
+        ([(2, 1), (2, 2), (3, 1)], [5, 4]),  # only with the largest first
+        ([(2, 2), (3, 2)], [4, 3, 3]),  # only in the given order
+    ],
+)
+def test_each_order_places_what_the_others_do_not(sizes: list[tuple[int, int]], free: list[int]) -> None:
+    assert None not in packed([Demand(width, count, ANY) for width, count in sizes], free)
 
 
 def test_a_group_without_room_takes_nothing() -> None:
