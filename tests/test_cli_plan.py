@@ -67,8 +67,8 @@ def lines(text: str) -> list[str]:
 def test_the_plan_is_shown_as_tables(sh: Shell, fleet: Path) -> None:
     found = lines(sh.out("plan", fleet))
     assert found[0] == "3 groups on 6 of 8 GPUs of 2 hosts, 2 free"
-    assert "llama-0 llama 2 x 2 node-a node-a 1,956,096 14 x 131,072" in found
-    assert "node-a 3 llama-0 3 1 1 18-31 2.8 GiB 55.3 GiB 72.0 GiB" in found
+    assert "llama-0 llama 2 x 2 node-a node-a 1,906,816 14 x 131,072" in found
+    assert "node-a 3 llama-0 3 1 1 18-31 2.8 GiB 55.7 GiB 72.0 GiB" in found
     assert "10.0.0.2 3 free" in found
     assert "llama-0 hidden states 0-1 to 2-3 8.0 KiB a token no" in found
     assert "note: elsewhere: its sizes are not known here: memory and traffic were not checked" in found
@@ -124,7 +124,7 @@ def test_many_ranks_are_shown_by_hosts_that_are_alike(sh: Shell, fleet: Path, tm
         (('"hosts"', '"nowhere"'), [], "cannot read the hostfile"),
         (('hostfile = "hosts"', ""), [], "hostfile: is missing: add hostfile"),
         (("replicas", "replicsa"), [], "models['elsewhere'].replicsa: there is no such key; did you mean replicas?"),
-        (('"80 GiB"', '"4 GiB"'), [], "llama: rank 0 needs 9.3 GiB"),
+        (('"80 GiB"', '"4 GiB"'), [], "llama: rank 0 needs 11.0 GiB"),
         (("[[models]]", "[hosts.node-x]\n[[models]]"), [], "hosts.node-x: the hostfile has no such host"),
     ],
 )  # fmt: skip
@@ -138,8 +138,8 @@ def test_what_is_wrong_is_said_in_one_line(
 def test_a_models_memory_is_shown_for_each_rank(sh: Shell, fleet: Path) -> None:
     model = fleet.parent / "llama"
     found = lines(sh.out("plan-memory", "--model", model, "--tp", "2", "--pp", "2", "--gpu-memory", "24 GiB"))
-    assert "3 1 1 18-31 2.8 GiB 212.0 MiB 28.0 KiB 13.0 GiB 16.1 GiB 21.6 GiB" in found
-    assert "fits: 488,080 KV tokens, 3 sequences of 131,072 tokens at once" in found
+    assert "3 1 1 18-31 2.8 GiB 1.9 GiB 28.0 KiB 11.7 GiB 16.5 GiB 21.6 GiB" in found
+    assert "fits: 438,816 KV tokens, 3 sequences of 131,072 tokens at once" in found
 
 
 def test_a_models_memory_as_json_has_every_number(sh: Shell, fleet: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_models_memory_as_json_has_every_number(sh: Shell, fleet: Path) -> Non
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (["--gpu-memory", "24 GiB"], "what fits: max_model_len=52016, or tensor_parallel_size=2"),
+        (["--gpu-memory", "24 GiB"], "what fits: max_model_len=38160, or tensor_parallel_size=2"),
         (["--gpu-memory", "3x"], "--gpu-memory '3x' is no size: give one as \"80 GiB\" or in bytes"),
         (["--tp", "3"], "tensor_parallel_size=3 does not divide"),
         (["--dtype", "int8"], "dtype: Input should be 'auto', 'float32', 'bfloat16' or 'float16' (got 'int8')"),

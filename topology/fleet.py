@@ -83,6 +83,7 @@ class ModelSpec(Table):
     engine: Engine = "paged"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    load_format: Literal["safetensors", "dummy"] = "safetensors"
     tensor_parallel_size: int = Field(default=1, ge=1, le=1024)
     pipeline_parallel_size: int = Field(default=1, ge=1, le=1024)
     max_num_seqs: int = Field(default=64, ge=1, le=65_536)
@@ -91,12 +92,15 @@ class ModelSpec(Table):
     block_size: int = Field(default=16, ge=1, le=1024)
     kv_cache_bytes: Bytes | None = None
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    prefix_caching: bool = True
     echo_latency_s: float = Field(default=0.0, ge=0)
     heartbeat_s: float = Field(default=1.0, gt=0)
     heartbeat_timeout_s: float = Field(default=3.0, gt=0)
     stall_timeout_s: float = Field(default=5.0, gt=0)
     start_timeout_s: float = Field(default=600.0, gt=0)
     restart_backoff_s: float = Field(default=0.5, gt=0)
+    restart_budget: int = Field(default=0, ge=0)
+    restart_window_s: float = Field(default=600.0, gt=0)
     collective_timeout_s: float = Field(default=1800.0, gt=0)
     lease_s: float = Field(default=15.0, ge=1.0)
     grace_s: float = Field(default=30.0, ge=0)

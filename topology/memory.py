@@ -5,10 +5,9 @@
                 that samples (tied: the embedding serves, or a copy of it where that is on another stage)
     KV cache    blocks of `block_size` tokens and one spare, as many on every rank as the poorest can afford, and no
                 more than max_num_seqs sequences of max_model_len could use
-    workspace   an estimate of what one step allocates besides: see `_workspace`
+    workspace   what the engine sets aside for a step, see `_workspace`; on GPUs also the CUDA context, an estimate
 
-`gpu_memory_utilization` of a GPU's memory may be used; the rest is for the CUDA context, NCCL's buffers and the
-allocator's leftovers.  Pure.
+`gpu_memory_utilization` of a GPU's memory may be used.  Pure.
 """
 
 from collections.abc import Sequence
@@ -19,7 +18,8 @@ from .fleet import ModelSpec
 from .modelshape import DTYPE_BYTES, ModelShape
 from .stages import stage_layers
 
-_FLOAT32_COPIES = 3  # of the logits, while sampling: scaled, sorted, probabilities
+CUDA_SLACK_BYTES = 1 << 30  # libraries' workspaces, fragmentation
+CUDA_CONTEXT_BYTES = 600 << 20  # what a process has of a GPU before it allocates anything
 _MAX_TENSOR_RANKS = 64
 
 
@@ -97,7 +97,7 @@ def rank_memories(shape: ModelShape, spec: ModelSpec) -> tuple[RankMemory, ...]:
             pp_rank=pp_rank,
             layers=layers,
             weight_bytes=item * _elements(shape, layers, tp_rank=tp_rank, tp_size=tp_size, pp_size=pp_size),
-            workspace_bytes=_workspace(shape, spec, samples=layers.stop == shape.num_layers and tp_rank == 0),
+            workspace_bytes=_workspace(shape, spec),
             token_bytes=item * len(layers) * shape.kv_width // tp_size,
         )
         for pp_rank, layers in enumerate(_stages(shape, spec))
@@ -170,16 +170,15 @@ def _elements(shape: ModelShape, layers: range, *, tp_rank: int, tp_size: int, p
     return held + (shape.embedding if has_own_head else 0)
 
 
-def _workspace(shape: ModelShape, spec: ModelSpec, *, samples: bool) -> int:
-    """The largest of what lives at once in one step of max_num_batched_tokens: the residual stream with its norm (four
-    times in the model's type, twice in float32), and queries, keys and values twice (before and after rotation) or the
-    feed-forward part; on the rank that samples, the logits of max_num_seqs rows and their float32 copies."""
+def _workspace(shape: ModelShape, spec: ModelSpec) -> int:
+    """What the engine sets aside for a step of max_num_batched_tokens beside weights and cache: the activations of the
+    widest layer, the logits of max_num_seqs rows with their copies in float32 and float64, and on GPUs a slack and
+    the CUDA context."""
     item = DTYPE_BYTES[dtype_of(shape, spec)]
-    tokens, tp_size = spec.max_num_batched_tokens, spec.tensor_parallel_size
-    stream = tokens * shape.hidden_size * (4 * item + 2 * 4)
-    inner = tokens * item * max(2 * shape.attention_width // tp_size, shape.mlp_width // tp_size + shape.routed_width)
-    logits = spec.max_num_seqs * shape.vocab_size * (item + 4 * _FLOAT32_COPIES) if samples else 0
-    return max(stream + inner, logits)
+    per_token = 4 * shape.hidden_size + 3 * shape.intermediate_size // spec.tensor_parallel_size
+    per_row = shape.vocab_size * (item + 20)
+    slack = 0 if spec.device == "cpu" else CUDA_SLACK_BYTES + CUDA_CONTEXT_BYTES
+    return spec.max_num_batched_tokens * per_token * item + spec.max_num_seqs * per_row + slack
 
 
 def _check_divides(shape: ModelShape, spec: ModelSpec) -> None:

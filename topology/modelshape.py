@@ -38,9 +38,7 @@ class ModelShape:
     vocab_size: int
     max_model_len: int
     kv_width: int  # keys and values of one token in one layer, over all KV heads
-    attention_width: int  # queries, keys and values of one token in one layer
-    mlp_width: int  # what one token widens to between the matrices of the feed-forward part
-    routed_width: int  # besides: copies of its hidden state for the experts that it goes to
+    intermediate_size: int
     final_norm: int
     tied: bool
     exact: bool = True
@@ -65,8 +63,8 @@ class Family:
     qkv_bias: str = ""  # the config key that says, or "always"
     output_bias: str = ""
     mlp_bias: str = ""
-    experts: Callable[["Config", int], tuple[int, int, int]] | None = None
-    """Of a layer: number of experts, of those one token takes, and width of each; (0, 0, 0) where it is dense."""
+    experts: Callable[["Config", int], tuple[int, int]] | None = None
+    """Of a layer: number of experts, and width of each; (0, 0) where it is dense."""
 
 
 class Config:
@@ -94,18 +92,17 @@ class Config:
         return self._raw.get(name, self._defaults.get(name))
 
 
-def _mixtral_experts(config: Config, layer: int) -> tuple[int, int, int]:
-    return config.size("num_local_experts"), config.size("num_experts_per_tok"), config.size("intermediate_size")
+def _mixtral_experts(config: Config, layer: int) -> tuple[int, int]:
+    return config.size("num_local_experts"), config.size("intermediate_size")
 
 
-def _qwen3_experts(config: Config, layer: int) -> tuple[int, int, int]:
+def _qwen3_experts(config: Config, layer: int) -> tuple[int, int]:
     if layer in (config.get("mlp_only_layers") or ()) or (layer + 1) % config.size("decoder_sparse_step"):
-        return 0, 0, 0
+        return 0, 0
     count = "num_local_experts" if config.has("num_local_experts") else "num_experts"  # transformers writes the former
-    return config.size(count), config.size("num_experts_per_tok"), config.size("moe_intermediate_size")
+    return config.size(count), config.size("moe_intermediate_size")
 
 
-_COPIES = 4  # of a hidden state that goes to an expert: gathered, widened back, weighted, summed
 _GEMMA = {"head_dim": 256, "tie_word_embeddings": True}
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family(qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"),
@@ -122,16 +119,14 @@ FAMILIES: Mapping[str, Family] = {
         defaults=_GEMMA, norms=4, head_norms=True, qkv_bias="attention_bias", output_bias="attention_bias"
     ),
     "Phi3ForCausalLM": Family(),
-    "MixtralForCausalLM": Family(
-        defaults={"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2}, experts=_mixtral_experts
-    ),
+    "MixtralForCausalLM": Family(defaults={"num_key_value_heads": 8, "num_local_experts": 8}, experts=_mixtral_experts),
     "Qwen3MoeForCausalLM": Family(
         defaults={
             "num_key_value_heads": 4,
             "decoder_sparse_step": 1,
             "moe_intermediate_size": 768,
             "num_experts": 128,
-            "num_experts_per_tok": 8,
+            "intermediate_size": 6144,
         },
         head_norms=True,
         qkv_bias="attention_bias",
@@ -176,19 +171,17 @@ def _from_config(config: Config, family: Family, architecture: str, source: str)
     feeds = [
         _feed_forward(config, family, hidden, layer) for layer in range(config.size("num_hidden_layers", limit=10_000))
     ]
-    widths = {"num_attention_heads": heads, "num_key_value_heads": kv_heads} | dict(w for *_, w in feeds)
+    widths = {"num_attention_heads": heads, "num_key_value_heads": kv_heads} | dict(width for _, width in feeds)
     return ModelShape(
         source=source,
         architecture=architecture,
         dtype=_dtype(config),
-        layers=tuple(_sum(attention, feed, norms=family.norms * hidden) for feed, *_ in feeds),
+        layers=tuple(_sum(attention, feed, norms=family.norms * hidden) for feed, _ in feeds),
         hidden_size=hidden,
         vocab_size=config.size("vocab_size"),
         max_model_len=config.size("max_position_embeddings"),
         kv_width=2 * kv_heads * head_dim,
-        attention_width=(heads + 2 * kv_heads) * head_dim,
-        mlp_width=max(width for _, width, _ in feeds),
-        routed_width=_COPIES * hidden * config.size("num_experts_per_tok") if family.experts else 0,
+        intermediate_size=config.size("intermediate_size"),
         final_norm=hidden,
         tied=config.flag("tie_word_embeddings"),
         divisible=widths,
@@ -203,18 +196,18 @@ def _attention(config: Config, family: Family, *, hidden: int, heads: int, kv_he
     return LayerShape(matrices + bias, whole + (2 * head_dim if family.head_norms else 0), matrices)
 
 
-def _feed_forward(config: Config, family: Family, hidden: int, layer: int) -> tuple[LayerShape, int, tuple[str, int]]:
-    """The layer's part, how wide one token gets in it, and the config key of its width."""
-    count, taken, width = family.experts(config, layer) if family.experts else (0, 0, 0)
+def _feed_forward(config: Config, family: Family, hidden: int, layer: int) -> tuple[LayerShape, tuple[str, int]]:
+    """The layer's part, and its width with that width's config key."""
+    count, width = family.experts(config, layer) if family.experts else (0, 0)
     if not count:
         width = config.size("intermediate_size")
         matrices = 3 * hidden * width
         bias = config.flag(family.mlp_bias)
         shape = LayerShape(matrices + (2 * width if bias else 0), hidden if bias else 0, matrices)
-        return shape, 3 * width, ("intermediate_size", width)
+        return shape, ("intermediate_size", width)
     matrices = 3 * hidden * width * count
     key = "moe_intermediate_size" if config.has("moe_intermediate_size") else "intermediate_size"
-    return LayerShape(matrices, count * hidden, matrices), 3 * taken * width, (key, width)
+    return LayerShape(matrices, count * hidden, matrices), (key, width)
 
 
 def _sum(attention: LayerShape, feed: LayerShape, *, norms: int) -> LayerShape:
@@ -262,9 +255,7 @@ def _from_tensors(config: Config, tensors: Shapes, architecture: str, source: st
         vocab_size=vocab,
         max_model_len=config.size("max_position_embeddings"),
         kv_width=2 * kv_heads * head_dim,
-        attention_width=(heads + 2 * kv_heads) * head_dim,
-        mlp_width=3 * (config.size("intermediate_size") if config.has("intermediate_size") else 4 * hidden),
-        routed_width=0,
+        intermediate_size=config.size("intermediate_size") if config.has("intermediate_size") else 4 * hidden,
         final_norm=max(0, outside - (1 if outside < 2 * embedding else 2) * embedding),
         tied=outside < 2 * embedding,
         exact=False,

@@ -12,7 +12,11 @@ from hortator.workers.settings import WorkerSettings
 
 MODEL = '[[models]]\nname = "m"\npath = "/models/m"\n'
 OWN_KEYS = {"name", "path", "replicas"}
-PLACED_BY_THE_PLAN = {"group", "control_host", "control_port", "store_port", "model", "model_path"}
+PLACED_BY_THE_PLAN = {"group", "control_host", "control_port", "store_host", "store_port", "model", "model_path"}
+SAID_BY_WHO_STARTS_IT = {
+    *("hosts", "launcher", "front_ranks", "secret_file", "keeper_port", "remote_python"),
+    *("ssh_user", "ssh_port", "ssh_identity_file", "ssh_known_hosts_file"),
+}
 OF_THE_FLEET = {"redis_url", "namespace"}
 
 
@@ -24,7 +28,7 @@ def refusal(text: str) -> str:
 
 def test_a_model_may_have_every_setting_of_the_worker_with_the_workers_own_default() -> None:
     ours, theirs = ModelSpec.model_fields, WorkerSettings.model_fields
-    assert set(theirs) - PLACED_BY_THE_PLAN - OF_THE_FLEET <= set(ours) - OWN_KEYS
+    assert set(theirs) - PLACED_BY_THE_PLAN - SAID_BY_WHO_STARTS_IT - OF_THE_FLEET <= set(ours) - OWN_KEYS
     for name in set(ours) & set(theirs):
         assert (name, ours[name].default) == (name, theirs[name].default)
 

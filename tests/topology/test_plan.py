@@ -225,7 +225,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers_and_the_nearest_plan(
 
 def test_gpus_that_are_too_small_are_refused_with_what_would_fit() -> None:
     message = refusal("a 8", model("m"), shapes={"m": llama_8b()}, gpu_memory_bytes="24 GiB")
-    assert message.endswith(": what fits: max_model_len=52016, or tensor_parallel_size=2")
+    assert message.endswith(": what fits: max_model_len=38160, or tensor_parallel_size=2")
 
 
 def test_too_few_large_gpus_are_refused_although_there_are_slots() -> None:
