@@ -8,6 +8,9 @@ TopologyError
 ├── MeshFailed    the ranks did not find each other
 ├── NoDevice      this host has no such device
 ├── TooManyStages the model has fewer layers than the pipeline has stages
+├── BadPlacement  hosts, ranks or devices that make no sense
+├── BadSecret     the file that lets processes join is missing, short, or open to others
+├── CannotStart   this way of starting ranks cannot work here
 └── PlanError     found before anything was started
     ├── BadHostfile   a line of the hostfile, or a filter over it, cannot be used
     ├── BadFleet      the fleet file cannot be used
@@ -66,3 +69,13 @@ class BadModel(PlanError):
 
 class DoesNotFit(PlanError):
     """The hosts, or the memory of their GPUs, do not suffice; the text has the numbers and what would fit."""
+class BadPlacement(TopologyError):
+    """Hosts, ranks or devices that make no sense; the text says which."""
+
+
+class BadSecret(TopologyError):
+    """The file that lets processes join is missing, short, or open to others."""
+
+
+class CannotStart(TopologyError):
+    """This way of starting ranks cannot work here; the text says what to change."""
