@@ -1,0 +1,220 @@
+"""`hortator doctor`: is a fleet's set of hosts fit to run it?  And `hortator probe`, which it runs on each of them."""
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit
+
+import typer
+
+from hortator.cli_errors import EXIT_FAILED, EXIT_OK, printable
+from hortator.cli_store import AsJson
+
+if TYPE_CHECKING:
+    from hortator.topology.doctor import Demand
+    from hortator.topology.errand import Answer
+    from hortator.topology.findings import Finding
+    from hortator.topology.fleet import Fleet
+    from hortator.topology.probe import Address, HostReport, ProbeRequest
+    from hortator.topology.road import Road
+
+PROBE_LIMIT_S = 60  # a probe that hangs (a dead network file system) ends by itself
+MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
+
+
+def register(app: typer.Typer) -> None:
+    app.command(rich_help_panel="Fleet")(doctor)
+    app.command(hidden=True)(probe)
+
+
+def doctor(
+    fleet_file: Annotated[Path | None, typer.Argument(metavar="[FLEET]", help="fleet file (TOML)")] = None,
+    *,
+    hostfile: Annotated[Path | None, typer.Option("--hostfile", help="default: the fleet file's")] = None,
+    include: Annotated[str, typer.Option(help="as DeepSpeed's: HOST[:GPU,GPU]@HOST...")] = "",
+    exclude: Annotated[str, typer.Option(help="likewise")] = "",
+    model: Annotated[list[Path] | None, typer.Option("--model", help="also check this model directory")] = None,
+    port: Annotated[list[int] | None, typer.Option("--port", help="must be free on every host")] = None,
+    device: Annotated[str, typer.Option(help="auto | cpu | cuda; default: what the fleet's models say")] = "",
+    python: Annotated[Path | None, typer.Option("--python", help="interpreter on the hosts; default: this one")] = None,
+    ssh_program: Annotated[str, typer.Option("--ssh", help="the ssh client")] = "ssh",
+    timeout_s: Annotated[float, typer.Option("--timeout-s", min=1, help="for the whole answer of one host")] = 30.0,
+    as_json: AsJson = False,
+) -> int:
+    """Look at every host of a fleet and say what would go wrong.  Exit 1 when a check fails."""
+    from hortator.topology.doctor import examine, suggested_environment
+
+    fleet, hosts = wanted_hosts(fleet_file, hostfile, include=include, exclude=exclude)
+    ward = Ward.of(fleet, hosts, models=model or (), ports=port or (), device=device, python=python, ssh=ssh_program)
+    began = time.monotonic()
+    reports, problems, skews = ward.look(timeout_s)
+    findings = list(examine(ward.demand, reports, problems, skews))
+    if as_json:
+        for finding in findings:
+            typer.echo(json.dumps(asdict(finding)))
+    else:
+        for finding in findings:
+            typer.echo(line(finding))
+        for text in suggestions(suggested_environment(reports.values())):
+            typer.echo(text)
+        typer.echo(verdict(findings, len(hosts), time.monotonic() - began))
+    return EXIT_FAILED if any(finding.grade == "fail" for finding in findings) else EXIT_OK
+
+
+def probe() -> int:
+    """Describe this host: a request as JSON on stdin, the report as JSON on stdout."""
+    from hortator.topology.probe import ProbeRequest
+    from hortator.topology.probe import probe as look
+
+    signal.alarm(PROBE_LIMIT_S)
+    request = ProbeRequest.model_validate_json(sys.stdin.buffer.read())
+    typer.echo(look(request, checksum=checksum).model_dump_json())
+    return EXIT_OK
+
+
+def checksum(model: Path) -> Mapping[str, str]:
+    """What the ranks will compare as well when they start."""
+    from hortator.workers.engine.fingerprint import fingerprint
+
+    facts = fingerprint(model, dtype="")
+    return {name: facts[name] for name in ("config", "weights")}
+
+
+def wanted_hosts(
+    fleet_file: Path | None, hostfile: Path | None, *, include: str = "", exclude: str = ""
+) -> tuple["Fleet | None", dict[str, tuple[int, ...]]]:
+    """The fleet file, if one is given, and the slots of every host that is used."""
+    from hortator.topology.fleet import read_fleet
+    from hortator.topology.hostfile import parse_hostfile
+    from hortator.topology.hostfilter import filter_hosts
+
+    if fleet_file is None and hostfile is None:
+        raise typer.BadParameter("give a FLEET file or --hostfile")
+    fleet = read_fleet(fleet_file) if fleet_file is not None else None
+    source = hostfile or (fleet.hostfile if fleet else None)
+    if source is None:
+        raise typer.BadParameter(f'{fleet_file} names no hostfile: add hostfile = "..." or give --hostfile')
+    used = filter_hosts(parse_hostfile(read_text(source), source=str(source)), include=include, exclude=exclude)
+    return fleet, {host.address: host.slots for host in used}
+
+
+def read_text(file: Path) -> str:
+    from hortator.producer.errors import ConfigError
+
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise ConfigError(f"cannot read {file}: {problem}") from None
+
+
+@dataclass(frozen=True)
+class Ward:
+    """The hosts under examination: how to get there, and what to ask."""
+
+    demand: "Demand"
+    road: "Road"
+    command: tuple[str, ...]
+    requests: Mapping[str, "ProbeRequest"]
+
+    @classmethod
+    def of(
+        cls,
+        fleet: "Fleet | None",
+        hosts: Mapping[str, tuple[int, ...]],
+        *,
+        models: Iterable[Path],
+        ports: Iterable[int],
+        device: str,
+        python: Path | None,
+        ssh: str,
+    ) -> "Ward":
+        from hortator.topology.doctor import Demand
+        from hortator.topology.fleet import Ssh
+        from hortator.topology.probe import ProbeRequest
+        from hortator.topology.road import road
+
+        specs = fleet.models if fleet else ()
+        paths = dict.fromkeys([*(path.absolute() for path in models), *(s.path for s in specs if s.path)])
+        devices = {spec.device for spec in specs} or {"auto"}
+        interpreter = python or (fleet.python if fleet else None) or Path(sys.executable)
+        return cls(
+            demand=Demand(hosts, device or ("cpu" if devices == {"cpu"} else "cuda" if "cuda" in devices else "auto")),
+            road=road(fleet.ssh if fleet else Ssh(), hosts, program=ssh),
+            command=(str(interpreter), "-m", "hortator", "probe"),
+            requests={
+                host: ProbeRequest(address=host, ports=tuple(ports), models=tuple(paths), reach=redis_of(fleet))
+                for host in hosts
+            },
+        )
+
+    def look(self, timeout_s: float) -> tuple[dict[str, "HostReport"], dict[str, str], dict[str, float]]:
+        """Reports, problems and clock skews by host."""
+        from hortator.topology.errand import Errand, run_errands
+
+        errands = [
+            Errand(host, self.road.argv(host, self.command), request.model_dump_json().encode())
+            for host, request in self.requests.items()
+        ]
+        reports, problems, skews = {}, {}, {}
+        for answer in run_errands(errands, timeout_s=timeout_s):
+            report = read_report(answer)
+            if isinstance(report, str):
+                problems[answer.host] = report
+            else:
+                reports[answer.host] = report
+                skews[answer.host] = report.clock_s - answer.heard_at
+        return reports, problems, skews
+
+
+def read_report(answer: "Answer") -> "HostReport | str":
+    """The report, or why there is none."""
+    from pydantic import ValidationError
+
+    from hortator.topology.probe import HostReport
+
+    if not answer.ok:
+        return answer.problem
+    last = answer.stdout.strip().rpartition(b"\n")[2]  # a login shell may have greeted first
+    try:
+        return HostReport.model_validate_json(last)
+    except ValidationError:
+        return f"answered with something that is no report: {printable(last[:80].decode(errors='replace'))!r}"
+
+
+def redis_of(fleet: "Fleet | None") -> tuple["Address", ...]:
+    """Redis as the hosts must reach it, if the fleet file names one; a loopback address means each host's own."""
+    from hortator.topology.probe import Address
+
+    if fleet is None or "redis_url" not in fleet.model_fields_set:
+        return ()
+    parts = urlsplit(fleet.redis_url)
+    return (Address(host=parts.hostname, port=parts.port or 6379),) if parts.hostname else ()
+
+
+def line(finding: "Finding") -> str:
+    advice = f"  -> {finding.advice}" if finding.advice else ""
+    return printable(f"{MARKS[finding.grade]} {finding.check}: {finding.text}{advice}")
+
+
+def suggestions(environments: Mapping[str, Mapping[str, str]]) -> Iterable[str]:
+    """Once for all hosts that need the same."""
+    from hortator.topology.doctor import grouped
+    from hortator.topology.findings import named
+
+    worded = {host: " ".join(f"{k}={v}" for k, v in said.items()) for host, said in environments.items()}
+    by_text = grouped(worded)
+    for text, hosts in by_text.items():
+        where = "all hosts" if len(by_text) == 1 else named(hosts)
+        yield f"     suggested for {where}: {text}"
+
+
+def verdict(findings: Iterable["Finding"], num_hosts: int, took_s: float) -> str:
+    grades = [str(finding.grade) for finding in findings]
+    bad, doubts = grades.count("fail"), grades.count("warn")
+    said = "fit to run" if not bad else f"{bad} checks failed"
+    return f"{num_hosts} hosts in {took_s:.1f} s: {said}" + (f", {doubts} warnings" if doubts else "")
