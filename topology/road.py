@@ -1,48 +1,36 @@
 """How a command gets to a host: over ssh, or straight when the host is this one."""
 
 import shlex
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .fleet import Ssh
 from .network import addresses_of, read_interfaces
+from .placement import check_host
+from .ssh import SshOptions
 
 
 @dataclass(frozen=True, slots=True)
 class Road:
-    """`program` is the ssh client.  `here`: addresses of this host."""
+    """`program` is the ssh client.  `here`: those of the hosts that are this one."""
 
     ssh: Ssh
     program: str = "ssh"
     here: frozenset[str] = frozenset()
 
     def argv(self, host: str, command: Sequence[str]) -> tuple[str, ...]:
-        """What to run here so that `command` runs there.  `host` has been checked (address.py): it begins with no '-'.
-
-        sshd gives what it gets to the user's login shell, hence the quoting.
-        """
+        """What to run here so that `command` runs there.  sshd hands it to the user's login shell, hence the quoting."""
         if host in self.here:
             return tuple(command)
-        return (*self.client(host), shlex.join(command))
+        patience = ("-o", f"ConnectTimeout={self.ssh.connect_timeout_s}")  # the first value counts
+        options = ssh_options(self.ssh).arguments()
+        return (self.program, "-T", *patience, *options, "--", check_host(host), shlex.join(command))
 
-    def client(self, host: str) -> tuple[str, ...]:
-        """ssh up to and with the host: never asks anything, and gives up on a silent host."""
-        options = {
-            "BatchMode": "yes",
-            "ConnectTimeout": str(self.ssh.connect_timeout_s),
-            "ConnectionAttempts": "1",
-            "ServerAliveInterval": "5",
-            "ServerAliveCountMax": "3",
-            "LogLevel": "ERROR",
-            "ForwardX11": "no",
-            "ForwardAgent": "no",
-        }
-        argv = [self.program, "-T", "-p", str(self.ssh.port)]
-        for name, value in options.items():
-            argv += ["-o", f"{name}={value}"]
-        if self.ssh.identity_file is not None:
-            argv += ["-i", str(self.ssh.identity_file)]
-        return (*argv, "--", f"{self.ssh.user}@{host}" if self.ssh.user else host)
+
+def ssh_options(ssh: Ssh, *, python: str = sys.executable) -> SshOptions:
+    """The fleet file's [ssh] as launchers want it."""
+    return SshOptions(ssh.user, ssh.port, ssh.identity_file, ssh.known_hosts_file, python)
 
 
 def road(ssh: Ssh, hosts: Iterable[str], *, program: str = "ssh") -> Road:

@@ -45,8 +45,8 @@ def test_an_endless_answer_is_cut() -> None:
 def test_a_remote_command_survives_the_remote_shell_and_ssh_is_asked_to_ask_nothing() -> None:
     road = Road(Ssh(user="u", port=2222, connect_timeout_s=7), here=frozenset({"me"}))
     argv = road.argv("h", ("/opt/my python", "-c", "print('$HOME')"))
-    assert argv[-3:] == ("--", "u@h", """'/opt/my python' -c 'print('"'"'$HOME'"'"')'""")
-    assert {"BatchMode=yes", "ConnectTimeout=7", "2222"} <= set(argv)
+    assert argv[-3:] == ("--", "h", """'/opt/my python' -c 'print('"'"'$HOME'"'"')'""")
+    assert {"BatchMode=yes", "ConnectTimeout=7", "2222", "-l", "u"} <= set(argv)
     assert road.argv("me", ("a b",)) == ("a b",)
 
 
