@@ -20,7 +20,7 @@ class Road:
     here: frozenset[str] = frozenset()
 
     def argv(self, host: str, command: Sequence[str]) -> tuple[str, ...]:
-        """What to run here so that `command` runs there.  sshd hands it to the user's login shell, hence the quoting."""
+        """What to run here so that `command` runs there.  sshd hands it to a login shell, hence the quoting."""
         if host in self.here:
             return tuple(command)
         patience = ("-o", f"ConnectTimeout={self.ssh.connect_timeout_s}")  # the first value counts

@@ -56,6 +56,7 @@ def describe(pool: EnginePool) -> dict[str, Any]:
         "running": pool.front.num_live,
         "grace_s": settings.grace_s,
         "start_timeout_s": settings.start_timeout_s,
+        "ranks": [[rank, vitals.pid] for rank, vitals in sorted(pool.members.items())],
         "last_failure": pool.front.details()["last_failure"],
         "obeys": False,
     }

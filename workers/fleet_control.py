@@ -40,6 +40,7 @@ class Leader:
     running: int
     grace_s: float
     start_timeout_s: float
+    ranks: tuple[tuple[int, int], ...]  # rank and its pid, on the rank's own host
     last_failure: str | None
     obeys: bool
 
@@ -153,4 +154,5 @@ def read_leader(said: Any) -> Leader | None:
     """A leader's reply; None if it is another worker's."""
     if not isinstance(said, dict) or not said.keys() >= set(Leader.__slots__):
         return None
-    return Leader(**{name: said[name] for name in Leader.__slots__})
+    ranks = tuple((int(rank), int(pid)) for rank, pid in said["ranks"])
+    return Leader(**{name: said[name] for name in Leader.__slots__} | {"ranks": ranks})

@@ -20,6 +20,7 @@ from celery.worker import state as worker_state
 
 from hortator.producer.errors import HortatorError
 from hortator.producer.store import Claimed, Lease, Outcome, Verdict
+from hortator.topology.vitals import Vitals
 from hortator.workers.request import PromptRequest
 from hortator.workers.settings import WorkerSettings
 from hortator.workers.transport import ClaimedMessage
@@ -156,6 +157,11 @@ class EnginePool(BasePool):  # type: ignore[misc]
             "capacity": front.capacity,
             **front.details(),
         }
+
+    @property
+    def members(self) -> dict[int, Vitals]:
+        """The ranks, on whatever hosts they are."""
+        return dict(self._group.members)
 
     # ---- the loop
 

@@ -4,7 +4,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -50,10 +50,20 @@ def doctor(
     from hortator.topology.doctor import examine, suggested_environment
 
     fleet, hosts = wanted_hosts(fleet_file, hostfile, include=include, exclude=exclude)
-    ward = Ward.of(fleet, hosts, models=model or (), ports=port or (), device=device, python=python, ssh=ssh_program)
+    teams, planned = teams_of(fleet, hosts)
+    ward = Ward.of(
+        fleet,
+        hosts,
+        leaders={team.hosts[0] for team in teams},
+        models=model or (),
+        ports=port or (),
+        device=device,
+        python=python,
+        ssh=ssh_program,
+    )
     began = time.monotonic()
     reports, problems, skews = ward.look(timeout_s)
-    findings = list(examine(ward.demand, reports, problems, skews))
+    findings = [*planned, *examine(ward.demand, reports, problems, skews)]
     if as_json:
         for finding in findings:
             typer.echo(json.dumps(asdict(finding)))
@@ -103,6 +113,34 @@ def wanted_hosts(
     return fleet, {host.address: host.slots for host in used}
 
 
+def teams_of(
+    fleet: "Fleet | None", hosts: Mapping[str, tuple[int, ...]]
+) -> tuple["tuple[Team, ...]", "tuple[Finding, ...]"]:
+    """Who will work together: the planned groups; without a fleet file all hosts.  And what the plan says of itself."""
+    from hortator.cli_up import shapes_of
+    from hortator.topology.errors import PlanError
+    from hortator.topology.findings import fine, wrong
+    from hortator.topology.hostfilter import HostSlots
+    from hortator.topology.plan import make_plan
+
+    if fleet is None:
+        return (Team("all", tuple(hosts)),), ()
+    try:
+        plan = make_plan(fleet, [HostSlots(host, slots) for host, slots in hosts.items()], shapes_of(fleet))
+    except PlanError as error:
+        return (), (wrong("plan", str(error), "change the fleet file, or find more hosts"),)
+    teams = tuple(Team(group.name, tuple(seats.host for seats in group.hosts)) for group in plan.groups)
+    return teams, (fine("plan", f"{len(teams)} groups on {len(hosts)} hosts, {plan.num_free} slots free"),)
+
+
+@dataclass(frozen=True)
+class Team:
+    """Hosts whose ranks talk to each other; the leader is on the first."""
+
+    name: str
+    hosts: tuple[str, ...]
+
+
 def read_text(file: Path) -> str:
     from hortator.producer.errors import ConfigError
 
@@ -127,6 +165,7 @@ class Ward:
         fleet: "Fleet | None",
         hosts: Mapping[str, tuple[int, ...]],
         *,
+        leaders: Collection[str],
         models: Iterable[Path],
         ports: Iterable[int],
         device: str,
@@ -147,7 +186,12 @@ class Ward:
             road=road(fleet.ssh if fleet else Ssh(), hosts, program=ssh),
             command=(str(interpreter), "-m", "hortator", "probe"),
             requests={
-                host: ProbeRequest(address=host, ports=tuple(ports), models=tuple(paths), reach=redis_of(fleet))
+                host: ProbeRequest(
+                    address=host,
+                    ports=tuple(ports),
+                    models=tuple(paths),
+                    reach=redis_of(fleet) if host in leaders else (),
+                )
                 for host in hosts
             },
         )
@@ -187,7 +231,7 @@ def read_report(answer: "Answer") -> "HostReport | str":
 
 
 def redis_of(fleet: "Fleet | None") -> tuple["Address", ...]:
-    """Redis as the hosts must reach it, if the fleet file names one; a loopback address means each host's own."""
+    """Redis as leaders must reach it, if the fleet file names one."""
     from hortator.topology.probe import Address
 
     if fleet is None or "redis_url" not in fleet.model_fields_set:

@@ -5,16 +5,18 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hortator.cli_errors import EXIT_OK, printable
+from hortator.cli_errors import EXIT_FAILED, EXIT_OK, fail_line, printable
 from hortator.cli_store import AsJson, Namespace, RedisUrl, client, store_settings
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from hortator.cli_up import Commanded
     from hortator.producer.store import GroupBeat, QueueInfo
     from hortator.workers.fleet_control import FleetControl
 
@@ -96,15 +98,51 @@ def restart(
 def down(
     groups: Groups = None,
     everything: All = False,
+    fleet_file: Annotated[
+        Path | None,
+        typer.Option("--fleet", help="its groups; ends also what Redis does not reach, and looks for orphans"),
+    ] = None,
+    directory: Annotated[Path | None, typer.Option("--dir", help="as `hortator up` was told")] = None,
+    ssh_program: Annotated[str, typer.Option("--ssh", help="the ssh client")] = "ssh",
     redis_url: RedisUrl = None,
     namespace: Namespace = None,
 ) -> int:
     """Stop groups, all at once: they finish what runs within their grace and hand the rest back."""
+    if fleet_file is not None:
+        from hortator.cli_up import Commanded
+
+        return down_fleet(Commanded.read(fleet_file, None, directory=directory, ssh=ssh_program), groups or ())
     with fleet_control(redis_url, namespace) as control:
         chosen = chosen_groups(control, groups, everything)
         if chosen:
             control.stop(chosen, on_done=lambda group: typer.echo(f"{group} is down"))
     return EXIT_OK
+
+
+def down_fleet(fleet: "Commanded", names: Sequence[str]) -> int:
+    """Over Redis first, which lets jobs finish; then over ssh, so that nothing is left."""
+    from hortator.producer.errors import HortatorError
+
+    groups = fleet.chosen(names)
+    ranks: dict[str, tuple[tuple[int, int], ...]] = {}
+    try:
+        with fleet_control(fleet.fleet.redis_url, fleet.fleet.namespace) as control:
+            alive = control.alive()
+            chosen = [group.name for group in groups if group.name in alive]
+            if chosen:
+                ranks = {leader.group: leader.ranks for leader in control.tell("look", chosen).values()}
+                control.stop(chosen, on_done=lambda group: typer.echo(f"{group} is down"))
+    except HortatorError as problem:
+        typer.echo(f"warning: {printable(problem.message)}; going on over ssh", err=True)
+    failed = False
+    for answer in fleet.end(groups):
+        if not answer.ok:
+            failed = bool(fail_line(f"{answer.host}: {answer.problem}", EXIT_FAILED))
+        elif b"true" in answer.stdout:
+            typer.echo(f"{answer.host} is ended on its host")
+    for host, pids in fleet.left(ranks).items():
+        failed = bool(fail_line(f"{host}: ranks are left: pid {', '.join(map(str, pids))}; kill them", EXIT_FAILED))
+    return EXIT_FAILED if failed else EXIT_OK
 
 
 @contextmanager
