@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from hortator.topology.fleet import Fleet
     from hortator.topology.probe import Address, HostReport, ProbeRequest
     from hortator.topology.road import Road
+    from hortator.topology.survey import Team
 
+MAX_TEAM = 64  # hosts without a plan, or a group of that many, have too many links to measure them in a minute
 PROBE_LIMIT_S = 60  # a probe that hangs (a dead network file system) ends by itself
 MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
 
@@ -44,10 +46,12 @@ def doctor(
     python: Annotated[Path | None, typer.Option("--python", help="interpreter on the hosts; default: this one")] = None,
     ssh_program: Annotated[str, typer.Option("--ssh", help="the ssh client")] = "ssh",
     timeout_s: Annotated[float, typer.Option("--timeout-s", min=1, help="for the whole answer of one host")] = 30.0,
+    links: Annotated[bool, typer.Option(help="measure the network between the ranks of each group")] = True,
     as_json: AsJson = False,
 ) -> int:
     """Look at every host of a fleet and say what would go wrong.  Exit 1 when a check fails."""
     from hortator.topology.doctor import examine, suggested_environment
+    from hortator.topology.survey import survey
 
     fleet, hosts = wanted_hosts(fleet_file, hostfile, include=include, exclude=exclude)
     teams, planned = teams_of(fleet, hosts)
@@ -64,13 +68,19 @@ def doctor(
     began = time.monotonic()
     reports, problems, skews = ward.look(timeout_s)
     findings = [*planned, *examine(ward.demand, reports, problems, skews)]
+    environments = suggested_environment(reports.values())
+    if links:
+        whole = [on_devices(team, reports) for team in teams if reports.keys() >= set(team.hosts)]
+        findings += survey(
+            [team for team in whole if len(team.hosts) <= MAX_TEAM], ward.road, ward.measuring, environments
+        )
     if as_json:
         for finding in findings:
             typer.echo(json.dumps(asdict(finding)))
     else:
         for finding in findings:
             typer.echo(line(finding))
-        for text in suggestions(suggested_environment(reports.values())):
+        for text in suggestions(environments):
             typer.echo(text)
         typer.echo(verdict(findings, len(hosts), time.monotonic() - began))
     return EXIT_FAILED if any(finding.grade == "fail" for finding in findings) else EXIT_OK
@@ -122,23 +132,31 @@ def teams_of(
     from hortator.topology.findings import fine, wrong
     from hortator.topology.hostfilter import HostSlots
     from hortator.topology.plan import make_plan
+    from hortator.topology.survey import Team
 
     if fleet is None:
-        return (Team("all", tuple(hosts)),), ()
+        return (Team("all", tuple((host, slot) for host, slots in hosts.items() for slot in slots), "auto"),), ()
     try:
         plan = make_plan(fleet, [HostSlots(host, slots) for host, slots in hosts.items()], shapes_of(fleet))
     except PlanError as error:
         return (), (wrong("plan", str(error), "change the fleet file, or find more hosts"),)
-    teams = tuple(Team(group.name, tuple(seats.host for seats in group.hosts)) for group in plan.groups)
+    teams = tuple(
+        Team(
+            group.name,
+            tuple((seats.host, device) for seats in group.hosts for device in seats.devices),
+            fleet.model_named(group.model).device,
+        )
+        for group in plan.groups
+    )
     return teams, (fine("plan", f"{len(teams)} groups on {len(hosts)} hosts, {plan.num_free} slots free"),)
 
 
-@dataclass(frozen=True)
-class Team:
-    """Hosts whose ranks talk to each other; the leader is on the first."""
+def on_devices(team: "Team", reports: Mapping[str, "HostReport"]) -> "Team":
+    """On GPUs where all of its hosts have them, unless the fleet file says that its ranks run on CPUs."""
+    from hortator.topology.survey import Team
 
-    name: str
-    hosts: tuple[str, ...]
+    on_gpus = all(reports[host].gpus for host in team.hosts)
+    return Team(team.name, team.seats, "cuda" if on_gpus and team.device != "cpu" else "cpu")
 
 
 def read_text(file: Path) -> str:
@@ -156,7 +174,7 @@ class Ward:
 
     demand: "Demand"
     road: "Road"
-    command: tuple[str, ...]
+    python: Path
     requests: Mapping[str, "ProbeRequest"]
 
     @classmethod
@@ -184,7 +202,7 @@ class Ward:
         return cls(
             demand=Demand(hosts, device or ("cpu" if devices == {"cpu"} else "cuda" if "cuda" in devices else "auto")),
             road=road(fleet.ssh if fleet else Ssh(), hosts, program=ssh),
-            command=(str(interpreter), "-m", "hortator", "probe"),
+            python=interpreter,
             requests={
                 host: ProbeRequest(
                     address=host,
@@ -196,12 +214,17 @@ class Ward:
             },
         )
 
+    @property
+    def measuring(self) -> tuple[str, ...]:
+        return (str(self.python), "-m", "hortator.topology.links")
+
     def look(self, timeout_s: float) -> tuple[dict[str, "HostReport"], dict[str, str], dict[str, float]]:
         """Reports, problems and clock skews by host."""
         from hortator.topology.errand import Errand, run_errands
 
+        command = (str(self.python), "-m", "hortator", "probe")
         errands = [
-            Errand(host, self.road.argv(host, self.command), request.model_dump_json().encode())
+            Errand(host, self.road.argv(host, command), request.model_dump_json().encode())
             for host, request in self.requests.items()
         ]
         reports, problems, skews = {}, {}, {}

@@ -97,6 +97,7 @@ def restart(
 
 def down(
     groups: Groups = None,
+    *,
     everything: All = False,
     fleet_file: Annotated[
         Path | None,

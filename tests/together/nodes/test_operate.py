@@ -86,15 +86,21 @@ def test_a_fleet_is_started_read_and_ended_over_ssh(cluster: Cluster, sh: Shell)
     assert cluster.first.matching("hortator.workers") == []
 
 
-def test_the_doctor_examines_real_machines(cluster: Cluster, sh: Shell) -> None:
+def test_the_doctor_examines_real_machines_and_names_the_slow_link(cluster: Cluster, sh: Shell) -> None:
     model = str(REPOSITORY / "demo" / "model")
-    said = sh("doctor", str(sh.fleet_file), "--model", model)
+    shape = ["qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "40mbit", "burst", "32kbit", "latency", "400ms"]
+    cluster.machines["nodeB"].run("tc", *shape)
+    said = sh("doctor", str(sh.fleet_file), "--model", model, code=1)
+    assert "ok   links echo-0: 2 ranks" in said
+    [failure] = [line for line in said.splitlines() if line.startswith("FAIL")]
+    assert failure.startswith("FAIL slow link: nodeB -> nodeA carries ")
+    cluster.machines["nodeB"].run("tc", "qdisc", "del", "dev", "eth0", "root")
     assert "all 2 hosts answer" in said
     assert f"model {model}: the same on 2 hosts" in said
     assert "suggested for all hosts: GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME==eth0" in said
     cluster.machines["nodeB"].link_down()
     try:
-        said = sh("doctor", str(sh.fleet_file), "--timeout-s", "4", code=1)
+        said = sh("doctor", str(sh.fleet_file), "--timeout-s", "4", "--no-links", code=1)
     finally:
         cluster.machines["nodeB"].link_up()
     assert "FAIL ssh: nodeB: no answer within 4 s" in said
