@@ -90,6 +90,7 @@ class Quarters:
             code = process.wait(LOOK_S)
             last = next((line for line in reversed(self.tail(order.group, 40)) if line.strip()), "it said nothing")
             raise CannotStart(f"group {order.group} ended at once with {code}: {last.strip()[:400]}")
+        process.returncode = 0  # it is meant to be left running, of which Popen would warn
         return Leader(group=order.group, pid=process.pid, log=self.log(order.group), fresh=True)
 
     def look(self, group: str) -> Leader:

@@ -2,16 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Literal
 
 from .fleet import Fleet
 from .leaders import Order
 from .plan import PlannedGroup
 
-LauncherName = Literal["ssh", "deepspeed"]
 
-
-def leader_order(fleet: Fleet, group: PlannedGroup, *, python: Path, launcher: LauncherName = "ssh") -> Order:
+def leader_order(fleet: Fleet, group: PlannedGroup, *, python: Path, launcher: str = "ssh") -> Order:
     """A Celery worker command, with the group's settings and its place in the environment."""
     spec = fleet.model_named(group.model)
     seats = [{"host": seat.host, "devices": seat.devices} for seat in group.hosts]

@@ -80,11 +80,25 @@ def resume(
 
 def restart(
     groups: Groups = None,
+    *,
     everything: All = False,
+    fleet_file: Annotated[
+        Path | None, typer.Option("--fleet", help="take its settings; without it groups keep those that they have")
+    ] = None,
+    directory: Annotated[Path | None, typer.Option("--dir", help="as `hortator up` was told")] = None,
+    launcher: Annotated[str, typer.Option(help="with --fleet: ssh | deepspeed")] = "ssh",
+    ssh_program: Annotated[str, typer.Option("--ssh", help="the ssh client")] = "ssh",
     redis_url: RedisUrl = None,
     namespace: Namespace = None,
 ) -> int:
     """Drain groups and start them again, one after the other, each when the one before is ready."""
+    if fleet_file is not None:
+        from hortator.cli_up import Commanded
+
+        fleet = Commanded.read(fleet_file, None, directory=directory, ssh=ssh_program)
+        if bool(groups) == everything:
+            raise typer.BadParameter("name groups, or say --all, and not both")
+        return restart_fleet(fleet, groups or (), launcher=launcher)
     with fleet_control(redis_url, namespace) as control:
         chosen = chosen_groups(control, groups, everything)
         for number, group in enumerate(chosen):
@@ -117,6 +131,22 @@ def down(
         chosen = chosen_groups(control, groups, everything)
         if chosen:
             control.stop(chosen, on_done=lambda group: typer.echo(f"{group} is down"))
+    return EXIT_OK
+
+
+def restart_fleet(fleet: "Commanded", names: Sequence[str], *, launcher: str) -> int:
+    """One group after the other: stop it over Redis, start it over ssh with the fleet file's settings of today."""
+    from hortator.cli_up import wait_ready
+
+    for group in fleet.chosen(names):
+        with fleet_control(fleet.fleet.redis_url, fleet.fleet.namespace) as control:
+            if group.name in control.alive():
+                control.stop([group.name], on_done=lambda name: typer.echo(f"{name} is down"))
+        ended = list(fleet.end([group]))
+        if not all(answer.ok for answer in ended):
+            return fail_line(f"{group.name}: {ended[0].problem}; the other groups were left as they are", EXIT_FAILED)
+        if not (fleet.start([group], launcher) and wait_ready(fleet.fleet, [group.name])):
+            return EXIT_FAILED
     return EXIT_OK
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,6 +28,7 @@ FLEET = "Fleet"
 STATE = Path("~/.local/state/hortator")
 ANSWER_S = 30.0
 POLL_S = 0.5
+STRANGER_S = 8.0
 LAST_WORDS_S = 15.0  # beyond its grace: what a leader needs to tell the store and to end its ranks
 
 FleetFile = Annotated[Path, typer.Argument(metavar="FLEET", help="fleet file (TOML), as `hortator plan` reads it")]
@@ -70,14 +71,15 @@ def up(
         for one in groups:
             typer.echo(recipe(style, fleet.fleet, one, python=fleet.python))
         return EXIT_OK
-    if launcher not in ("ssh", "deepspeed"):
-        raise typer.BadParameter(f"--launcher {launcher}: ssh, deepspeed or external")
-    failed = False
-    for answer in fleet.start(groups, "deepspeed" if launcher == "deepspeed" else "ssh"):
-        failed |= not said_start(answer)
-    if wait and not failed:
-        failed = not wait_ready(fleet.fleet, [one.name for one in groups])
-    return EXIT_FAILED if failed else EXIT_OK
+    if strangers := fleet.strangers(groups):
+        return fail_line(
+            f"{', '.join(strangers)}: alive, but not on the host where the plan has it: hortator down it first",
+            EXIT_FAILED,
+        )
+    well = fleet.start(groups, launcher)
+    if wait and well:
+        well = wait_ready(fleet.fleet, [one.name for one in groups])
+    return EXIT_OK if well else EXIT_FAILED
 
 
 def logs(
@@ -160,14 +162,32 @@ class Commanded:
             raise typer.BadParameter(f"the fleet has no group {strange[0]}; it has {', '.join(known)}")
         return [known[name] for name in dict.fromkeys(names)] or list(known.values())
 
-    def start(self, groups: "Iterable[PlannedGroup]", launcher: Literal["ssh", "deepspeed"]) -> "Iterator[Answer]":
-        """One answer for each group, named by its group, in the order of the plan."""
+    def start(self, groups: "Iterable[PlannedGroup]", launcher: str) -> bool:
+        """Start leaders, say what became of each; True if all run."""
         from hortator.topology.orders import leader_order
 
+        if launcher not in ("ssh", "deepspeed"):
+            raise typer.BadParameter(f"--launcher {launcher}: ssh, deepspeed or (with up) external")
+
         orders = {group: leader_order(self.fleet, group, python=self.python, launcher=launcher) for group in groups}
-        yield from self.ask(
+        answers = self.ask(
             {group: {"do": "start", "order": order.model_dump(mode="json")} for group, order in orders.items()}
         )
+        return all([said_start(answer) for answer in answers])
+
+    def strangers(self, groups: "Iterable[PlannedGroup]") -> list[str]:
+        """Groups that are alive somewhere else; two leaders of one name would take each other's jobs for their own.
+
+        A leader that has just died passes for alive a while longer: that is waited for."""
+        until = time.monotonic() + STRANGER_S
+        while True:
+            alive = alive_in(self.fleet)
+            asked = [group for group in groups if group.name in alive]
+            answers = self.ask({group: {"do": "look", "group": group.name} for group in asked})
+            strange = [answer.host for answer in answers if answer.ok and last_json(answer)["pid"] is None]
+            if not strange or time.monotonic() > until:
+                return strange
+            time.sleep(1.0)
 
     def ask(
         self, orders: "Mapping[PlannedGroup, Mapping[str, Any]]", *, timeout_s: float = ANSWER_S
@@ -211,7 +231,7 @@ class Commanded:
         for answer in run_errands(errands, timeout_s=ANSWER_S):
             if not answer.ok:
                 fail_line(f"{answer.host} cannot be asked whether ranks are left: {answer.problem}", EXIT_FAILED)
-            elif left := json.loads(answer.stdout.strip().rpartition(b"\n")[2])["left"]:
+            elif left := last_json(answer)["left"]:
                 found[answer.host] = left
         return found
 
@@ -260,6 +280,18 @@ def shapes_of(fleet: "Fleet") -> dict[str, Any]:
     return shapes
 
 
+def alive_in(fleet: "Fleet") -> set[str]:
+    """Groups that the fleet's Redis knows alive."""
+    with client(fleet.redis_url, fleet.namespace) as talk:
+        return {beat.group for queue in talk.queues() for beat in queue.groups}
+
+
+def last_json(answer: "Answer") -> dict[str, Any]:
+    """What a host said at last; a login shell may have greeted first."""
+    said: dict[str, Any] = json.loads(answer.stdout.strip().rpartition(b"\n")[2])
+    return said
+
+
 def said_start(answer: "Answer") -> bool:
     """Say what became of one leader; True if it runs."""
     from hortator.topology.leaders import Leader
@@ -267,7 +299,7 @@ def said_start(answer: "Answer") -> bool:
     if not answer.ok:
         fail_line(f"{answer.host}: {answer.problem.removeprefix('error: ')}", EXIT_FAILED)
         return False
-    found = Leader.model_validate_json(answer.stdout.strip().rpartition(b"\n")[2])
+    found = Leader.model_validate(last_json(answer))
     typer.echo(f"{answer.host} {'starts' if found.fresh else 'runs already'}: pid {found.pid}, {found.log}")
     return True
 
