@@ -173,7 +173,8 @@ class Commanded:
         answers = self.ask(
             {group: {"do": "start", "order": order.model_dump(mode="json")} for group, order in orders.items()}
         )
-        return all([said_start(answer) for answer in answers])
+        well = [said_start(answer) for answer in answers]
+        return all(well)
 
     def strangers(self, groups: "Iterable[PlannedGroup]") -> list[str]:
         """Groups that are alive somewhere else; two leaders of one name would take each other's jobs for their own.
