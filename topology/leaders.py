@@ -51,6 +51,9 @@ class Leader(BaseModel):
     fresh: bool = False
     """It was started by this very call."""
 
+    last_words: str = ""
+    """The last line of the log of one that has ended."""
+
 
 class Record(BaseModel):
     """The file: a process, told apart from a later one of the same number."""
@@ -88,14 +91,16 @@ class Quarters:
             self._record(order.group).write_text(Record(pid=process.pid, born=birth(process.pid)).model_dump_json())
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = process.wait(LOOK_S)
-            last = next((line for line in reversed(self.tail(order.group, 40)) if line.strip()), "it said nothing")
-            raise CannotStart(f"group {order.group} ended at once with {code}: {last.strip()[:400]}")
+            raise CannotStart(f"group {order.group} ended at once with {code}: {self._last_words(order.group)}")
         process.returncode = 0  # it is meant to be left running, of which Popen would warn
         return Leader(group=order.group, pid=process.pid, log=self.log(order.group), fresh=True)
 
     def look(self, group: str) -> Leader:
         """The leader, if it runs."""
-        return Leader(group=group, pid=self._living(group), log=self.log(group))
+        pid = self._living(group)
+        return Leader(
+            group=group, pid=pid, log=self.log(group), last_words="" if pid is not None else self._last_words(group)
+        )
 
     def stop(self, group: str, *, patience_s: float) -> bool:
         """End what still runs: SIGTERM, and SIGKILL when the patience is over.  True if there was anything to end."""
@@ -156,6 +161,9 @@ class Quarters:
                             file, rest = self.log(group).open("rb"), b""
         finally:
             file.close()
+
+    def _last_words(self, group: str) -> str:
+        return next((line.strip()[:400] for line in reversed(self.tail(group, 40)) if line.strip()), "it said nothing")
 
     def _living(self, group: str) -> int | None:
         try:

@@ -145,7 +145,7 @@ def restart_fleet(fleet: "Commanded", names: Sequence[str], *, launcher: str) ->
         ended = list(fleet.end([group]))
         if not all(answer.ok for answer in ended):
             return fail_line(f"{group.name}: {ended[0].problem}; the other groups were left as they are", EXIT_FAILED)
-        if not (fleet.start([group], launcher) and wait_ready(fleet.fleet, [group.name])):
+        if not (fleet.start([group], launcher) and wait_ready(fleet, [group])):
             return EXIT_FAILED
     return EXIT_OK
 

@@ -28,7 +28,9 @@ FLEET = "Fleet"
 STATE = Path("~/.local/state/hortator")
 ANSWER_S = 30.0
 POLL_S = 0.5
-STRANGER_S = 8.0
+STRANGER_S = 8.0  # a group that has just died passes for alive for five
+LOOK_EVERY_S = 4.0
+START_S = 30.0  # beyond its ranks' start: what a leader itself needs
 LAST_WORDS_S = 15.0  # beyond its grace: what a leader needs to tell the store and to end its ranks
 
 FleetFile = Annotated[Path, typer.Argument(metavar="FLEET", help="fleet file (TOML), as `hortator plan` reads it")]
@@ -78,7 +80,7 @@ def up(
         )
     well = fleet.start(groups, launcher)
     if wait and well:
-        well = wait_ready(fleet.fleet, [one.name for one in groups])
+        well = wait_ready(fleet, groups)
     return EXIT_OK if well else EXIT_FAILED
 
 
@@ -202,6 +204,12 @@ class Commanded:
         ]
         yield from run_errands(errands, timeout_s=timeout_s)
 
+    def ended(self, groups: "Iterable[PlannedGroup]") -> "Iterator[tuple[str, str]]":
+        """Those of these groups whose leaders do not run, with their last words."""
+        for answer in self.ask({group: {"do": "look", "group": group.name} for group in groups}):
+            if answer.ok and (found := last_json(answer))["pid"] is None:
+                yield answer.host, found["last_words"]
+
     def command(self, host: str) -> tuple[str, ...]:
         return self.road.argv(host, (str(self.python), "-m", "hortator", "leader"))
 
@@ -305,26 +313,33 @@ def said_start(answer: "Answer") -> bool:
     return True
 
 
-def wait_ready(fleet: "Fleet", names: Sequence[str]) -> bool:
-    """Until all are ready; a group that goes down says why, and is waited for, because it tries again."""
-    left, told = list(names), dict[str, str]()
-    limit_s = max(spec.start_timeout_s for spec in fleet.models) + 30
-    until = time.monotonic() + limit_s
-    with client(fleet.redis_url, fleet.namespace) as talk:
+def wait_ready(fleet: "Commanded", groups: "Sequence[PlannedGroup]") -> bool:
+    """Until all are ready.  A group that goes down says why and is waited for, because it tries again; one whose leader
+    has ended has failed."""
+    left, told = {group.name: group for group in groups}, dict[str, str]()
+    limit_s = max(spec.start_timeout_s for spec in fleet.fleet.models) + START_S
+    until, look_at = time.monotonic() + limit_s, time.monotonic() + LOOK_EVERY_S
+    failed = False
+    with client(fleet.fleet.redis_url, fleet.fleet.namespace) as talk:
         while left and time.monotonic() < until:
             beats = {beat.group: beat for queue in talk.queues() for beat in queue.groups}
             for name in [name for name in left if name in beats]:
                 failure = beats[name].info.get("last_failure")
                 if beats[name].state == "ready":
-                    left.remove(name)
+                    del left[name]
                     typer.echo(f"{name} is ready")
                 elif failure and told.get(name) != failure:
                     told[name] = str(failure)
                     typer.echo(f"{name} is {beats[name].state}: {printable(str(failure))}", err=True)
+            if time.monotonic() > look_at:
+                look_at = time.monotonic() + LOOK_EVERY_S
+                for name, last_words in fleet.ended([group for name, group in left.items() if name not in beats]):
+                    del left[name]
+                    failed = bool(fail_line(f"{name} has ended: {last_words}", EXIT_FAILED))
             time.sleep(POLL_S if left else 0)
     if left:
         fail_line(f"not ready after {limit_s:.0f} s: {', '.join(left)}; see hortator logs", EXIT_FAILED)
-    return not left
+    return not left and not failed
 
 
 def print_log(quarters: "Quarters", group: str, num_lines: int, *, follow: bool) -> None:

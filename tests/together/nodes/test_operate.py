@@ -98,9 +98,3 @@ def test_the_doctor_examines_real_machines_and_names_the_slow_link(cluster: Clus
     assert "all 2 hosts answer" in said
     assert f"model {model}: the same on 2 hosts" in said
     assert "suggested for all hosts: GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME==eth0" in said
-    cluster.machines["nodeB"].link_down()
-    try:
-        said = sh("doctor", str(sh.fleet_file), "--timeout-s", "4", "--no-links", code=1)
-    finally:
-        cluster.machines["nodeB"].link_up()
-    assert "FAIL ssh: nodeB: no answer within 4 s" in said
