@@ -35,12 +35,12 @@ def _command(act: Callable[[EnginePool], None], doc: str, name: str) -> None:
         if not isinstance(pool, EnginePool):
             return {"error": "this worker is no model group"}
         told = describe(pool)
-        if groups is None or pool.settings.group in groups:
+        if not groups or pool.settings.group in groups:
             act(pool)
             told["obeys"] = True
         return told
 
-    control.control_command(name=name, help=doc, args=[("groups", list)], signature="[group ...]")(run)
+    control.control_command(name=name, help=doc, variadic="groups", signature="[group1 [group2 ...]]")(run)
 
 
 def describe(pool: EnginePool) -> dict[str, Any]:
