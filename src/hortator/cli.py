@@ -26,7 +26,6 @@ keys = typer.Typer(help="API keys.")
 
 for room in (cli_servers, cli_jobs, cli_plan, cli_up, cli_fleet, cli_doctor, cli_letters):
     room.register(app)
-    room.register(app)
 app.add_typer(keys, name="keys")
 
 

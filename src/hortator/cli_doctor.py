@@ -110,7 +110,7 @@ def wanted_hosts(
 ) -> tuple["Fleet | None", dict[str, tuple[int, ...]]]:
     """The fleet file, if one is given, and the slots of every host that is used."""
     from hortator.topology.fleet import read_fleet
-    from hortator.topology.hostfile import parse_hostfile
+    from hortator.topology.hostfile import read_hostfile
     from hortator.topology.hostfilter import filter_hosts
 
     if fleet_file is None and hostfile is None:
@@ -119,7 +119,7 @@ def wanted_hosts(
     source = hostfile or (fleet.hostfile if fleet else None)
     if source is None:
         raise typer.BadParameter(f'{fleet_file} names no hostfile: add hostfile = "..." or give --hostfile')
-    used = filter_hosts(parse_hostfile(read_text(source), source=str(source)), include=include, exclude=exclude)
+    used = filter_hosts(read_hostfile(source), include=include, exclude=exclude)
     return fleet, {host.address: host.slots for host in used}
 
 
@@ -127,7 +127,7 @@ def teams_of(
     fleet: "Fleet | None", hosts: Mapping[str, tuple[int, ...]]
 ) -> tuple["tuple[Team, ...]", "tuple[Finding, ...]"]:
     """Who will work together: the planned groups; without a fleet file all hosts.  And what the plan says of itself."""
-    from hortator.cli_up import shapes_of
+    from hortator.cli_plan import read_shapes
     from hortator.topology.errors import PlanError
     from hortator.topology.findings import fine, wrong
     from hortator.topology.hostfilter import HostSlots
@@ -137,7 +137,7 @@ def teams_of(
     if fleet is None:
         return (Team("all", tuple((host, slot) for host, slots in hosts.items() for slot in slots), "auto"),), ()
     try:
-        plan = make_plan(fleet, [HostSlots(host, slots) for host, slots in hosts.items()], shapes_of(fleet))
+        plan = make_plan(fleet, [HostSlots(host, slots) for host, slots in hosts.items()], read_shapes(fleet))
     except PlanError as error:
         return (), (wrong("plan", str(error), "change the fleet file, or find more hosts"),)
     teams = tuple(
@@ -157,15 +157,6 @@ def on_devices(team: "Team", reports: Mapping[str, "HostReport"]) -> "Team":
 
     on_gpus = all(reports[host].gpus for host in team.hosts)
     return Team(team.name, team.seats, "cuda" if on_gpus and team.device != "cpu" else "cpu")
-
-
-def read_text(file: Path) -> str:
-    from hortator.producer.errors import ConfigError
-
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as problem:
-        raise ConfigError(f"cannot read {file}: {problem}") from None
 
 
 @dataclass(frozen=True)

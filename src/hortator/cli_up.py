@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hortator.cli_doctor import read_text, wanted_hosts
 from hortator.cli_errors import EXIT_FAILED, EXIT_OK, fail_line, printable
 from hortator.cli_store import client
 
@@ -142,17 +141,16 @@ class Commanded:
         directory: Path | None = None,
         ssh: str = "ssh",
     ) -> "Commanded":
-        from hortator.topology.hostfilter import HostSlots
-        from hortator.topology.plan import make_plan
+        from hortator.cli_plan import planned
+        from hortator.topology.fleet import read_fleet
         from hortator.topology.road import road
 
-        fleet, hosts = wanted_hosts(fleet_file, hostfile, include=include, exclude=exclude)
-        assert fleet is not None
-        slots = [HostSlots(host, numbers) for host, numbers in hosts.items()]
+        fleet = read_fleet(fleet_file)
+        plan = planned(fleet_file, hostfile, include=include, exclude=exclude)
         return cls(
             fleet=fleet,
-            plan=make_plan(fleet, slots, shapes_of(fleet)),
-            road=road(fleet.ssh, hosts, program=ssh),
+            plan=plan,
+            road=road(fleet.ssh, (host.address for host in plan.hosts), program=ssh),
             python=fleet.python or Path(sys.executable),
             directory=directory or STATE / fleet_file.stem,
         )
@@ -275,18 +273,6 @@ class Commanded:
                 process.kill()
                 process.communicate()
         return EXIT_OK
-
-
-def shapes_of(fleet: "Fleet") -> dict[str, Any]:
-    """Sizes of the models whose directories this host has too."""
-    from hortator.topology.modelshape import model_shape
-
-    shapes = {}
-    for spec in fleet.models:
-        config = spec.path / "config.json" if spec.path else None
-        if config is not None and config.is_file():
-            shapes[spec.name] = model_shape(json.loads(read_text(config)), source=str(spec.path))
-    return shapes
 
 
 def alive_in(fleet: "Fleet") -> set[str]:
