@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +17,7 @@ from hortator.cli_errors import EXIT_FAILED, EXIT_OK, fail_line, printable
 from hortator.cli_store import client
 
 if TYPE_CHECKING:
+    from hortator.producer.store import GroupBeat
     from hortator.topology.errand import Answer
     from hortator.topology.fleet import Fleet
     from hortator.topology.leaders import Quarters
@@ -300,32 +301,51 @@ def said_start(answer: "Answer") -> bool:
 
 
 def wait_ready(fleet: "Commanded", groups: "Sequence[PlannedGroup]") -> bool:
-    """Until all are ready.  A group that goes down says why and is waited for, because it tries again; one whose leader
-    has ended has failed."""
-    left, told = {group.name: group for group in groups}, dict[str, str]()
+    """Until all are ready, or have failed, or the time for starting is over."""
     limit_s = max(spec.start_timeout_s for spec in fleet.fleet.models) + START_S
-    until, look_at = time.monotonic() + limit_s, time.monotonic() + LOOK_EVERY_S
-    failed = False
+    until = time.monotonic() + limit_s
+    vigil = Vigil(fleet, {group.name: group for group in groups})
     with client(fleet.fleet.redis_url, fleet.fleet.namespace) as talk:
-        while left and time.monotonic() < until:
-            beats = {beat.group: beat for queue in talk.queues() for beat in queue.groups}
-            for name in [name for name in left if name in beats]:
-                failure = beats[name].info.get("last_failure")
-                if beats[name].state == "ready":
-                    del left[name]
-                    typer.echo(f"{name} is ready")
-                elif failure and told.get(name) != failure:
-                    told[name] = str(failure)
-                    typer.echo(f"{name} is {beats[name].state}: {printable(str(failure))}", err=True)
-            if time.monotonic() > look_at:
-                look_at = time.monotonic() + LOOK_EVERY_S
-                for name, last_words in fleet.ended([group for name, group in left.items() if name not in beats]):
-                    del left[name]
-                    failed = bool(fail_line(f"{name} has ended: {last_words}", EXIT_FAILED))
-            time.sleep(POLL_S if left else 0)
-    if left:
-        fail_line(f"not ready after {limit_s:.0f} s: {', '.join(left)}; see hortator logs", EXIT_FAILED)
-    return not left and not failed
+        while vigil.left and time.monotonic() < until:
+            vigil.look({beat.group: beat for queue in talk.queues() for beat in queue.groups})
+            time.sleep(POLL_S if vigil.left else 0)
+    if vigil.left:
+        fail_line(f"not ready after {limit_s:.0f} s: {', '.join(vigil.left)}; see hortator logs", EXIT_FAILED)
+    return not vigil.left and not vigil.failed
+
+
+@dataclass
+class Vigil:
+    """Waits for groups and says what becomes of them.  One that goes down says why and is waited for, because it tries
+    again; one whose leader has ended has failed."""
+
+    fleet: "Commanded"
+    left: "dict[str, PlannedGroup]"
+    failed: bool = False
+    look_at: float = field(default_factory=lambda: time.monotonic() + LOOK_EVERY_S)
+    told: dict[str, str] = field(default_factory=dict)
+
+    def look(self, beats: "Mapping[str, GroupBeat]") -> None:
+        """What the groups say, and now and then what their hosts say of those that are silent."""
+        for name in self.left.keys() & beats.keys():
+            if beats[name].state == "ready":
+                del self.left[name]
+                typer.echo(f"{name} is ready")
+            elif failure := beats[name].info.get("last_failure"):
+                self._tell(name, f"{name} is {beats[name].state}: {printable(str(failure))}")
+        if time.monotonic() > self.look_at:
+            self.look_at = time.monotonic() + LOOK_EVERY_S
+            self._ask_hosts([group for name, group in self.left.items() if name not in beats])
+
+    def _tell(self, name: str, text: str) -> None:
+        if self.told.get(name) != text:
+            self.told[name] = text
+            typer.echo(text, err=True)
+
+    def _ask_hosts(self, silent: "Sequence[PlannedGroup]") -> None:
+        for name, last_words in self.fleet.ended(silent):
+            del self.left[name]
+            self.failed = bool(fail_line(f"{name} has ended: {last_words}", EXIT_FAILED))
 
 
 def print_log(quarters: "Quarters", group: str, num_lines: int, *, follow: bool) -> None:
