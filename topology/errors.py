@@ -69,6 +69,8 @@ class BadModel(PlanError):
 
 class DoesNotFit(PlanError):
     """The hosts, or the memory of their GPUs, do not suffice; the text has the numbers and what would fit."""
+
+
 class BadPlacement(TopologyError):
     """Hosts, ranks or devices that make no sense; the text says which."""
 
