@@ -2,13 +2,14 @@
 
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 
 from hortator.producer.schema import State
 from tests.together.nodes.cluster import Cluster
-from tests.together.nodes.machines import PYTHON, REPOSITORY
+from tests.together.nodes.machines import REPOSITORY
 
 NAMES = ["nodeA", "nodeB"]
 FLEET = """
@@ -49,7 +50,7 @@ class Shell:
         (self.directory / "hosts").write_text("".join(f"{name} slots=1\n" for name in NAMES))
 
     def __call__(self, *arguments: str, code: int = 0) -> str:
-        command = self.cluster.first.command(PYTHON, "-m", "hortator", *arguments)
+        command = self.cluster.first.command(sys.executable, "-m", "hortator", *arguments)
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout
