@@ -123,6 +123,7 @@ class Ssh(Table):
     user: User | None = None
     port: int = Field(default=22, ge=1, le=65_535)
     identity_file: PlainPath | None = None
+    known_hosts_file: PlainPath | None = None
     connect_timeout_s: int = Field(default=10, ge=1, le=600)
 
 
@@ -218,7 +219,8 @@ def _check_models(fleet: Fleet, source: Path) -> None:
 
 def _with_absolute_paths(fleet: Fleet, directory: Path) -> Fleet:
     models = tuple(model.model_copy(update={"path": _absolute(model.path, directory)}) for model in fleet.models)
-    ssh = fleet.ssh.model_copy(update=_given(identity_file=_absolute(fleet.ssh.identity_file, directory)))
+    files = {name: _absolute(getattr(fleet.ssh, name), directory) for name in ("identity_file", "known_hosts_file")}
+    ssh = fleet.ssh.model_copy(update=_given(**files))
     return fleet.model_copy(
         update={"models": models, "ssh": ssh, **_given(hostfile=_absolute(fleet.hostfile, directory))}
     )
