@@ -119,27 +119,29 @@ def first_token_ms(driver: Driver, rounds: int) -> float:
     return 1e3 * statistics.median(times)
 
 
-def mix(driver: Driver, seed: int) -> dict[str, float]:
+def mix(driver: Driver, seed: int) -> dict[str, Any]:
+    """`seed` must be new: what was asked before is in the prefix cache."""
     rng = random.Random(seed)
     requests = tuple(request(i, rng, rng.randint(128, 1024), rng.randint(64, 512)) for i in range(256))
     torch.cuda.synchronize()
     started, steps = time.perf_counter(), driver.num_steps
-    tokens, prefilling = driver.step(requests), 0.0
+    tokens, trace, last = driver.step(requests), [], started
     while not driver.engine.idle:
-        tokens += driver.step()
-        if driver.engine.stats().waiting:
-            prefilling = time.perf_counter() - started
+        came = driver.step()
+        tokens, now = tokens + came, time.perf_counter()
+        trace.append((came, round(1e3 * (now - last), 3)))
+        last = now
     seconds = time.perf_counter() - started
     prompts = sum(len(r.prompt) for r in requests)
     assert tokens == sum(r.sampling.max_tokens for r in requests)
     return {
         "seconds": seconds,
-        "seconds_until_all_run": prefilling,
         "output_tokens": tokens,
         "prompt_tokens": prompts,
         "output_per_s": tokens / seconds,
         "total_per_s": (tokens + prompts) / seconds,
         "steps": driver.num_steps - steps,
+        "trace": trace,  # of each step: tokens that came, milliseconds
     }
 
 
@@ -150,17 +152,18 @@ def edge(driver: Driver) -> dict[str, float]:
     driver.step((request(0, rng, info.max_model_len - 33, 32),))
     longest = driver.drain()
     seconds = time.perf_counter() - started
-    each = info.kv_tokens // info.max_num_seqs  # with the outputs, twice what there is
-    crowd = tuple(request(i, rng, each, each) for i in range(info.max_num_seqs))
+    share = info.kv_tokens // info.max_num_seqs
+    prompt, output = int(0.9 * share), int(0.4 * share)  # they fit when they begin, and no longer when they end
+    crowd = tuple(request(i, rng, prompt, output) for i in range(info.max_num_seqs))
     before = driver.engine.stats().preemptions
     tokens = driver.step(crowd) + driver.drain()
     assert longest == 32
-    assert tokens == info.max_num_seqs * each
+    assert tokens == info.max_num_seqs * output
     return {
         "longest prompt": info.max_model_len - 33,
         "its seconds": seconds,
         "sequences beyond the pool": info.max_num_seqs,
-        "tokens of each": 2 * each,
+        "tokens of each": prompt + output,
         "preemptions": driver.engine.stats().preemptions - before,
     }
 
@@ -209,7 +212,7 @@ def main() -> None:
         found["mix"] = {}
         for budget in args.budgets or [args.max_num_batched_tokens]:
             driver.engine._scheduler.max_num_batched_tokens = budget
-            runs = [mix(driver, seed) for seed in range(args.rounds)]
+            runs = [mix(driver, 1000 * budget + round_) for round_ in range(args.rounds)]
             found["mix"][budget] = sorted(runs, key=lambda run: run["output_per_s"])[len(runs) // 2]
         driver.engine._scheduler.max_num_batched_tokens = args.max_num_batched_tokens
     if "edge" in args.parts:
@@ -230,7 +233,8 @@ def show(found: dict[str, Any]) -> None:
     if "first_token_ms" in found:
         table.add_row("first token of 512, alone, ms", f"{found['first_token_ms']:.1f}")
     for budget, run in found.get("mix", {}).items():
-        for name, value in run.items():
+        for name in run.keys() - {"trace"}:
+            value = run[name]
             table.add_row(f"mix, {budget} tokens a step: {name}", f"{value:,.1f}")
     for name, value in found.get("edge", {}).items():
         table.add_row(f"edge: {name}", f"{value:,.1f}")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from hortator.producer.errors import ConfigError, GroupFailed
 from hortator.topology.errors import TopologyError
 from hortator.topology.launch import Launcher
+from hortator.topology.vitals import Vitals
 
 from .engine.step import EngineInfo, EngineStats, Request, StepOutput
 from .launching import make_launcher
@@ -138,6 +139,11 @@ class Group:
     def pids(self) -> dict[int, int]:
         """Rank to process id, of ranks on this host."""
         return dict(self._supervisor.pids)
+
+    @property
+    def members(self) -> dict[int, Vitals]:
+        """What each rank last said of itself, on whatever host it is; none while the group is down."""
+        return {} if self.state in ("down", "closed") else self._supervisor.members
 
     @property
     def last_failure(self) -> str | None:

@@ -17,7 +17,7 @@ from hortator.topology.control import ControlServer
 from hortator.topology.errors import TopologyError
 from hortator.topology.frames import KEY_BYTES
 from hortator.topology.launch import Launcher, describe_exit
-from hortator.topology.vitals import Cause, Trouble
+from hortator.topology.vitals import Cause, Trouble, Vitals
 
 from .engine.step import EngineInfo
 from .launching import check_meeting_host, rank_commands
@@ -82,6 +82,7 @@ class Supervisor:
         self.epoch = 0
         self.phase = "starting"
         self.pids: dict[int, int] = {}
+        self._server: ControlServer | None = None
         self.last_failure: str | None = None
         self.rejected: Mapping[str, int] = {}
         """Connections to the control port that were turned away, by reason."""
@@ -94,6 +95,11 @@ class Supervisor:
 
     def start(self) -> None:
         self._thread.start()
+
+    @property
+    def members(self) -> dict[int, Vitals]:
+        """The ranks of this epoch that have said HELLO, wherever they are."""
+        return dict(self._server.vitals) if self._server is not None else {}
 
     def condemn(self, epoch: int, reason: str) -> None:
         """End that life, if it has not ended already; any thread may call it."""
@@ -123,6 +129,7 @@ class Supervisor:
             self._report(Failure(f"control port: {error}", permanent=True))
             return
         self.rejected = server.rejected
+        self._server = server
         with contextlib.closing(server), contextlib.closing(self._launcher):
             while not self._closing.is_set():
                 failure = self._live_guarded(server)

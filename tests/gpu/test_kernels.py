@@ -101,7 +101,7 @@ def test_prefill(kernels: Any, past: bool, window: int) -> None:
     cache = random(2, 200, kv_heads, size, head_dim)
     slots = torch.randperm(200 * size, device=DEVICE)[: sum(contexts)].int()
     query_ends, key_ends = (torch.tensor([0, *n], device=DEVICE).cumsum(0).int() for n in (counts, contexts))
-    chunks = Chunks(query_ends, key_ends, max(counts), max(contexts), slots if past else None)
+    chunks = Chunks(sum(counts), query_ends, key_ends, max(counts), max(contexts), slots if past else None)
     qkv = random(sum(counts), (heads + 2 * kv_heads) * head_dim)
     options = {"num_heads": heads, "scale": head_dim**-0.5, "window": window}
     got = kernels.prefill(qkv, cache, chunks, **options)

@@ -18,7 +18,6 @@ from .parallel import Ranks, broadcast_from_first
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_REPORT_TAG = 1
 _MAX_REPORT_BYTES = 64 << 20
 
 
@@ -104,6 +103,7 @@ class Stages:
         self._sampler = (ranks.pp_size - 1) * ranks.tp_size
         self._hidden_group: ProcessGroup = distributed.new_group()
         self._token_group: ProcessGroup = distributed.new_group()
+        self._report_group: ProcessGroup = distributed.new_group()
         self._sending: deque[tuple[Any, torch.Tensor]] = deque()  # a tensor must live until it is sent
         self._max_sending = 4 * ranks.world_size * ranks.pp_size
 
@@ -132,26 +132,29 @@ class Stages:
         if self._ranks.rank == self._sampler:
             body = torch.frombuffer(bytearray(json.dumps(report).encode()), dtype=torch.uint8)
             for part in (torch.tensor([len(body)]), body):
-                self._send(part.to(self._ranks.device), [0], self._token_group, _REPORT_TAG)
-        if self._ranks.rank != 0:
-            return None
-        return self._expect(torch.empty(1, dtype=torch.int64, device=self._ranks.device), _REPORT_TAG)
+                self._send(part.to(self._ranks.device), [0], self._report_group)
+        return self._ranks.rank == 0
 
     def read_report(self, report: Any) -> Any:
-        if report is None:
+        """Both parts are received here, for steps in flight must not mix theirs."""
+        if not report:
             return None
-        length = int(report.wait().item())
+        length = int(self._receive_report(1, torch.int64).item())
         if not 0 < length <= _MAX_REPORT_BYTES:
             raise RuntimeError(f"the sampling rank announced a report of {length} bytes")
-        body = self._expect(torch.empty(length, dtype=torch.uint8, device=self._ranks.device), _REPORT_TAG)
-        return json.loads(body.wait().cpu().numpy().tobytes())
+        return json.loads(self._receive_report(length, torch.uint8).cpu().numpy().tobytes())
 
-    def _expect(self, tensor: torch.Tensor, tag: int = 0) -> Arrival:
-        return Arrival(tensor, self._dist.irecv(tensor, src=self._sampler, group=self._token_group, tag=tag))
+    def _receive_report(self, size: int, dtype: torch.dtype) -> torch.Tensor:
+        tensor = torch.empty(size, dtype=dtype, device=self._ranks.device)
+        self._dist.recv(tensor, src=self._sampler, group=self._report_group)
+        return tensor
 
-    def _send(self, tensor: torch.Tensor, to: Sequence[int], group: "ProcessGroup", tag: int = 0) -> None:
+    def _expect(self, tensor: torch.Tensor) -> Arrival:
+        return Arrival(tensor, self._dist.irecv(tensor, src=self._sampler, group=self._token_group))
+
+    def _send(self, tensor: torch.Tensor, to: Sequence[int], group: "ProcessGroup") -> None:
         for rank in to:
-            self._sending.append((self._dist.isend(tensor, dst=rank, group=group, tag=tag), tensor))
+            self._sending.append((self._dist.isend(tensor, dst=rank, group=group), tensor))
         while len(self._sending) > self._max_sending:  # of steps that have long landed
             self._sending.popleft()[0].wait()
 

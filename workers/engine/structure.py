@@ -6,6 +6,7 @@ its own request.  Compiling happens in threads, and the library lets go of the i
 """
 
 import json
+import logging
 import os
 from array import array
 from collections import OrderedDict
@@ -21,7 +22,10 @@ from numpy.typing import NDArray
 
 from hortator.producer.errors import BadRequest, ConfigError
 
+from .plain import PlainVocabulary
 from .step import Structure, StructureKind
+
+logger = logging.getLogger("hortator.engine")
 
 _NUM_COMPILED = 128  # structures kept for requests that use the same
 _THREADS = 2
@@ -31,6 +35,7 @@ _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 _LIMITS = llguidance.LLParserLimits(
     max_grammar_size=100_000,
     initial_lexer_fuel=1_000_000,  # about 20 ms
+    max_items_in_row=1000,  # about 250 optional properties; a step of the most ambiguous grammars takes 12 ms by then
     step_lexer_fuel=50_000,  # about 4 ms
     step_max_items=20_000,  # about 1 ms
     max_lexer_states=50_000,  # 1 to 2 kB each
@@ -76,6 +81,7 @@ class Grammars:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="grammars")
         self._tokenizer = self._threads.submit(_read, tokenizer, vocab_size, list(eos_token_ids))
         self._compiled: OrderedDict[Structure, Future[llguidance.LLMatcher]] = OrderedDict()
+        self._path = tokenizer
         self._vocab_size = vocab_size
 
     @classmethod
@@ -87,8 +93,9 @@ class Grammars:
         return cls(path, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
 
     def wait(self) -> None:
-        """Until the tokenizer is read.  Raises ConfigError if it cannot be used."""
-        self._tokenizer.result()
+        """Until the tokenizer is read.  One that the library cannot use costs structures, and nothing else."""
+        if error := self._tokenizer.exception():
+            logger.warning("%s: %s", self._path, error)
 
     def compile(self, structure: Structure) -> "Future[llguidance.LLMatcher]":
         """The structure's beginning, as soon as it is there: copy it.  BadRequest in it says what is wrong."""
@@ -128,16 +135,21 @@ def first_line(error: str) -> str:
 
 
 def _read(path: Path, vocab_size: int, eos_token_ids: list[int]) -> llguidance.LLTokenizer:
+    """Byte-level and byte-fallback vocabularies the library reads itself; it must be told of plain ones."""
     try:
         return llguidance.LLTokenizer(path.read_text(), n_vocab=vocab_size, eos_token=eos_token_ids)
     except Exception as error:
-        raise ConfigError(f"{path}: structured output cannot use this tokenizer: {first_line(str(error))}") from error
+        plain = PlainVocabulary.read(path, vocab_size, eos_token_ids[0])
+        if plain is None:
+            reason = first_line(str(error))
+            raise ConfigError(f"structured output cannot use this model's tokenizer: {reason}") from error
+        return llguidance.LLTokenizer(llguidance.TokenizerWrapper(plain), n_vocab=vocab_size, eos_token=eos_token_ids)
 
 
 def _compile(tokenizer: "Future[llguidance.LLTokenizer]", structure: Structure) -> llguidance.LLMatcher:
     try:
         matcher = llguidance.LLMatcher(tokenizer.result(), _grammar(structure), log_level=0, limits=_LIMITS)
-    except ValueError as error:  # JSON that is none
+    except (ValueError, ConfigError) as error:  # JSON that is none; a tokenizer that cannot be used
         raise BadRequest(f"structure: {first_line(str(error))}") from None
     if matcher.is_error():  # of a description, which its sender knows: all lines may be told
         raise BadRequest(f"structure: {' '.join(matcher.get_error().split())[:_MAX_REASON]}")

@@ -51,12 +51,12 @@ def test_the_finish_says_whether_the_model_stopped(llama: Checkpoint) -> None:
     assert set(outcome.finished.values()) == {Finish.STOP, Finish.LENGTH}
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_a_request_may_fill_the_context_to_its_end(name: str, checkpoints: dict[str, Checkpoint]) -> None:
+@pytest.mark.parametrize(("name", "budget"), [("llama", 100), ("mistral", 100), ("gemma2", 300), ("mixtral", 300)])
+def test_a_request_may_fill_the_context_to_its_end(name: str, budget: int, checkpoints: dict[str, Checkpoint]) -> None:
     request = mixed_requests(1, seed=5)[0]
     prompt = (request.prompt * MAX_MODEL_LEN)[: MAX_MODEL_LEN - 12]
     long = type(request)(0, prompt, type(request.sampling)(max_tokens=10_000, ignore_eos=True))
-    outcome = run(build(checkpoints[name].path, max_num_batched_tokens=100), [long])
+    outcome = run(build(checkpoints[name].path, max_num_batched_tokens=budget), [long])
     assert len(outcome.tokens[0]) == 12
     assert outcome.finished == {0: Finish.LENGTH}
     expected = checkpoints[name].expected(prompt, 12)
@@ -109,7 +109,8 @@ def groups(
     checkpoints: dict[str, Checkpoint], speaking: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[RankResult]]:
     """By shape: tensor x pipeline parallel sizes."""
-    paths = {shape: {WAYS: speaking} for shape, _ in ROWS}
+    paths: dict[str, dict[str, Path]] = {shape: {} for shape, _ in ROWS}
+    paths["2x2"][WAYS] = speaking
     for shape, name in ROWS:
         paths[shape][name] = checkpoints[name].path
     return run_groups(paths, tmp_path_factory.mktemp("groups"))
@@ -154,7 +155,7 @@ def test_a_bad_row_on_the_rank_that_samples_is_a_fault_on_all(group: list[RankRe
         assert set(result.outcomes["bad row"].finished) == set(range(8)) - {3}
 
 
-@pytest.mark.parametrize("shape", ["2x1", *STAGED])
+@pytest.mark.parametrize("shape", ["2x2"])
 def test_ranks_agree_on_every_way_of_sampling_and_choose_as_one_alone_does(
     group: list[RankResult], speaking: Path
 ) -> None:

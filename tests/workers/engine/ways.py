@@ -30,9 +30,9 @@ WAYS: list[dict[str, Any]] = [
 
 
 def ways_of_sampling(*, greedy: bool = False) -> list[Request]:
-    """Three requests of each, with prompts of different lengths; `greedy` leaves the temperature out."""
+    """Two requests of each, with prompts of different lengths; `greedy` leaves the temperature out."""
     requests = []
-    for handle, way in enumerate(WAYS * 3):
+    for handle, way in enumerate(WAYS * 2):
         sampling = SamplingParams(**{"max_tokens": 30, "seed": handle, **way})
         prompt = tuple(2 + (7 * handle + at) % 200 for at in range(3 + 4 * (handle % 9)))
         requests.append(Request(handle, prompt, replace(sampling, temperature=0.0) if greedy else sampling))

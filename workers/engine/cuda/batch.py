@@ -24,9 +24,10 @@ class Decodes:
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
-    """Rows of several tokens, behind the decodes.  `query_ends` and `key_ends` begin with a zero.  `key_slots`: where
+    """Rows of several tokens, one behind the other.  `query_ends` and `key_ends` begin with a zero.  `key_slots`: where
     all keys are in the cache; None: the chunks have no past, and their own keys are all there is."""
 
+    num_tokens: int
     query_ends: torch.Tensor
     key_ends: torch.Tensor
     max_queries: int
@@ -36,13 +37,13 @@ class Chunks:
 
 @dataclass(frozen=True, slots=True)
 class Attended:
-    """A step: of every token its position and its slot, and what it attends to."""
+    """A step: of every token its position and its slot, and what it attends to: decodes first, then the chunks."""
 
     positions: torch.Tensor
     slots: torch.Tensor
     num_decodes: int
     decodes: Decodes | None
-    chunks: Chunks | None
+    chunks: tuple[Chunks, ...] = ()
 
 
 def slots_of(blocks: Ints, at: NDArray[np.integer], block_size: int) -> Ints:
@@ -67,12 +68,12 @@ def decode_arrays(rows: Sequence[Row], block_size: int) -> tuple[Ints, Ints, Int
     return positions, slots, positions + 1, starts, pages
 
 
-def chunk_arrays(rows: Sequence[Row], block_size: int) -> tuple[Ints, Ints, Ints, Ints, Ints | None]:
-    """Positions, slots, query ends, key ends and key slots (None: no row has a past) of rows of several tokens."""
+def chunk_arrays(rows: Sequence[Row], block_size: int) -> tuple[Ints, Ints, Ints, Ints, Ints]:
+    """Positions, slots, query ends, key ends and key slots (none if no row has a past) of rows of several tokens."""
     spans = [np.arange(row.start, row.context) for row in rows]
     slots = np.concatenate([slots_of(blocks_of(row), at, block_size) for row, at in zip(rows, spans, strict=True)])
-    key_slots = None
-    if any(row.start for row in rows):
+    key_slots = np.zeros(0, np.int32)
+    if rows[0].start:
         key_slots = np.concatenate([slots_of(blocks_of(row), np.arange(row.context), block_size) for row in rows])
     query_ends = np.cumsum([0, *(row.count for row in rows)], dtype=np.int32)
     key_ends = np.cumsum([0, *(row.context for row in rows)], dtype=np.int32)
@@ -80,8 +81,19 @@ def chunk_arrays(rows: Sequence[Row], block_size: int) -> tuple[Ints, Ints, Ints
 
 
 def to_device(arrays: Sequence[Ints], device: torch.device) -> list[torch.Tensor]:
-    """All arrays in one copy, for which the host does not wait; the tensors are views of one."""
-    ends = np.cumsum([len(array) for array in arrays])
-    host = torch.empty(int(ends[-1]), dtype=torch.int32, pin_memory=device.type == "cuda")
-    np.concatenate(arrays, out=host.numpy())
-    return list(host.to(device, non_blocking=True).tensor_split(ends[:-1].tolist()))
+    """All arrays in one copy, for which the host does not wait; the tensors are views of one.
+
+    Each begins at a multiple of 16 bytes: Triton compiles a kernel anew for pointers that do not.
+    """
+    begins = np.cumsum([0, *(aligned(len(array)) for array in arrays)]).tolist()
+    host = torch.empty(begins[-1], dtype=torch.int32, pin_memory=device.type == "cuda")
+    filled = host.numpy()
+    for begin, array in zip(begins, arrays, strict=False):
+        filled[begin : begin + len(array)] = array
+    there = host.to(device, non_blocking=True)
+    return [there[begin : begin + len(array)] for begin, array in zip(begins, arrays, strict=False)]
+
+
+def aligned(count: int) -> int:
+    """As many int32 as fill whole pieces of 16 bytes."""
+    return -(-count // 4) * 4

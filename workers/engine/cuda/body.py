@@ -106,8 +106,10 @@ class FusedBody:
         if batch.decodes is not None:
             d = batch.decodes
             parts.append(self._do.decode(qkv, cache, d.pages, d.page_starts, d.contexts, splits=d.splits, **options))
-        if batch.chunks is not None:
-            parts.append(self._do.prefill(qkv[batch.num_decodes :], cache, batch.chunks, **options))
+        first = batch.num_decodes
+        for chunks in batch.chunks:
+            parts.append(self._do.prefill(qkv[first : first + chunks.num_tokens], cache, chunks, **options))
+            first += chunks.num_tokens
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

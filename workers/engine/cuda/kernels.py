@@ -134,7 +134,7 @@ def rotate_and_store(
 def _decode(
     qkv, cache, pages, page_starts, contexts, out, partial, lse, scale, softcap, cache_half, row_stride,
     WINDOW: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, SOFTCAP: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One sequence, one key-value head with the query heads that share it, one of SPLITS parts of the context."""
     row, kv_head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -168,7 +168,7 @@ def _decode(
         page = tl.load(table + key_at // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
         base = cache + ((page * HK + kv_head) * BLOCK_SIZE + key_at % BLOCK_SIZE) * D
         keys = tl.load(base[:, None] + at[None, :], mask=seen[:, None], other=0.0)
-        scores = tl.dot(query, tl.trans(keys)) * scale
+        scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale
         if SOFTCAP:
             scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
         scores = tl.where(seen[None, :], scores, float("-inf"))
@@ -176,7 +176,7 @@ def _decode(
         weights = tl.exp(scores - top[:, None])
         fade = tl.exp(best - top)
         values = tl.load(base[:, None] + cache_half + at[None, :], mask=seen[:, None], other=0.0)
-        acc = acc * fade[:, None] + tl.dot(weights.to(values.dtype), values)
+        acc = acc * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
         total = total * fade + tl.sum(weights, axis=1)
         best = top
 
@@ -233,7 +233,7 @@ def decode(
         qkv, cache, pages, page_starts, contexts, out, partial, lse, scale, softcap, cache.stride(0), qkv.stride(0),
         WINDOW=window, HQ=num_heads, HK=kv_heads, D=head_dim, BLOCK_SIZE=block_size,
         ROWS=max(_MIN_ROWS, triton.next_power_of_2(num_heads // kv_heads)), TILE=_TILE, SPLITS=splits,
-        SOFTCAP=softcap > 0, num_warps=4, num_stages=3,
+        SOFTCAP=softcap > 0, PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3,
     )  # fmt: skip
     if splits > 1:
         _combine[(rows * num_heads,)](partial, lse, out, D=head_dim, SPLITS=splits, num_warps=1)

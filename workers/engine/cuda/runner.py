@@ -18,10 +18,11 @@ from ..pipeline import Arrival
 from ..runner import Flight, Runner, draws_of
 from ..scheduler import Batch, Row
 from ..structure import Grammars
-from .batch import Attended, Chunks, Decodes, chunk_arrays, decode_arrays, to_device
+from .batch import Attended, Chunks, Decodes, aligned, chunk_arrays, decode_arrays, to_device
 from .body import FusedBody, Operations
 
 _COLUMNS = 6  # per row in a graph's inputs: id, source, position, slot, context, first page
+_NONE, _UNKNOWN = np.zeros(0, np.int32), np.zeros(1, np.int32)
 _PROGRAMS = 512  # that a decode should have, so that every multiprocessor is busy
 
 
@@ -75,8 +76,8 @@ class CudaRunner(Runner):
         return self._flight(sampling, logits, ids)
 
     def _piecemeal(self, rows: Sequence[Row], sampling: list[Row]) -> tuple[torch.Tensor, Any, Any]:
-        ordered = [*(row for row in rows if row.count == 1), *(row for row in rows if row.count > 1)]
-        inputs, attended, last = self._arrange(ordered, sampling)
+        kinds = [[row for row in rows if kind_of(row) == kind] for kind in range(3)]
+        inputs, attended, last = self._arrange(kinds, sampling)
         if not self._link.first:
             inputs = self._link.receive(len(attended.positions))
         hidden = self._body(inputs, attended, self._cache)
@@ -85,32 +86,38 @@ class CudaRunner(Runner):
         logits = self._model.logits(hidden[last])
         return hidden, logits, None
 
-    def _arrange(self, rows: list[Row], sampling: list[Row]) -> tuple[torch.Tensor, Attended, torch.Tensor]:
-        """Token ids, what they attend to, and the places of the rows that sample."""
-        singles = [row for row in rows if row.count == 1]
-        several = rows[len(singles) :]
-        ids = np.concatenate([np.frombuffer(row.tokens, np.int32) if row.tokens else [0] for row in rows])
+    def _arrange(self, kinds: list[list[Row]], sampling: list[Row]) -> tuple[torch.Tensor, Attended, torch.Tensor]:
+        """Token ids, what they attend to, and the places of the rows that sample.  One copy to the device."""
+        singles, *several = kinds
+        rows = [row for kind in kinds for row in kind]
+        ids = np.concatenate([np.frombuffer(row.tokens, np.int32) if row.tokens else _UNKNOWN for row in rows])
         sources = np.full(len(ids), -1, np.int32)
         sources[: len(singles)] = [self._source(row) for row in singles]
         ends = np.cumsum([row.count for row in rows])
         place = {id(row): end - 1 for row, end in zip(rows, ends, strict=True)}
         last = np.array([place[id(row)] for row in sampling], np.int32)
-        empty = np.zeros(0, np.int32)
-        ones = decode_arrays(singles, self._block_size) if singles else (empty,) * 5
-        more = chunk_arrays(several, self._block_size) if several else (empty,) * 5
-        arrays = [ids.astype(np.int32), sources, last, np.concatenate((ones[0], more[0]))]
-        arrays += [np.concatenate((ones[1], more[1])), *ones[2:], *more[2:4], empty if more[4] is None else more[4]]
-        ids_, sources_, last_, positions, slots, contexts, starts, pages, query_ends, key_ends, key_slots = to_device(
-            arrays, self._device
-        )
-        decodes = chunks = None
+        ones = decode_arrays(singles, self._block_size) if singles else (_NONE,) * 5
+        chunked = [chunk_arrays(group, self._block_size) if group else (_NONE,) * 5 for group in several]
+        positions, slots = (np.concatenate((ones[i], *(group[i] for group in chunked))) for i in range(2))
+        arrays = [ids, sources, last, positions, slots, *ones[2:], *(array for group in chunked for array in group[2:])]
+        there = to_device(arrays, self._device)
+        decodes = None
         if singles:
-            decodes = Decodes(pages, starts, contexts, self._splits(len(singles)))
-        if several:
-            longest = max(row.count for row in several), max(row.context for row in several)
-            chunks = Chunks(query_ends, key_ends, *longest, None if more[4] is None else key_slots)
-        attended = Attended(positions, slots, len(singles), decodes, chunks)
-        return resolve(ids_, sources_, self._newest), attended, last_
+            decodes = Decodes(there[7], there[6], there[5], self._splits(len(singles)))
+        chunks = tuple(
+            Chunks(
+                sum(row.count for row in group),
+                there[first],
+                there[first + 1],
+                max(row.count for row in group),
+                max(row.context for row in group),
+                there[first + 2] if group[0].start else None,
+            )
+            for group, first in zip(several, (8, 11), strict=True)
+            if group
+        )
+        attended = Attended(there[3], there[4], len(singles), decodes, chunks)
+        return resolve(there[0], there[1], self._newest), attended, there[2]
 
     def _source(self, row: Row) -> int:
         """Where the step before left the row's token, if only the device knows it."""
@@ -120,7 +127,7 @@ class CudaRunner(Runner):
         size = min(size for size in self._graphs if size >= len(rows))
         graph = self._graphs[size]
         positions, slots, contexts, starts, pages = decode_arrays(rows, self._block_size)
-        table = np.zeros((_COLUMNS, size), np.int32)
+        table = np.zeros((_COLUMNS, aligned(size)), np.int32)
         table[1], table[3] = -1, self._waste_slot
         count = len(rows)
         table[0, :count] = [row.sequence.tokens[row.start] if not row.pending else 0 for row in rows]
@@ -169,7 +176,8 @@ class CudaRunner(Runner):
     @torch.inference_mode()
     def _capture(self, max_num_seqs: int, pages_per_row: int) -> "dict[int, Graph]":
         """The largest first: the smaller ones then live in its memory."""
-        inputs = torch.zeros(max_num_seqs * (_COLUMNS + pages_per_row), dtype=torch.int32, device=self._device)
+        length = _COLUMNS * aligned(max_num_seqs) + max_num_seqs * pages_per_row
+        inputs = torch.zeros(length, dtype=torch.int32, device=self._device)
         logits = hidden = None
         if self._model.head is not None:
             width = self._model.config.vocab_size
@@ -204,8 +212,9 @@ class Graph:
         self._runner = runner
         self._inputs = inputs
         self._received = None if hidden is None else hidden[:size]
-        self._table = inputs[: _COLUMNS * size].view(_COLUMNS, size)
-        self._pages = inputs[_COLUMNS * size :]
+        width = aligned(size)
+        self._table = inputs[: _COLUMNS * width].view(_COLUMNS, width)[:, :size]
+        self._pages = inputs[_COLUMNS * width :]
         self._splits = runner._splits(size)
         self._graph = torch.cuda.CUDAGraph()
         self.hidden = torch.empty(0)
@@ -238,11 +247,16 @@ class Graph:
         ids, sources, positions, slots, contexts, starts = self._table
         decodes = Decodes(self._pages, starts, contexts, self._splits)
         inputs = self._received if self._received is not None else resolve(ids, sources, runner._newest)
-        self.hidden = runner.forward(inputs, Attended(positions, slots, len(ids), decodes, None))
+        self.hidden = runner.forward(inputs, Attended(positions, slots, len(ids), decodes))
         if self.logits is not None and model.head is not None:
             weight: Any = model.head.weight
             torch.mm(self.hidden, weight.t(), out=self.logits)
             self.ids = runner._do.greedy(self.logits)
+
+
+def kind_of(row: Row) -> int:
+    """0: one token, 1: the beginning of a prompt, 2: a part of one further on, which attends to what is cached."""
+    return 0 if row.count == 1 else 2 if row.start else 1
 
 
 def ladder(largest: int) -> list[int]:
