@@ -152,9 +152,10 @@ def test_a_keeper_that_is_told_to_go_ends_its_ranks_first(hall: Hall) -> None:
     assert all(map(gone, hall.pids()))
 
 
-def test_a_lasting_keeper_serves_the_next_launch_with_new_ranks(hall: Hall) -> None:
+@pytest.mark.parametrize("rejoin", ["ALWAYS", "AFTER_END"])
+def test_a_lasting_keeper_serves_the_next_launch_with_new_ranks(hall: Hall, rejoin: str) -> None:
     hall.begin(1)
-    keeper = hall.keeper("1", rejoin="ALWAYS")
+    keeper = hall.keeper("1", rejoin=rejoin)
     hall.wait(hall.pids)
     hall.muster.end()
     hall.begin(1)
@@ -163,6 +164,15 @@ def test_a_lasting_keeper_serves_the_next_launch_with_new_ranks(hall: Hall) -> N
     assert gone(first)
     assert not gone(second)
     assert keeper.poll() is None
+
+
+def test_a_keeper_that_lasts_only_while_the_front_does_ends_with_it(hall: Hall) -> None:
+    hall.begin(1)
+    keeper = hall.keeper("1", rejoin="AFTER_END")
+    hall.wait(hall.pids)
+    hall.muster.rekey(KEY)
+    assert keeper.wait(5) != 0
+    assert all(map(gone, hall.pids()))
 
 
 def test_a_keeper_of_an_earlier_start_is_sent_away_for_good(hall: Hall) -> None:
