@@ -74,10 +74,11 @@ def test_the_death_of_the_leader_leaves_nothing_on_any_machine_not_even_a_stoppe
     assert_all_right(pair.finished(list(asked)), asked, TOKENS)
 
 
-def test_a_launching_machine_that_loses_power_leaves_nothing_on_the_others(pair: Cluster) -> None:
-    """Its kernel says goodbye to nobody: the others only hear silence.  It is the last test of this file."""
-    ask(pair, 500)
-    before = [process.pid for process in pair.living()]
-    pair.machines["nodeA"].link_down()
-    pair.machines["nodeA"].power_off()
+def test_a_launching_machine_that_loses_power_leaves_nothing_on_the_others(empty_pair: Cluster) -> None:
+    """Its kernel says goodbye to nobody: the others only hear silence."""
+    wait_ready(empty_pair.worker())
+    ask(empty_pair, 500)
+    before = [process.pid for process in empty_pair.living()]
+    empty_pair.machines["nodeA"].link_down()
+    empty_pair.machines["nodeA"].power_off()
     wait_for("everything to end", lambda: not any(map(alive, before)), 6.0)
