@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any
 
 from .frames import Frame, Kind
-from .vitals import Cause, Trouble, Vitals, silent, stalled
+from .vitals import Cause, Trouble, Vitals, bearable_silence_s, silent, stalled
 from .wire import HELLO_TIMEOUT_S, MAX_STRANGERS, MAX_UNSENT_BYTES, Connection, Wire, listen
 
 __all__ = ["HELLO_TIMEOUT_S", "MAX_STRANGERS", "MAX_UNSENT_BYTES", "ControlServer", "listen"]
@@ -27,7 +27,7 @@ class ControlServer:
         stall_timeout_s: float = 5.0,
     ) -> None:
         self._heartbeat_s = heartbeat_s
-        self._silence_s = heartbeat_timeout_s + heartbeat_s  # a beat is only missed once it is due
+        self._silence_s = bearable_silence_s(heartbeat_s=heartbeat_s, heartbeat_timeout_s=heartbeat_timeout_s)
         self._stall_timeout_s = stall_timeout_s
         self._wire = Wire(host, port, heartbeat_s=heartbeat_s, on_frame=self._handle, on_lost=self._lost)
         self.begin(epoch=0, key=bytes(32), world_size=0)

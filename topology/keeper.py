@@ -30,6 +30,7 @@ from .frames import Framer, Kind
 from .interfaces import interface_of
 from .join import Place, place_of, read_secret
 from .launch import LocalLauncher, RankCommand
+from .vitals import bearable_silence_s
 
 MUSTER_EPOCH = 0
 """Frames between front and keepers carry this; those of ranks begin at 1."""
@@ -215,7 +216,8 @@ class _Watch:
         if self._launcher.pids:
             raise BadFrame("a second launch on one connection")
         self._heartbeat_s = float(order["heartbeat_s"])
-        self._silence_s = float(order["heartbeat_timeout_s"]) + self._heartbeat_s
+        timeout_s = float(order["heartbeat_timeout_s"])
+        self._silence_s = bearable_silence_s(heartbeat_s=self._heartbeat_s, heartbeat_timeout_s=timeout_s)
         commands = [self._keeper.command(int(rank), self._environment(int(rank), env)) for rank, env in order["ranks"]]
         with contextlib.suppress(OSError):
             os.chdir(order["cwd"])

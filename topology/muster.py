@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from .frames import Frame, Kind
 from .keeper import MUSTER_EPOCH
 from .launch import LineSink
-from .vitals import Cause, Trouble
+from .vitals import Cause, Trouble, bearable_silence_s
 from .wire import Connection, Wire
 
 END_TIMEOUT_S = 5.0
@@ -37,7 +37,7 @@ class Muster:
 
     def __init__(self, host: str, port: int, *, key: bytes, heartbeat_s: float, heartbeat_timeout_s: float) -> None:
         self._timing = {"heartbeat_s": heartbeat_s, "heartbeat_timeout_s": heartbeat_timeout_s}
-        self._silence_s = heartbeat_timeout_s + heartbeat_s
+        self._silence_s = bearable_silence_s(heartbeat_s=heartbeat_s, heartbeat_timeout_s=heartbeat_timeout_s)
         self._wire = Wire(host, port, heartbeat_s=heartbeat_s, on_frame=self._handle, on_lost=self._lost)
         self._keepers: dict[int, _Enlisted] = {}
         self._orders: dict[int, Mapping[str, str]] = {}

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from .dial import PROBE_TIMEOUT_S, dial, probe
 from .errors import BadFrame, LeaderLost, Refused
 from .frames import Frame, Kind
-from .vitals import STARTUP_FACTOR
+from .vitals import STARTUP_FACTOR, bearable_silence_s
 
 EXIT_STOPPED = 0
 EXIT_LEADER_LOST = 69
@@ -49,7 +49,7 @@ class ControlClient:
         self._address, self._key, self._epoch = address, key, epoch
         self._rank = rank
         self._heartbeat_s = heartbeat_s
-        self._timeout_s = timeout_s
+        self._silence_s = bearable_silence_s(heartbeat_s=heartbeat_s, heartbeat_timeout_s=timeout_s)
         self._stall_timeout_s = stall_timeout_s
         self._end = end
         self._sending = threading.Lock()
@@ -126,8 +126,7 @@ class ControlClient:
                 if self._receive():
                     return
                 heard = now
-            bound_s = (self._timeout_s + self._heartbeat_s) * (1 if self._is_ready else STARTUP_FACTOR)
-            if now - heard > bound_s:
+            if now - heard > self._silence_s * (1 if self._is_ready else STARTUP_FACTOR):
                 raise LeaderLost(f"the front has been silent for {now - heard:.1f} s")
             overdue = now - heard > self._heartbeat_s + 2 * TICK_S
             if overdue and now - probed > PROBE_TIMEOUT_S:

@@ -8,6 +8,15 @@ STARTUP_FACTOR = 4
 """While a rank loads, long C calls (dlopen, CUDA) may hold the interpreter, so silence is borne this much longer."""
 
 
+def bearable_silence_s(*, heartbeat_s: float, heartbeat_timeout_s: float) -> float:
+    """After this much silence the other end counts as dead.
+
+    The timeout runs from the first beat that is missed; the rest is for the way back after a cut that was shorter than
+    the timeout: neighbours have to be found again (ARP asks once a second), and a probe has to get through.
+    """
+    return heartbeat_timeout_s + 1.5 * heartbeat_s
+
+
 class Cause(StrEnum):
     """How a rank fell out of step."""
 

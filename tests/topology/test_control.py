@@ -253,7 +253,7 @@ def test_nobody_is_blamed_when_the_whole_machine_was_paused(front: Front, monkey
     clients = [front.rank(0), front.rank(1)]
     for client in clients:
         client.ready({})
-        client._timeout_s = 60.0
+        client._silence_s = 60.0
     front.wait(lambda: front.server.info is not None)
     with monkeypatch.context() as pause:
         for client in clients:

@@ -50,12 +50,12 @@ FAULTS = {
     fault.name: fault
     for fault in (
         Fault("rank killed", kill(Machine.ranks, signal.SIGKILL)),
-        Fault("rank stopped", kill(Machine.ranks, signal.SIGSTOP), detect_s=5.0),
+        Fault("rank stopped", kill(Machine.ranks, signal.SIGSTOP), detect_s=5.5),
         Fault("keeper killed", kill(Machine.keepers, signal.SIGKILL)),
-        Fault("keeper stopped", kill(Machine.keepers, signal.SIGSTOP), detect_s=5.0, reachable=False),
+        Fault("keeper stopped", kill(Machine.keepers, signal.SIGSTOP), detect_s=5.5, reachable=False),
         Fault("ssh session killed", kill(sessions, signal.SIGKILL)),
         Fault("tcp reset", Machine.reset_connections),
-        Fault("link down", Machine.link_down, Machine.link_up, detect_s=5.0),
+        Fault("link down", Machine.link_down, Machine.link_up, detect_s=5.5),
         Fault("node killed", Machine.power_off, restart),
     )
 }
