@@ -14,6 +14,7 @@ import signal
 import subprocess
 import time
 from contextlib import AbstractContextManager
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,6 +25,7 @@ from hortator.topology.tied import tied
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 PREFIX = "hortator-test-"
+_NUMBERS = count(1)
 PROGRAMS = {
     "ip": "iproute2",
     "sshd": "openssh-server",
@@ -55,7 +57,7 @@ class Machines(AbstractContextManager["Machines"]):
 
     def __init__(self, directory: Path, names: list[str]) -> None:
         self.directory = directory
-        self._prefix = f"{PREFIX}{os.getpid()}"
+        self._prefix = f"{PREFIX}{os.getpid()}-{next(_NUMBERS)}"
         self._switch = f"{self._prefix}-sw"
         self._machines = {name: Machine(self, name, number) for number, name in enumerate(names, start=1)}
 
