@@ -35,7 +35,7 @@ local leases, claimed_key = own .. 'leases:' .. model, own .. 'claimed:' .. owne
 local suspects, alone_key = own .. 'suspects:' .. model, own .. 'alone:' .. model
 local jobs, leased = {}, {}
 -- What a plain Celery client sees of a running job.  No PUBLISH: whoever waits, waits for the end.
-local started = '{"status": "STARTED", "result": {"hostname": ' .. cjson.encode(owner)
+local started = '{"status": "STARTED", "result": {"hostname": ' .. cjson.encode((owner:gsub('#%x+$', '')))
   .. '}, "traceback": null, "children": [], "date_done": null, "task_id": "'
 
 local function tell(id, attempt, message, tenant, enqueued, deadline, tokens)

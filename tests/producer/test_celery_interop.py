@@ -59,7 +59,7 @@ def test_a_running_job_is_started_to_celery_and_pending_again_when_it_goes_back(
     answer = app.send_task("llm.generate", args=["hi"], queue=MODEL)
     lease = redis_rig.claim_one(owner="a group")
     assert answer.state == "STARTED"
-    assert answer.info["hostname"].startswith("a_group")
+    assert answer.info == {"hostname": "a_group"}
     redis_rig.store.release([lease], reason=ReleaseReason.DRAINED)
     assert answer.state == "PENDING"
     redis_rig.store.release([redis_rig.claim_one()], reason=ReleaseReason.CRASHED)
