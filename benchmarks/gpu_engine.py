@@ -152,17 +152,18 @@ def edge(driver: Driver) -> dict[str, float]:
     driver.step((request(0, rng, info.max_model_len - 33, 32),))
     longest = driver.drain()
     seconds = time.perf_counter() - started
-    each = info.kv_tokens // info.max_num_seqs  # with the outputs, twice what there is
-    crowd = tuple(request(i, rng, each, each) for i in range(info.max_num_seqs))
+    share = info.kv_tokens // info.max_num_seqs
+    prompt, output = int(0.9 * share), int(0.4 * share)  # they fit when they begin, and no longer when they end
+    crowd = tuple(request(i, rng, prompt, output) for i in range(info.max_num_seqs))
     before = driver.engine.stats().preemptions
     tokens = driver.step(crowd) + driver.drain()
     assert longest == 32
-    assert tokens == info.max_num_seqs * each
+    assert tokens == info.max_num_seqs * output
     return {
         "longest prompt": info.max_model_len - 33,
         "its seconds": seconds,
         "sequences beyond the pool": info.max_num_seqs,
-        "tokens of each": 2 * each,
+        "tokens of each": prompt + output,
         "preemptions": driver.engine.stats().preemptions - before,
     }
 

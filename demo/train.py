@@ -160,7 +160,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token a character. <bos> is prepended by the post-processor; a chat template's text already has it."""
     tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
+    # no token is a byte, so this only joins; a bare Fuse says too little to those who compile structures
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, VOCABULARY[BOS])]
     )

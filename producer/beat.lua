@@ -5,7 +5,7 @@
 -- | groups | hash | group -> "ms JSON"              |
 -- | models | hash | makes the model known           |
 --
--- args: group model json down ('1': the group is going away)
+-- args: group model json down ('1': the group takes its leave)
 even_when_full()
 redis.call('HSET', own .. 'models', arg(2), now)
 if arg(4) == '1' then

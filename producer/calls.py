@@ -205,7 +205,7 @@ class Calls:
     def beat(self, beat: GroupBeat) -> Call[None]:
         said = {name: getattr(beat, name) for name in GroupBeat.__slots__}
         text = json.dumps(said, separators=(",", ":"))
-        return self._call("beat", [beat.group, beat.model, text, int(beat.state == "down")], _nothing)
+        return self._call("beat", [beat.group, beat.model, text, int(beat.state == "gone")], _nothing)
 
     # anybody
 

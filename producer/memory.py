@@ -439,7 +439,7 @@ class MemoryStore:
     def beat(self, beat: GroupBeat) -> None:
         with self._lock:
             self._queue(beat.model).known = True
-            if beat.state == "down":
+            if beat.state == "gone":
                 self._groups.pop(beat.group, None)
             else:
                 self._groups[beat.group] = (self._now(), beat)

@@ -120,7 +120,7 @@ class GroupBeat:
     running: int
     capacity: int
     epoch: int
-    state: str  # starting | ready | draining | down
+    state: str  # starting | ready | draining | down; gone: the group takes its leave
     info: dict[str, Any] = field(default_factory=dict)
 
 

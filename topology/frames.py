@@ -34,6 +34,7 @@ MAX_PAYLOAD_BYTES = 1 << 20
 
 _HEADER = struct.Struct("!4sBBHII")
 _SEQUENCE = struct.Struct("!BQ")
+_COUNTER = struct.Struct("!Q")
 _MAC_BYTES = 32
 
 
@@ -49,6 +50,12 @@ class Kind(IntEnum):
     WAKE = 7  # rank 0, relayed to the peers: the next plan is coming
     FAILED = 8  # rank: why I am about to exit
     STOP = 9  # front: exit now
+    PROBE = 10  # rank or keeper, on a connection of its own: a beat past one that waits for TCP to try again
+    ENLIST = 11  # keeper: who I am, and the ranks that I can start
+    LAUNCH = 12  # front: start these ranks; veiled, for it holds the key of the launch
+    LINES = 13  # keeper: what ranks have printed
+    EXITED = 14  # keeper: a rank has ended
+    END = 15  # front: kill your ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +93,15 @@ class Framer:
         mac = self._mac(self._outgoing, self._sent, message)
         self._sent += 1
         return message + mac
+
+    def veil(self, data: bytes) -> bytes:
+        """Encrypt, or decrypt at the other end: XOR with HMAC-SHA256 of a counter, under this connection's own key.
+
+        Good for one message of a connection; its integrity is the frame's.
+        """
+        blocks = range(-(-len(data) // _MAC_BYTES))
+        stream = b"".join(hmac.digest(self._key, b"hortator veil" + _COUNTER.pack(i), hashlib.sha256) for i in blocks)
+        return bytes(a ^ b for a, b in zip(data, stream, strict=False))
 
     def feed(self, data: bytes) -> Iterator[Frame]:
         """Yield the frames that `data` completes; raise BadFrame at the first byte that cannot be right."""

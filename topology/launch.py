@@ -1,7 +1,7 @@
 """How the ranks of a group are started and ended.
 
-`LocalLauncher` runs them as children of this process.  A launcher for remote hosts (DeepSpeed's over ssh, or an
-external one that only waits for ranks to join) fills the same Protocol: the front does not know the difference.
+`LocalLauncher` runs them as children of this process; remote.py has the one for several hosts.  The front does not know
+the difference.
 """
 
 import contextlib
@@ -14,7 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Protocol
 
+from .vitals import Trouble
+
 MAX_LINE_BYTES = 64 * 1024
+PARENT_VARIABLE = "HORTATOR_PARENT_PID"
+"""Tells a rank whose child it is: it dies with that process."""
 LineSink = Callable[[int, str], None]
 
 
@@ -39,14 +43,24 @@ class Launcher(Protocol):
     def pids(self) -> dict[int, int]:
         """Rank to pid, of ranks on this host."""
 
+    @property
+    def absent(self) -> list[int]:
+        """Ranks that are still to be started by somebody who has not come."""
+
     def exits(self) -> dict[int, int]:
-        """Ranks of this host that have ended, with subprocess' returncode (negative: the signal).  Never blocks."""
+        """Ranks known to have ended, with subprocess' returncode (negative: the signal).  Never blocks."""
+
+    def troubles(self) -> list[Trouble]:
+        """What else has gone wrong with the ranks or their hosts since the last call.  Never blocks."""
 
     def terminate(self) -> None:
         """Ask those that are left to go (SIGTERM)."""
 
     def kill(self) -> None:
         """End all of them with everything they started, and reap them.  Bounded; harmless when nothing runs."""
+
+    def close(self) -> None:
+        """Let go of what outlives a launch."""
 
 
 class LocalLauncher:
@@ -66,11 +80,15 @@ class LocalLauncher:
                 assert process.stdout is not None
                 outputs[command.rank] = process.stdout
         finally:
-            threading.Thread(target=_read_lines, args=(outputs, on_line), name="rank-output", daemon=True).start()
+            threading.Thread(target=read_lines, args=(outputs, on_line), name="rank-output", daemon=True).start()
 
     @property
     def pids(self) -> dict[int, int]:
         return {rank: process.pid for rank, process in self._processes.items()}
+
+    @property
+    def absent(self) -> list[int]:
+        return []
 
     def exits(self) -> dict[int, int]:
         """Looks without reaping, so that pids stay ours until `kill`."""
@@ -78,6 +96,9 @@ class LocalLauncher:
             if rank not in self._exits and (code := _exit_code(process.pid)) is not None:
                 self._exits[rank] = code
         return dict(self._exits)
+
+    def troubles(self) -> list[Trouble]:
+        return []
 
     def terminate(self) -> None:
         for rank, process in self._processes.items():
@@ -91,6 +112,9 @@ class LocalLauncher:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(5.0)
         self._processes = {}
+
+    def close(self) -> None:
+        """Nothing outlives a launch."""
 
 
 class FakeLauncher:
@@ -109,6 +133,10 @@ class FakeLauncher:
     def pids(self) -> dict[int, int]:
         return {}
 
+    @property
+    def absent(self) -> list[int]:
+        return []
+
     def end(self, rank: int, returncode: int) -> None:
         """Let a rank end."""
         self._exits[rank] = returncode
@@ -116,11 +144,17 @@ class FakeLauncher:
     def exits(self) -> dict[int, int]:
         return dict(self._exits)
 
+    def troubles(self) -> list[Trouble]:
+        return []
+
     def terminate(self) -> None:
         """Nothing to ask."""
 
     def kill(self) -> None:
         self.kills += 1
+
+    def close(self) -> None:
+        """Nothing to let go of."""
 
 
 def describe_exit(returncode: int) -> str:
@@ -135,7 +169,7 @@ def describe_exit(returncode: int) -> str:
 def _start(command: RankCommand) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         command.argv,
-        env=dict(command.env),
+        env=dict(command.env) | {PARENT_VARIABLE: str(os.getpid())},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -159,7 +193,7 @@ def _signal_group(pid: int, number: signal.Signals) -> None:
         os.killpg(pid, number)
 
 
-def _read_lines(outputs: dict[int, IO[bytes]], on_line: LineSink) -> None:
+def read_lines(outputs: dict[int, IO[bytes]], on_line: LineSink) -> None:
     """Pass on whole lines until all outputs have ended; an endless line is cut."""
     partial = dict.fromkeys(outputs, b"")
     with selectors.DefaultSelector() as selector:

@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from .dial import PROBE_TIMEOUT_S, dial, probe
 from .errors import BadFrame, LeaderLost, Refused
-from .frames import Frame, Framer, Kind
+from .frames import Frame, Kind
 from .vitals import STARTUP_FACTOR
 
 EXIT_STOPPED = 0
@@ -45,7 +46,7 @@ class ControlClient:
         stall_timeout_s: float = 5.0,
         end: Callable[[int, str], None] = exit_process,
     ) -> None:
-        self._framer = Framer(key, epoch=epoch, front=False)
+        self._address, self._key, self._epoch = address, key, epoch
         self._rank = rank
         self._heartbeat_s = heartbeat_s
         self._timeout_s = timeout_s
@@ -59,7 +60,7 @@ class ControlClient:
         self.busy = False
         self.step = 0
         self.progress: Callable[[], int] = lambda: 0
-        self._sock = self._connect(address)
+        self._sock, self._framer = dial(address, key=key, epoch=epoch, timeout_s=timeout_s)
 
     def hello(self, *, fingerprint: dict[str, str], **more: Any) -> None:
         """Introduce this rank and start the thread that keeps the connection."""
@@ -99,25 +100,6 @@ class ControlClient:
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 
-    def _connect(self, address: tuple[str, int]) -> socket.socket:
-        sock = None
-        try:
-            sock = socket.create_connection(address, timeout=self._timeout_s)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._framer.rekey(self._challenge(sock))
-        except (OSError, BadFrame) as error:
-            if sock is not None:
-                sock.close()
-            raise LeaderLost(f"no control connection to the front at {address[0]}:{address[1]}: {error}") from error
-        return sock
-
-    def _challenge(self, sock: socket.socket) -> bytes:
-        """The nonce that the front sends first, and with which it proves that it knows the key."""
-        while data := sock.recv(_RECEIVE_BYTES):
-            for frame in self._framer.feed(data):
-                return bytes.fromhex(frame.payload["nonce"])
-        raise BadFrame("it closed the connection")
-
     def _send(self, kind: Kind, payload: dict[str, Any] | None = None) -> None:
         with self._sending:
             self._sock.sendall(self._framer.seal(kind, rank=self._rank, payload=payload))
@@ -133,7 +115,7 @@ class ControlClient:
 
     def _keep(self) -> None:
         pulse = _Pulse()
-        heard = beaten = ticked = time.monotonic()
+        heard = beaten = ticked = probed = time.monotonic()
         while True:
             readable = select.select([self._sock], [], [], TICK_S)[0]
             now = time.monotonic()
@@ -144,13 +126,22 @@ class ControlClient:
                 if self._receive():
                     return
                 heard = now
-            bound_s = self._timeout_s * (1 if self._is_ready else STARTUP_FACTOR)
+            bound_s = (self._timeout_s + self._heartbeat_s) * (1 if self._is_ready else STARTUP_FACTOR)
             if now - heard > bound_s:
                 raise LeaderLost(f"the front has been silent for {now - heard:.1f} s")
+            overdue = now - heard > self._heartbeat_s + 2 * TICK_S
+            if overdue and now - probed > PROBE_TIMEOUT_S:
+                probed = now
+                answered, ticked = self._probe(pulse), time.monotonic()
+                heard = ticked if answered else heard
             stalled = pulse.sample(self, now) >= self._stall_timeout_s and not pulse.told
             if stalled or now - beaten >= self._heartbeat_s:
                 beaten, pulse.told = now, stalled or pulse.told
                 self._send(Kind.BEAT, pulse.payload(self))
+
+    def _probe(self, pulse: "_Pulse") -> bool:
+        payload = pulse.payload(self)
+        return probe(self._address, key=self._key, epoch=self._epoch, rank=self._rank, payload=payload)
 
     def _receive(self) -> bool:
         """Handle what has come; True when it was STOP."""

@@ -86,6 +86,8 @@ class App(Celery):  # type: ignore[misc]
 
     def serve(self, queues: list[str] | None) -> None:
         """Become a leader: called before the worker is built."""
+        import hortator.workers.commands  # noqa: F401  # what leaders can be told over remote control
+
         settings = self.settings
         if queues and queues != [settings.queue]:
             raise ConfigError(

@@ -7,6 +7,7 @@ Whoever drives it calls `on_events` when the group has something, `tick` when `w
 """
 
 import contextlib
+import dataclasses
 import heapq
 import itertools
 import logging
@@ -375,6 +376,15 @@ class Front:
     def drain(self) -> None:
         """Claim nothing more."""
         self._draining = True
+
+    def resume(self) -> None:
+        """Claim again after `drain`."""
+        self._draining = False
+
+    def leave(self) -> None:
+        """Tell the fleet that this group ends; without it the group would pass for alive a while longer."""
+        with contextlib.suppress(StoreUnavailable):
+            self._link.call(self._store.beat, dataclasses.replace(self.beat(), state="gone"))
 
     def hand_back(self, leases: Iterable[Lease] | None = None, *, reason: str = "draining") -> None:
         """Return jobs (default: all) to the queue at once, with their tokens; the attempt is not charged."""

@@ -39,5 +39,6 @@ class Gauges:
             "waiting": stats.waiting if stats else 0,
             "preemptions": stats.preemptions if stats else 0,
             "pids": list(self._group.pids.values()),
+            "ranks": len(self._group.members),
             "last_failure": str(failure) if failure else None,
         }

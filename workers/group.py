@@ -13,10 +13,13 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from hortator.producer.errors import GroupFailed
-from hortator.topology.launch import Launcher, LocalLauncher
+from hortator.producer.errors import ConfigError, GroupFailed
+from hortator.topology.errors import TopologyError
+from hortator.topology.launch import Launcher
+from hortator.topology.vitals import Vitals
 
 from .engine.step import EngineInfo, EngineStats, Request, StepOutput
+from .launching import make_launcher
 from .pipe import Pipe, PipeBroken, read_report, submissions
 from .settings import WorkerSettings
 from .supervisor import Down, Live, Supervisor
@@ -55,7 +58,7 @@ class Group:
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll = select.epoll()
         self._epoll.register(self._wakeup, select.EPOLLIN)
-        self._supervisor = Supervisor(settings, launcher or LocalLauncher(), self._post)
+        self._supervisor = Supervisor(settings, launcher or _launcher(settings), self._post)
         self._ready: Ready | None = None
         self._pipe: Pipe | None = None
         self._closed = False
@@ -138,6 +141,11 @@ class Group:
         return dict(self._supervisor.pids)
 
     @property
+    def members(self) -> dict[int, Vitals]:
+        """What each rank last said of itself, on whatever host it is; none while the group is down."""
+        return {} if self.state in ("down", "closed") else self._supervisor.members
+
+    @property
     def last_failure(self) -> str | None:
         return self._supervisor.last_failure
 
@@ -203,3 +211,10 @@ class Group:
             self._epoll.unregister(self._pipe.fileno())
             self._pipe.close()
             self._pipe = None
+
+
+def _launcher(settings: WorkerSettings) -> Launcher:
+    try:
+        return make_launcher(settings)
+    except TopologyError as error:
+        raise ConfigError(str(error)) from error

@@ -6,6 +6,7 @@ task queue (transport.Claims).
 
 import gc
 import logging
+import math
 import select
 import signal
 import time
@@ -19,6 +20,7 @@ from celery.worker import state as worker_state
 
 from hortator.producer.errors import HortatorError
 from hortator.producer.store import Claimed, Lease, Outcome, Verdict
+from hortator.topology.vitals import Vitals
 from hortator.workers.request import PromptRequest
 from hortator.workers.settings import WorkerSettings
 from hortator.workers.transport import ClaimedMessage
@@ -57,6 +59,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
         self._stopping = False
         self._num_signals = 0
         self._now = False  # do not wait for what runs
+        self._hand_back_at = math.inf  # a drained group's patience
 
     # ---- Celery's pool interface
 
@@ -125,6 +128,17 @@ class EnginePool(BasePool):  # type: ignore[misc]
             self.run_for(0.02)
         logger.info("drained: %d jobs handed back", num_back)
         self._group.close()
+        front.leave()
+
+    def drain(self) -> None:
+        """Claim nothing more, and when the grace is over hand back what still runs; the group stays up, idle."""
+        self.front.drain()
+        self._hand_back_at = time.monotonic() + self.settings.grace_s
+
+    def resume(self) -> None:
+        """Claim again."""
+        self._hand_back_at = math.inf
+        self.front.resume()
 
     def on_terminate(self) -> None:
         """A cold shutdown."""
@@ -144,6 +158,11 @@ class EnginePool(BasePool):  # type: ignore[misc]
             **front.details(),
         }
 
+    @property
+    def members(self) -> dict[int, Vitals]:
+        """The ranks, on whatever hosts they are."""
+        return dict(self._group.members)
+
     # ---- the loop
 
     def turn(self) -> None:
@@ -151,6 +170,9 @@ class EnginePool(BasePool):  # type: ignore[misc]
         front = self.front
         front.on_events(self._group.poll())
         front.tick()
+        if time.monotonic() >= self._hand_back_at:
+            self._hand_back_at = math.inf
+            front.hand_back()
         front.flush()  # results first: somebody waits for them, while the engine has a few jobs in reserve
         if self._deliver is not None:
             for claimed in front.take():

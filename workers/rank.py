@@ -4,11 +4,9 @@ The order of a rank's life: read the configuration, prove to the front that it i
 the other ranks, load the engine, then step in lock-step (stroke.py) until the front says STOP or is gone.
 """
 
-import ctypes
 import gc
 import importlib
 import os
-import signal
 import socket
 import traceback
 from collections.abc import Callable
@@ -23,8 +21,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from hortator.producer.errors import ConfigError, HortatorError
 from hortator.topology.control import listen
 from hortator.topology.errors import LeaderLost, MeshFailed, NoDevice, PortTaken, Refused
+from hortator.topology.launch import PARENT_VARIABLE
 from hortator.topology.tether import EXIT_LEADER_LOST, ControlClient, exit_process
+from hortator.topology.tied import die_with
 
+from .codeprint import code_digest
 from .engine.echo import DEFAULT_MODEL_LEN, EchoEngine
 from .engine.step import Engine, EngineInfo
 from .lockstep import Channel, CollectiveFailed, DistributedChannel, Follower, InProcessChannel, LockstepError
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from hortator.topology.mesh import Mesh
 
 CONFIG_VARIABLE = "HORTATOR_RANK_CONFIG"
-
-_PR_SET_PDEATHSIG = 1
 
 
 class Exit(IntEnum):
@@ -56,9 +55,8 @@ class RankConfig(BaseModel):
 
     rank: int = Field(ge=0)
     epoch: int = Field(ge=0)
-    local_rank: int = Field(default=0, ge=0)
-    local_ranks: int = Field(default=1, ge=1, description="ranks on this host")
-    parent_pid: int | None = Field(default=None, description="of a local front: die with it")
+    local_rank: int | None = Field(default=None, ge=0, description="device; None: LOCAL_RANK, as the keeper says")
+    local_ranks: int | None = Field(default=None, ge=1, description="ranks on this host; None: LOCAL_WORLD_SIZE")
     pipe_fd: int | None = Field(default=None, description="rank 0: the inherited end of the pipe")
 
     control_host: str
@@ -104,8 +102,9 @@ EngineFactory = Callable[[RankConfig, "Mesh"], Engine]
 def main() -> NoReturn:
     """Run a rank; ends the process without any cleaning up, which other ranks could only wait for."""
     config = read_config()
-    if config.parent_pid is not None:
-        die_with(config.parent_pid)
+    parent_pid = os.environ.pop(PARENT_VARIABLE, None)
+    if parent_pid is not None and not die_with(int(parent_pid)):
+        exit_process(Exit.LEADER_LOST, "the front is gone")
     problem: Exception | None = None
     try:
         fingerprint = fingerprint_of(config)
@@ -127,17 +126,14 @@ def main() -> NoReturn:
 def read_config() -> RankConfig:
     """Take the configuration out of the environment, so that nothing started from here inherits the key."""
     try:
-        return RankConfig.model_validate_json(os.environ.pop(CONFIG_VARIABLE, ""))
+        config = RankConfig.model_validate_json(os.environ.pop(CONFIG_VARIABLE, ""))
+        place = {"local_rank": "LOCAL_RANK", "local_ranks": "LOCAL_WORLD_SIZE"}
+        missing = [field for field in place if getattr(config, field) is None and place[field] in os.environ]
+        found = {field: os.environ[place[field]] for field in missing}
+        return RankConfig.model_validate(config.model_dump() | found)
     except ValidationError as error:
         wrong = ", ".join(".".join(map(str, item["loc"])) or item["type"] for item in error.errors())
         exit_process(Exit.CONFIG, f"{CONFIG_VARIABLE} is not a rank's configuration: {wrong}")
-
-
-def die_with(parent_pid: int) -> None:
-    """Let the kernel end this process when the thread that forked it ends; also if that was before this call."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:
-        exit_process(Exit.LEADER_LOST, "the front is gone")
 
 
 def connect(config: RankConfig) -> ControlClient:
@@ -187,7 +183,8 @@ def _kind_of(error: Exception) -> tuple[Exit, str]:
 def fingerprint_of(config: RankConfig) -> dict[str, str]:
     """What has to be the same on all ranks, by name.  For the paged engine this reads the model's files."""
     same = config.model_dump(mode="json", include=_SHARED_FIELDS)
-    fingerprint = {name: str(value) for name, value in same.items()} | {"hortator": version("hortator")}
+    fingerprint = {name: str(value) for name, value in same.items()}
+    fingerprint |= {"hortator": version("hortator"), "code": code_digest()}
     if config.engine != "echo" or config.world_size > 1:
         import torch
 
@@ -239,7 +236,7 @@ def meet(config: RankConfig, store: Any, listener: socket.socket | None) -> "Mes
 
     from hortator.topology.mesh import join
 
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.local_ranks))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (config.local_ranks or 1)))
     return join(
         rank=config.rank,
         tp_size=config.tensor_parallel_size,
@@ -247,7 +244,7 @@ def meet(config: RankConfig, store: Any, listener: socket.socket | None) -> "Mes
         store=(str(store[0]), int(store[1])) if store else None,
         listener=listener,
         device=config.device,
-        local_rank=config.local_rank,
+        local_rank=config.local_rank or 0,
         collective_timeout_s=config.collective_timeout_s,
     )
 

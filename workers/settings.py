@@ -2,12 +2,14 @@
 
 import os
 import socket
+import sys
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_settings import (
     BaseSettings,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
@@ -15,6 +17,15 @@ from pydantic_settings import (
 
 from hortator.producer.errors import ConfigError
 from hortator.producer.schema import ModelName
+from hortator.topology.errors import BadPlacement
+from hortator.topology.placement import Node, read_nodes
+
+
+def _nodes(value: object) -> tuple[Node, ...]:
+    try:
+        return read_nodes(value)
+    except BadPlacement as error:
+        raise ValueError(str(error)) from None
 
 
 class WorkerSettings(BaseSettings):
@@ -55,14 +66,29 @@ class WorkerSettings(BaseSettings):
 
     # the group
     group: str = Field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")
-    control_host: str = "127.0.0.1"
+    hosts: Annotated[tuple[Node, ...], NoDecode, BeforeValidator(_nodes)] = Field(
+        default=(), description="nodeA:2,nodeB:2 or a JSON list of {host, devices, interface}; this host is the first"
+    )
+    launcher: Literal["local", "ssh", "deepspeed", "external"] = "local"
+    front_ranks: int = Field(default=1, ge=1, description="launcher=external without hosts: ranks of the front's host")
+    secret_file: Path | None = Field(default=None, description="lets keepers join: launcher=external and deepspeed")
+    keeper_port: int = Field(default=0, ge=0, le=65_535, description="where keepers join; 0: any free port")
+    ssh_user: str | None = None
+    ssh_port: int | None = Field(default=None, ge=1, le=65_535)
+    ssh_identity_file: Path | None = None
+    ssh_known_hosts_file: Path | None = None
+    remote_python: str = Field(default=sys.executable, description="launcher=ssh: hortator's Python on the other hosts")
+    control_host: str = Field(default="127.0.0.1", description="default with hosts: the first of them")
     control_port: int = Field(default=0, ge=0, le=65_535, description="0: any free port")
+    store_host: str | None = Field(default=None, description="where rank 0 listens for the mesh; default: control_host")
     store_port: int = Field(default=0, ge=0, le=65_535, description="where ranks meet; 0: any free port")
     heartbeat_s: float = Field(default=1.0, gt=0)
     heartbeat_timeout_s: float = Field(default=3.0, gt=0, description="a silent rank is dead after this")
     stall_timeout_s: float = Field(default=5.0, gt=0, description="a busy rank without progress is hung after this")
     start_timeout_s: float = Field(default=600.0, gt=0)
     restart_backoff_s: float = Field(default=0.5, gt=0, description="doubles up to 30 s while starts fail")
+    restart_budget: int = Field(default=0, ge=0, description="restarts in restart_window_s, then give up; 0: never")
+    restart_window_s: float = Field(default=600.0, gt=0)
     collective_timeout_s: float = Field(default=1800.0, gt=0)
 
     # the queue
@@ -76,7 +102,28 @@ class WorkerSettings(BaseSettings):
             raise ValueError("model_path is not set: give --model, HORTATOR_MODEL_PATH or model_path in the TOML file")
         if self.model is None and self.model_path is None:
             raise ValueError(f"engine={self.engine} needs a queue name: set HORTATOR_MODEL")
+        num_seats = sum(len(node.devices) for node in self.hosts)
+        if self.hosts and num_seats != self.world_size:
+            raise ValueError(
+                f"hosts has room for {num_seats} ranks, but tensor_parallel_size={self.tensor_parallel_size} times "
+                f"pipeline_parallel_size={self.pipeline_parallel_size} are {self.world_size}"
+            )
+        if self.launcher == "local" and len(self.hosts) > 1:
+            raise ValueError("launcher=local starts ranks on this host only: set launcher=ssh, or name one host")
+        if self.launcher in ("ssh", "deepspeed") and not self.hosts:
+            raise ValueError(f"launcher={self.launcher} needs hosts, as in hosts=nodeA:2,nodeB:2")
+        if self.launcher == "external" and not self.hosts and self.front_ranks > self.world_size:
+            raise ValueError(f"front_ranks={self.front_ranks}: the group has {self.world_size} ranks")
+        if self.launcher == "external" and not self.keeper_port:
+            raise ValueError("launcher=external needs a keeper_port that those who come can know")
         return self
+
+    @property
+    def meeting_host(self) -> str:
+        """Where ranks and keepers find the front."""
+        if self.hosts and self.launcher != "local" and "control_host" not in self.model_fields_set:
+            return self.hosts[0].host
+        return self.control_host
 
     @property
     def queue(self) -> str:

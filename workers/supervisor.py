@@ -6,23 +6,22 @@ processes and a new key.  The thread forks the ranks and must outlive them: they
 
 import contextlib
 import logging
-import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from hortator.topology.control import ControlServer
-from hortator.topology.errors import PortTaken
+from hortator.topology.errors import TopologyError
 from hortator.topology.frames import KEY_BYTES
-from hortator.topology.launch import Launcher, RankCommand, describe_exit
-from hortator.topology.vitals import Cause, Trouble
+from hortator.topology.launch import Launcher, describe_exit
+from hortator.topology.vitals import Cause, Trouble, Vitals
 
 from .engine.step import EngineInfo
-from .rank import CONFIG_VARIABLE, Exit, RankConfig, read_description
+from .launching import check_meeting_host, rank_commands
+from .rank import Exit, read_description
 from .settings import WorkerSettings
 from .watch import Watch
 
@@ -77,11 +76,13 @@ class Supervisor:
         self._close_by = 0.0
         self._condemned: tuple[int, str] | None = None
         self._failed_starts = 0
+        self._downs: list[float] = []
         self._ready_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="hortator-group", daemon=True)
         self.epoch = 0
         self.phase = "starting"
         self.pids: dict[int, int] = {}
+        self._server: ControlServer | None = None
         self.last_failure: str | None = None
         self.rejected: Mapping[str, int] = {}
         """Connections to the control port that were turned away, by reason."""
@@ -94,6 +95,11 @@ class Supervisor:
 
     def start(self) -> None:
         self._thread.start()
+
+    @property
+    def members(self) -> dict[int, Vitals]:
+        """The ranks of this epoch that have said HELLO, wherever they are."""
+        return dict(self._server.vitals) if self._server is not None else {}
 
     def condemn(self, epoch: int, reason: str) -> None:
         """End that life, if it has not ended already; any thread may call it."""
@@ -111,22 +117,24 @@ class Supervisor:
     def _run(self) -> None:
         s = self._settings
         try:
+            check_meeting_host(s)
             server = ControlServer(
-                s.control_host,
+                s.meeting_host,
                 s.control_port,
                 heartbeat_s=s.heartbeat_s,
                 heartbeat_timeout_s=s.heartbeat_timeout_s,
                 stall_timeout_s=s.stall_timeout_s,
             )
-        except PortTaken as error:
+        except TopologyError as error:
             self._report(Failure(f"control port: {error}", permanent=True))
             return
         self.rejected = server.rejected
-        with contextlib.closing(server):
+        self._server = server
+        with contextlib.closing(server), contextlib.closing(self._launcher):
             while not self._closing.is_set():
                 failure = self._live_guarded(server)
                 if failure is not None:
-                    retry_in_s = self._report(failure)
+                    retry_in_s = self._report(self._within_budget(failure, time.monotonic()))
                     self._closing.wait(retry_in_s)
         self.phase = "closed"
 
@@ -139,6 +147,15 @@ class Supervisor:
         log.error("group of epoch %d is down: %s; %s", self.epoch, failure.reason, again)
         self._post(Down(self.epoch, failure.reason, failure.permanent, retry_in_s, failure.by_pause))
         return retry_in_s
+
+    def _within_budget(self, failure: Failure, now: float) -> Failure:
+        """The same failure, final if the group has come down too often."""
+        budget, window_s = self._settings.restart_budget, self._settings.restart_window_s
+        self._downs = [down for down in self._downs if now - down < window_s] + [now]
+        if not budget or len(self._downs) <= budget or failure.permanent:
+            return failure
+        reason = f"{failure.reason}; given up after {budget} restarts within {window_s:g} s (restart_budget)"
+        return replace(failure, reason=reason, permanent=True)
 
     def _backoff_s(self) -> float:
         """Doubles while the group does not even get ready; a life of HEALTHY_S starts from the bottom again."""
@@ -159,6 +176,8 @@ class Supervisor:
             with theirs:
                 self._launch(server, theirs)
             return self._live(server, ours)
+        except TopologyError as error:
+            return Failure(str(error), permanent=True)
         except Exception as error:
             log.exception("the group's supervisor failed")
             return Failure(f"supervisor: {type(error).__name__}: {error}")
@@ -172,10 +191,7 @@ class Supervisor:
         key = secrets.token_bytes(KEY_BYTES)
         world_size = self._settings.world_size
         server.begin(epoch=self.epoch, key=key, world_size=world_size)
-        commands = [
-            rank_command(self._settings, rank, epoch=self.epoch, key=key, control=server.address, pipe=pipe)
-            for rank in range(world_size)
-        ]
+        commands = rank_commands(self._settings, epoch=self.epoch, key=key, control=server.address, pipe=pipe)
         self._launcher.launch(commands, on_line=log_line)
         self.pids = self._launcher.pids
 
@@ -186,9 +202,11 @@ class Supervisor:
             troubles = server.poll(TICK_S)
             heard = min((vitals.heard for vitals in server.vitals.values()), default=started)
             self._watch.look(time.monotonic(), heard, cpu_s=time.process_time())
+            exits = self._launcher.exits()
+            troubles = self._launcher.troubles() + troubles
             if self._condemned is not None and self._condemned[0] == self.epoch:
                 troubles.append(Trouble((0,), Cause.GONE, self._condemned[1]))
-            if troubles or self._launcher.exits():
+            if troubles or exits:
                 return self._diagnose(server, troubles)
             now = time.monotonic()
             if self._ready_since is None and server.info is not None:
@@ -196,7 +214,7 @@ class Supervisor:
                 self.phase = "ready"
                 self._post(Live(self.epoch, read_description(server.info), now - started, pipe))
             elif self._ready_since is None and now - started > self._settings.start_timeout_s:
-                return Failure(f"not ready after {self._settings.start_timeout_s:g} s")
+                return Failure(f"not ready after {self._settings.start_timeout_s:g} s{_absent(self._launcher)}")
         self._dismiss(server)
         return None
 
@@ -205,6 +223,8 @@ class Supervisor:
         settled = time.monotonic() + SETTLE_S
         while time.monotonic() < settled:
             troubles += server.poll(TICK_S / 10)
+            self._launcher.exits()
+            troubles = self._launcher.troubles() + troubles
         names = {rank: vitals.name for rank, vitals in server.vitals.items()}
         failure = verdict(troubles, self._launcher.exits(), names)
         return replace(failure, by_pause=paused and mere_consequence(troubles, self._launcher.exits()))
@@ -218,7 +238,9 @@ class Supervisor:
         self._wait_exits(server, time.monotonic() + left_s / 4)
 
     def _wait_exits(self, server: ControlServer, until: float) -> None:
-        while len(self._launcher.exits()) < self._settings.world_size and time.monotonic() < until:
+        while time.monotonic() < until:
+            if len(self._launcher.exits()) + len(self._launcher.absent) >= self._settings.world_size:
+                return
             server.poll(TICK_S / 10)
 
 
@@ -260,44 +282,12 @@ def _named(trouble: Trouble, names: Mapping[int, str]) -> str:
     return f"{names.get(rank, f'rank {rank}')}: {trouble.message}"
 
 
-def rank_command(
-    settings: WorkerSettings, rank: int, *, epoch: int, key: bytes, control: tuple[str, int], pipe: socket.socket
-) -> RankCommand:
-    """How one local rank is started."""
-    config = settings.model_dump(mode="json", include=set(RankConfig.model_fields)) | {
-        "rank": rank,
-        "epoch": epoch,
-        "local_rank": rank,
-        "local_ranks": settings.world_size,
-        "parent_pid": os.getpid(),
-        "pipe_fd": pipe.fileno() if rank == 0 else None,
-        "control_host": control[0],
-        "control_port": control[1],
-        "control_key": key.hex(),
-        "store_host": control[0],
-    }
-    return RankCommand(
-        rank=rank,
-        argv=(sys.executable, "-m", "hortator.workers.rank"),
-        env=rank_environment(os.environ, local_ranks=settings.world_size) | {CONFIG_VARIABLE: _json(config)},
-        pass_fds=(pipe.fileno(),) if rank == 0 else (),
-    )
-
-
-def rank_environment(inherited: Mapping[str, str], *, local_ranks: int) -> dict[str, str]:
-    """What a local rank inherits: not the front's settings (they hold the URL of Redis), but all that libraries read.
-
-    gloo asks the resolver for this host's name unless it is told an interface; ranks of one host need no other than lo.
-    """
-    threads = max(1, len(os.sched_getaffinity(0)) // local_ranks)
-    defaults = {"PYTHONUNBUFFERED": "1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": str(threads)}
-    return defaults | {name: value for name, value in inherited.items() if not name.startswith("HORTATOR_")}
+def _absent(launcher: Launcher) -> str:
+    """Whom the group has waited for in vain, if that is known."""
+    absent = launcher.absent
+    return f": nobody has come for rank {', '.join(map(str, absent))}" if absent else ""
 
 
 def log_line(rank: int, text: str) -> None:
     """What a rank prints goes to the front's log."""
     rank_log.info("[rank %d] %s", rank, text)
-
-
-def _json(config: dict[str, object]) -> str:
-    return RankConfig.model_validate(config).model_dump_json()

@@ -12,9 +12,10 @@ from hortator.producer.api.jobs import caller_of, reply
 from hortator.producer.api.metrics import CONTENT_TYPE, Metrics
 from hortator.producer.api.seam import AsyncStore
 from hortator.producer.api.settings import ApiSettings
-from hortator.producer.api.shapes import Group, Letter, Letters, Queue, Queues, error_docs
+from hortator.producer.api.shapes import Group, Hindrance, Letter, Letters, Queue, Queues, error_docs
 from hortator.producer.api.watch import Watcher
 from hortator.producer.errors import HortatorError, StoreUnavailable
+from hortator.producer.hindrance import hindrance
 from hortator.producer.store import DeadLetter, QueueInfo
 
 PREVIEW_BYTES = 512
@@ -94,6 +95,7 @@ def queue_shape(queue: QueueInfo) -> Queue:
         running=queue.running,
         suspects=queue.suspects,
         groups=groups,
+        hindrance=Hindrance.model_validate(asdict(why)) if (why := hindrance(queue)) else None,
     )
 
 

@@ -54,6 +54,13 @@ class Group(Shape):
     info: dict[str, Any]
 
 
+class Hindrance(Shape):
+    """Why a job waits."""
+
+    why: str = Field(description="no_group, not_ready, draining, suspects, full, memory; match on this")
+    text: str = Field(description="for people")
+
+
 class Queue(Shape):
     model: str
     depth: int
@@ -61,6 +68,7 @@ class Queue(Shape):
     running: int
     suspects: int = Field(description="jobs that were part of a crash and must first run alone")
     groups: tuple[Group, ...]
+    hindrance: Hindrance | None = Field(default=None, description="null: a job that is sent now is taken at once")
 
 
 class Queues(Shape):

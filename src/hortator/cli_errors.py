@@ -35,11 +35,12 @@ def fail_line(message: str, code: int) -> int:
 def explain(error: Exception) -> int | None:
     """Say what an expected error means, and give its exit code; None for a bug, which deserves its traceback."""
     from hortator.producer.errors import BadRequest, ConfigError, HortatorError
+    from hortator.topology.errors import PlanError, TopologyError
 
-    if isinstance(error, BadRequest | ConfigError):
-        return fail_line(error.message, EXIT_USAGE)
-    if isinstance(error, HortatorError):
-        return fail_line(error.message, EXIT_FAILED)
+    if isinstance(error, BadRequest | ConfigError | PlanError):
+        return fail_line(str(error), EXIT_USAGE)
+    if isinstance(error, HortatorError | TopologyError):
+        return fail_line(str(error), EXIT_FAILED)
     if isinstance(error, ModuleNotFoundError) and (hint := missing_extra(error)):
         return fail_line(hint, EXIT_FAILED)
     if isinstance(error, ValueError) and (problems := settings_problems(error)):

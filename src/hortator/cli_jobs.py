@@ -1,4 +1,4 @@
-"""Commands about jobs: enqueue, result, tail, cancel, status."""
+"""Commands about jobs: enqueue, result, tail, cancel."""
 
 import json
 import sys
@@ -15,7 +15,6 @@ from hortator.cli_store import AsJson, Namespace, RedisUrl, Tenant, client
 if TYPE_CHECKING:
     from hortator.producer.client import Client, JobHandle
     from hortator.producer.schema import Job
-    from hortator.producer.store import QueueInfo
 
 JOBS = "Jobs"
 STDIN = Path("-")
@@ -25,7 +24,7 @@ WaitS = Annotated[float, typer.Option("--wait-s", min=0, help="wait this long fo
 
 
 def register(app: typer.Typer) -> None:
-    for command in (enqueue, result, tail, cancel, status):
+    for command in (enqueue, result, tail, cancel):
         app.command(rich_help_panel=JOBS)(command)
 
 
@@ -127,24 +126,6 @@ def cancel(
     return EXIT_FAILED if None in states else EXIT_OK
 
 
-def status(as_json: AsJson = False, redis_url: RedisUrl = None, namespace: Namespace = None) -> int:
-    """Print queues and groups.  Groups are those alive."""
-    from dataclasses import asdict
-
-    with client(redis_url, namespace) as talk:
-        queues = talk.queues()
-    if as_json:
-        for queue in queues:
-            typer.echo(json.dumps(asdict(queue)))
-    elif queues:
-        typer.echo("\n".join(columns(queue_rows(queues))))
-        groups = list(group_rows(queues))
-        typer.echo("\n" + "\n".join(columns(groups)) if len(groups) > 1 else "\nno group is alive")
-    else:
-        typer.echo("no model is known yet: start a worker")
-    return EXIT_OK
-
-
 def read_jobs(file: Path, common: dict[str, Any], sampling: dict[str, Any]) -> Iterator["Job"]:
     """The jobs of a JSON lines file; the options stand for what a line leaves out."""
     from hortator.producer.errors import BadRequest, ConfigError
@@ -232,19 +213,6 @@ def json_answer(handle: "JobHandle", *, wait_s: float | None) -> int:
     found = handle.status()
     typer.echo(found.model_dump_json(exclude_none=True))
     return EXIT_OK if found.state is State.SUCCEEDED else EXIT_FAILED
-
-
-def queue_rows(queues: Iterable["QueueInfo"]) -> Iterator[tuple[str, ...]]:
-    yield "MODEL", "QUEUED", "OLDEST", "RUNNING", "SUSPECT", "GROUPS"
-    for q in queues:
-        oldest = "-" if q.oldest_age_s is None else f"{q.oldest_age_s:.1f} s"
-        yield q.model, str(q.depth), oldest, str(q.running), str(q.suspects), str(len(q.groups))
-
-
-def group_rows(queues: Iterable["QueueInfo"]) -> Iterator[tuple[str, ...]]:
-    yield "GROUP", "MODEL", "STATE", "RUNNING", "CAPACITY", "EPOCH"
-    for beat in (beat for q in queues for beat in q.groups):
-        yield beat.group, beat.model, beat.state, str(beat.running), str(beat.capacity), str(beat.epoch)
 
 
 def columns(rows: Iterable[tuple[str, ...]]) -> list[str]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from hortator.producer.embedded import EmbeddedRedis
+from hortator.producer.store import GroupBeat
 from tests.producer.api_process import Api, job, newest, served
 
 
@@ -30,6 +31,15 @@ def test_queues_show_what_waits_what_runs_and_who_is_alive(api: Api) -> None:
     assert [(g["group"], g["state"], g["capacity"], g["epoch"]) for g in queue["groups"]] == [
         ("test-worker", "ready", 8, 1)
     ]
+    assert "hindrance" not in queue
+
+
+def test_a_queue_that_no_group_serves_says_so(api: Api) -> None:
+    api.submit("x")
+    api.store.beat(GroupBeat("test-worker", "demo", 0, 8, 1, "gone"))
+    [queue] = api.http.get("/v1/queues").json()["queues"]
+    assert (queue["groups"], queue["hindrance"]["why"]) == ([], "no_group")
+    assert "no group is alive" in queue["hindrance"]["text"]
 
 
 def test_dead_letters_are_shown_with_their_bytes_made_harmless(api: Api) -> None:

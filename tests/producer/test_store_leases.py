@@ -285,7 +285,7 @@ def test_silent_groups_and_those_that_said_down_are_not_alive(rig: Rig) -> None:
 
     rig.store.beat(GroupBeat("leaving", MODEL, 0, 8, 1, "draining", {"note": "x"}))
     assert [beat.group for beat in rig.store.queues()[0].groups] == ["group", "leaving"]
-    rig.store.beat(GroupBeat("leaving", MODEL, 0, 8, 1, "down"))
+    rig.store.beat(GroupBeat("leaving", MODEL, 0, 8, 1, "gone"))
     assert [beat.group for beat in rig.store.queues()[0].groups] == ["group"]
     rig.rule(beat_ttl_s=0.02)
     rig.wait(0.05)

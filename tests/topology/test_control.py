@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from hortator.topology import control as control_module
+from hortator.topology import tether as tether_module
+from hortator.topology import wire as wire_module
 from hortator.topology.control import MAX_STRANGERS, ControlServer
+from hortator.topology.dial import probe
 from hortator.topology.errors import LeaderLost, PortTaken, Refused
 from hortator.topology.frames import Framer, Kind
 from hortator.topology.tether import EXIT_LEADER_LOST, EXIT_STOPPED, ControlClient
@@ -327,7 +329,7 @@ def test_a_rank_that_is_not_expected_is_turned_away(front: Front, number: int, r
 
 
 def test_half_a_frame_is_dropped_after_a_while(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control_module, "HELLO_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(wire_module, "HELLO_TIMEOUT_S", 0.3)
     stranger = front.stranger()
     for byte in Framer(KEY, epoch=EPOCH, front=False).seal(Kind.HELLO, rank=0)[:12]:
         stranger.sendall(bytes([byte]))
@@ -394,3 +396,36 @@ def test_a_port_that_is_taken_is_named() -> None:
         port = holder.getsockname()[1]
         with pytest.raises(PortTaken, match=f"127.0.0.1:{port}: Address already in use"):
             ControlServer("127.0.0.1", port)
+
+
+# --- a link that was cut for a moment
+
+
+def test_a_rank_whose_connection_is_stuck_is_kept_by_its_probes(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tether_module, "TICK_S", 0.05)
+    front.rank(0)
+    front.rank(1).ready({})
+    front.wait(lambda: front.server.vitals.get(1) and front.server.vitals[1].ready)
+    wire = front.server._wire
+    for end in ("_serve", "_flush"):
+        monkeypatch.setattr(wire, end, except_for(1, getattr(wire, end)))
+    time.sleep(2.0)
+    assert (front.troubles, front.ended) == ([], [])
+
+
+def except_for(member: int, method: Callable[..., None]) -> Callable[..., None]:
+    def instead(connection: Any, *arguments: Any) -> None:
+        if connection.member != member:
+            method(connection, *arguments)
+
+    return instead
+
+
+def test_nobody_can_probe_for_a_rank_that_has_not_joined_or_in_another_epoch(front: Front) -> None:
+    front.rank(0)
+    front.wait(lambda: 0 in front.server.vitals)
+    address = front.server.address
+    assert probe(address, key=KEY, epoch=EPOCH, rank=0, payload={})
+    assert not probe(address, key=KEY, epoch=EPOCH, rank=1, payload={})
+    assert not probe(address, key=KEY, epoch=EPOCH - 1, rank=0, payload={})
+    assert not probe(address, key=bytes(32), epoch=EPOCH, rank=0, payload={})

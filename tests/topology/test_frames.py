@@ -118,3 +118,13 @@ def test_a_payload_that_is_no_object_is_refused(body: bytes, monkeypatch: pytest
 def test_a_key_of_the_wrong_size_is_refused() -> None:
     with pytest.raises(ValueError, match="31 bytes"):
         Framer(bytes(31), epoch=1, front=True)
+
+
+@given(st.binary(max_size=200))
+def test_what_is_veiled_is_read_by_the_other_end_of_this_connection_only(data: bytes) -> None:
+    (front, rank), (_, stranger) = pair(), pair()
+    for framer, nonce in ((front, b"this"), (rank, b"this"), (stranger, b"other")):
+        framer.rekey(nonce * 4)
+    veiled = front.veil(data)
+    assert rank.veil(veiled) == data
+    assert len(data) < 8 or (veiled != data and stranger.veil(veiled) != data)

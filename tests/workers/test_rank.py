@@ -251,10 +251,10 @@ def test_the_key_is_not_in_the_repr_of_a_configuration() -> None:
 # --- the command
 
 
-def run(config: dict[str, Any]) -> "subprocess.CompletedProcess[str]":
+def run(config: dict[str, Any], **env: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-m", "hortator.workers.rank"],
-        env=os.environ | {CONFIG_VARIABLE: json.dumps(config)},
+        env=os.environ | {CONFIG_VARIABLE: json.dumps(config)} | env,
         capture_output=True,
         text=True,
         timeout=30,
@@ -275,5 +275,5 @@ def test_a_rank_whose_front_is_not_there_ends() -> None:
 
 
 def test_a_rank_whose_parent_is_already_gone_ends_before_anything_else() -> None:
-    done = run(CONFIG | {"parent_pid": 1})
+    done = run(CONFIG, HORTATOR_PARENT_PID="1")
     assert (done.returncode, done.stderr) == (Exit.LEADER_LOST, "hortator: the front is gone\n")

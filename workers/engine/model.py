@@ -203,13 +203,13 @@ def _fill(model: torch.nn.Module, config: ModelConfig, stage: range, ranks: Rank
     tied = bool(config.hf.tie_word_embeddings)
     placed = _placements(model, config, stage, ranks, entries.keys() - {HEAD} if tied else entries.keys())
     check_sources(placed, entries)
+    parts = []
+    for name, placement in placed.items():
+        tensor = torch.empty(placement.shape, dtype=model.get_parameter(name).dtype, device=ranks.device)
+        _set_parameter(model, name, tensor)
+        parts += [(entries[source.name], source.cut, tensor[source.place]) for source in placement.sources]
     with ShardReader(ranks.device) as reader:
-        for name, placement in placed.items():
-            dtype = model.get_parameter(name).dtype
-            tensor = torch.empty(placement.shape, dtype=dtype, device=ranks.device)
-            for source in placement.sources:
-                reader.read(entries[source.name], source.cut, tensor[source.place])
-            _set_parameter(model, name, tensor)
+        reader.read_all(parts)
     _tie(model, config)
 
 

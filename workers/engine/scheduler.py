@@ -26,6 +26,9 @@ from .step import Finish, Request
 
 CLASS_WEIGHTS = (8, 4, 1)
 """Share of the admissions that each priority class gets while all of them wait."""
+RETURN_SPARE = 4
+"""Free blocks for each that runs, before one that was preempted comes back: it would be preempted again in a few steps,
+and all that it has would be computed again each time."""
 LOOK_AHEAD = 16
 """How many of a class are looked at for the best to admit next, and how often the first of them may be passed over."""
 
@@ -303,7 +306,7 @@ class Scheduler:
             return None
         if self._returning:
             sequence = self._returning[0]
-            if sequence.num_pending or not self._admit(sequence):
+            if sequence.num_pending or not self._admit(sequence, spare_each=RETURN_SPARE):
                 return None
             self._returning.popleft()
             return sequence
@@ -346,12 +349,11 @@ class Scheduler:
             return []
         return self.pool.find(sequence.prefixes(len(sequence.tokens) - 1))
 
-    def _admit(self, sequence: Sequence) -> bool:
-        """If there is room for all its tokens and the next one, and then a block for each that runs: otherwise one
-        that was preempted would come back at once and be preempted again."""
+    def _admit(self, sequence: Sequence, *, spare_each: int = 1) -> bool:
+        """If there is room for all its tokens and the next one, and then so many blocks for each that runs."""
         pool, cached = self.pool, self._cached(sequence)
         wanted = pool.blocks_for(len(sequence.tokens) + 1) - len(cached)
-        if wanted + len(self.running) > pool.num_free - pool.num_unused(cached):
+        if wanted + spare_each * len(self.running) > pool.num_free - pool.num_unused(cached):
             return False
         pool.share(cached)
         self._shared += cached

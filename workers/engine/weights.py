@@ -1,16 +1,18 @@
 """Parts of a checkpoint's tensors, read straight into a rank's parameters.
 
-A rank reads the bytes of its own slices (whole rows where a matrix is cut by columns) through one small buffer, which
-is page-locked when the device is a GPU.  So loading takes no more host memory than the parameters that stay there and
-`BUFFER_BYTES`; a memory map would count every page that it touched until the shard is closed.
+A rank reads the bytes of its own slices (whole rows where a matrix is cut by columns) through a few small buffers,
+page-locked when the device is a GPU.  So loading takes no more host memory than the parameters that stay there and
+`NUM_READERS * BUFFER_BYTES`; a memory map would count every page that it touched until the shard is closed.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Self
 
 import torch
@@ -20,7 +22,8 @@ from hortator.producer.errors import ConfigError
 from .checkpoint import TensorEntry
 from .parallel import Cut
 
-BUFFER_BYTES = 16 << 20
+NUM_READERS = 4  # threads: one alone is slower than the disk, and than the way to a GPU
+BUFFER_BYTES = 4 << 20  # each
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -64,13 +67,15 @@ def _batches(rows: range, size: int) -> Iterator[tuple[int, int]]:
 
 
 class ShardReader:
-    """Open shards and the buffer.  Use as a context."""
+    """Open shards and the buffers.  Use as a context."""
 
     def __init__(self, device: torch.device, *, buffer_bytes: int = BUFFER_BYTES) -> None:
         self._stack = ExitStack()
         self._files: dict[Path, int] = {}
         self._pinned = device.type == "cuda"
-        self._buffer = self._allocate(buffer_bytes)
+        self._buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
+        for _ in range(NUM_READERS):
+            self._buffers.put(self._allocate(buffer_bytes))
 
     def __enter__(self) -> Self:
         return self
@@ -78,32 +83,34 @@ class ShardReader:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    def read_all(self, parts: Iterable[tuple[TensorEntry, Cut, torch.Tensor]]) -> None:
+        """`read` each of them, several at a time."""
+        with ThreadPoolExecutor(NUM_READERS) as pool:
+            for done in [pool.submit(self.read, *part) for part in parts]:
+                done.result()
+
     def read(self, entry: TensorEntry, cut: Cut, target: torch.Tensor) -> None:
         """Fill `target` (contiguous, of the slice's shape) from the checkpoint, converting to its type."""
-        dtype = self._dtype(entry)
-        flat, done = target.view(-1), 0
-        for piece in pieces(entry.shape, cut, self._buffer.numel() // dtype.itemsize):
-            rows = self._bytes(entry, piece, dtype).view(dtype).view(piece.rows, piece.width)
-            parts = [rows[:, columns] for columns in piece.columns]
-            count = sum(part.numel() for part in parts)
-            block = flat[done : done + count].view(piece.rows, -1)
-            begin = 0
-            for part in parts:
-                block[:, begin : begin + part.shape[1]].copy_(part)
-                begin += part.shape[1]
-            done += count
+        dtype = _dtype_of(entry)
+        buffer = self._buffers.get()
+        try:
+            flat, done = target.view(-1), 0
+            for piece in pieces(entry.shape, cut, buffer.numel() // dtype.itemsize):
+                size = piece.rows * piece.width * dtype.itemsize
+                if size > buffer.numel():  # a single row
+                    buffer = self._allocate(size)
+                self._fetch(entry, piece.offset * dtype.itemsize, buffer[:size])
+                done += _place(buffer[:size].view(dtype).view(piece.rows, -1), piece.columns, flat[done:])
+        finally:
+            self._buffers.put(buffer)
 
-    def _bytes(self, entry: TensorEntry, piece: Piece, dtype: torch.dtype) -> torch.Tensor:
-        size = piece.rows * piece.width * dtype.itemsize
-        if size > self._buffer.numel():  # a single row
-            self._buffer = self._allocate(size)
-        room, position = self._buffer[:size].numpy().data, entry.begin + piece.offset * dtype.itemsize
+    def _fetch(self, entry: TensorEntry, offset: int, into: torch.Tensor) -> None:
+        room, position = into.numpy().data, entry.begin + offset
         while room:
             count = os.preadv(self._file(entry.file), [room], position)
             if count == 0:
                 raise ConfigError(f"{entry.file} became shorter while it was read: download it again")
             room, position = room[count:], position + count
-        return self._buffer[:size]
 
     def _file(self, path: Path) -> int:
         if path not in self._files:
@@ -116,11 +123,21 @@ class ShardReader:
     def _allocate(self, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
 
-    @staticmethod
-    def _dtype(entry: TensorEntry) -> torch.dtype:
-        if entry.dtype not in _DTYPES:
-            raise ConfigError(
-                f"{entry.file} holds tensors of type {entry.dtype}, which is not supported: use a checkpoint in "
-                f"{', '.join(_DTYPES)}"
-            )
-        return _DTYPES[entry.dtype]
+
+def _place(rows: torch.Tensor, columns: tuple[slice, ...], target: torch.Tensor) -> int:
+    """Copy the columns of `rows` to the beginning of the flat `target`; returns how many elements that were."""
+    parts = [rows[:, wanted] for wanted in columns]
+    widths = [part.shape[1] for part in parts]
+    block = target[: len(rows) * sum(widths)].view(len(rows), sum(widths))
+    for part, room in zip(parts, torch.split(block, widths, dim=1), strict=True):
+        room.copy_(part)
+    return block.numel()
+
+
+def _dtype_of(entry: TensorEntry) -> torch.dtype:
+    if entry.dtype not in _DTYPES:
+        raise ConfigError(
+            f"{entry.file} holds tensors of type {entry.dtype}, which is not supported: use a checkpoint in "
+            f"{', '.join(_DTYPES)}"
+        )
+    return _DTYPES[entry.dtype]

@@ -27,7 +27,7 @@ class Part:
     def __init__(self, path: Path, place: Stage | SingleRank) -> None:
         self.model: LoadedModel = load_model(read_config(path), place)
         shape = self.model.config.cache_shape(place)
-        self.cache = PagedCache(shape, num_blocks=64, block_size=BLOCK_SIZE, device=place.device)
+        self.cache = PagedCache(shape, num_blocks=80, block_size=BLOCK_SIZE, device=place.device)
 
     @torch.inference_mode()
     def __call__(self, inputs: torch.Tensor, rows: list[Row]) -> torch.Tensor:
@@ -47,18 +47,18 @@ class Part:
 
 def steps() -> list[list[Row]]:
     """A prompt in two chunks beside one that decodes, longer than mistral's window."""
-    sequences = []
-    for handle, length in enumerate((40, 7)):
-        tokens = array("i", [(7 * handle + 3 * i) % 250 + 1 for i in range(length)])
-        blocks = array("i", range(20 * handle, 20 * handle + 15))
-        request = Request(handle, tuple(tokens), SamplingParams(max_tokens=1))
-        sequences.append(Sequence(request, 99, frozenset(), tokens, BLOCK_SIZE, blocks=blocks))
-    long, short = sequences
+    short, long = sequence(7, range(15)), sequence(40, range(20, 35))
     return [
         [row(short, 0, 5), row(long, 0, 20)],
         [row(short, 5, 1), row(long, 20, 19)],
         [row(short, 6, 1), row(long, 39, 1)],
     ]
+
+
+def sequence(length: int, blocks: range) -> Sequence:
+    tokens = array("i", [(7 * length + 3 * i) % 250 + 1 for i in range(length)])
+    request = Request(blocks.start, tuple(tokens), SamplingParams(max_tokens=1))
+    return Sequence(request, 999, frozenset(), tokens, BLOCK_SIZE, blocks=array("i", blocks))
 
 
 def row(sequence: Sequence, start: int, count: int) -> Row:
@@ -89,6 +89,16 @@ def test_stages_in_a_row_give_the_whole_models_numbers(name: str, pp_size: int, 
             states = part(states, rows)
         assert states.equal(expected)
         assert parts[-1].model.logits(states).equal(whole.model.logits(expected))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_are_those_of_transformers(name: str, deep: dict[str, Checkpoint]) -> None:
+    """At every position of a long prompt: greedy tokens would not show a scale of all logits, nor their soft-cap."""
+    whole = Part(deep[name].path, SingleRank())
+    rows = [row(sequence(300, range(80)), 0, 300)]
+    with torch.inference_mode():
+        expected = deep[name].reference()(tokens_of(rows).unsqueeze(0)).logits[0]
+    assert torch.allclose(whole.model.logits(whole(tokens_of(rows), rows)), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])  # an own head, a tied one

@@ -51,12 +51,12 @@ def test_the_finish_says_whether_the_model_stopped(llama: Checkpoint) -> None:
     assert set(outcome.finished.values()) == {Finish.STOP, Finish.LENGTH}
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_a_request_may_fill_the_context_to_its_end(name: str, checkpoints: dict[str, Checkpoint]) -> None:
+@pytest.mark.parametrize(("name", "budget"), [("llama", 100), ("mistral", 100), ("gemma2", 300), ("mixtral", 300)])
+def test_a_request_may_fill_the_context_to_its_end(name: str, budget: int, checkpoints: dict[str, Checkpoint]) -> None:
     request = mixed_requests(1, seed=5)[0]
     prompt = (request.prompt * MAX_MODEL_LEN)[: MAX_MODEL_LEN - 12]
     long = type(request)(0, prompt, type(request.sampling)(max_tokens=10_000, ignore_eos=True))
-    outcome = run(build(checkpoints[name].path, max_num_batched_tokens=100), [long])
+    outcome = run(build(checkpoints[name].path, max_num_batched_tokens=budget), [long])
     assert len(outcome.tokens[0]) == 12
     assert outcome.finished == {0: Finish.LENGTH}
     expected = checkpoints[name].expected(prompt, 12)

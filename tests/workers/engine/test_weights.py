@@ -102,7 +102,7 @@ def test_loading_takes_the_ranks_share_and_one_tensor(tmp_path: Path) -> None:
         "OMP_NUM_THREADS": "1",
         "MALLOC_MMAP_THRESHOLD_": "65536",  # otherwise freed tensors stay with the process, and are not seen to return
     }
-    output = subprocess.run(command, env=environment, check=True, timeout=60, stdout=subprocess.PIPE).stdout
+    output = subprocess.run(command, env=environment, check=True, timeout=100, stdout=subprocess.PIPE).stdout
     one_tensor = 4 * 1024 * 8192
     total, *others = found = [(use["share"], use["grown"]) for use in json.loads(output.splitlines()[-1])]
     assert total[0] > 400_000_000

@@ -81,8 +81,19 @@ def chunk_arrays(rows: Sequence[Row], block_size: int) -> tuple[Ints, Ints, Ints
 
 
 def to_device(arrays: Sequence[Ints], device: torch.device) -> list[torch.Tensor]:
-    """All arrays in one copy, for which the host does not wait; the tensors are views of one."""
-    ends = np.cumsum([len(array) for array in arrays])
-    host = torch.empty(int(ends[-1]), dtype=torch.int32, pin_memory=device.type == "cuda")
-    np.concatenate(arrays, out=host.numpy())
-    return list(host.to(device, non_blocking=True).tensor_split(ends[:-1].tolist()))
+    """All arrays in one copy, for which the host does not wait; the tensors are views of one.
+
+    Each begins at a multiple of 16 bytes: Triton compiles a kernel anew for pointers that do not.
+    """
+    begins = np.cumsum([0, *(aligned(len(array)) for array in arrays)]).tolist()
+    host = torch.empty(begins[-1], dtype=torch.int32, pin_memory=device.type == "cuda")
+    filled = host.numpy()
+    for begin, array in zip(begins, arrays, strict=False):
+        filled[begin : begin + len(array)] = array
+    there = host.to(device, non_blocking=True)
+    return [there[begin : begin + len(array)] for begin, array in zip(begins, arrays, strict=False)]
+
+
+def aligned(count: int) -> int:
+    """As many int32 as fill whole pieces of 16 bytes."""
+    return -(-count // 4) * 4

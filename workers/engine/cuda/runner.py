@@ -18,7 +18,7 @@ from ..pipeline import Arrival
 from ..runner import Flight, Runner, draws_of
 from ..scheduler import Batch, Row
 from ..structure import Grammars
-from .batch import Attended, Chunks, Decodes, chunk_arrays, decode_arrays, to_device
+from .batch import Attended, Chunks, Decodes, aligned, chunk_arrays, decode_arrays, to_device
 from .body import FusedBody, Operations
 
 _COLUMNS = 6  # per row in a graph's inputs: id, source, position, slot, context, first page
@@ -127,7 +127,7 @@ class CudaRunner(Runner):
         size = min(size for size in self._graphs if size >= len(rows))
         graph = self._graphs[size]
         positions, slots, contexts, starts, pages = decode_arrays(rows, self._block_size)
-        table = np.zeros((_COLUMNS, size), np.int32)
+        table = np.zeros((_COLUMNS, aligned(size)), np.int32)
         table[1], table[3] = -1, self._waste_slot
         count = len(rows)
         table[0, :count] = [row.sequence.tokens[row.start] if not row.pending else 0 for row in rows]
@@ -176,7 +176,8 @@ class CudaRunner(Runner):
     @torch.inference_mode()
     def _capture(self, max_num_seqs: int, pages_per_row: int) -> "dict[int, Graph]":
         """The largest first: the smaller ones then live in its memory."""
-        inputs = torch.zeros(max_num_seqs * (_COLUMNS + pages_per_row), dtype=torch.int32, device=self._device)
+        length = _COLUMNS * aligned(max_num_seqs) + max_num_seqs * pages_per_row
+        inputs = torch.zeros(length, dtype=torch.int32, device=self._device)
         logits = hidden = None
         if self._model.head is not None:
             width = self._model.config.vocab_size
@@ -211,8 +212,9 @@ class Graph:
         self._runner = runner
         self._inputs = inputs
         self._received = None if hidden is None else hidden[:size]
-        self._table = inputs[: _COLUMNS * size].view(_COLUMNS, size)
-        self._pages = inputs[_COLUMNS * size :]
+        width = aligned(size)
+        self._table = inputs[: _COLUMNS * width].view(_COLUMNS, width)[:, :size]
+        self._pages = inputs[_COLUMNS * width :]
         self._splits = runner._splits(size)
         self._graph = torch.cuda.CUDAGraph()
         self.hidden = torch.empty(0)

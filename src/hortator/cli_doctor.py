@@ -1,0 +1,278 @@
+"""`hortator doctor`: is a fleet's set of hosts fit to run it?  And `hortator probe`, which it runs on each of them."""
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit
+
+import typer
+
+from hortator.cli_errors import EXIT_FAILED, EXIT_OK, printable
+from hortator.cli_store import AsJson
+
+if TYPE_CHECKING:
+    from hortator.topology.doctor import Demand
+    from hortator.topology.errand import Answer
+    from hortator.topology.findings import Finding
+    from hortator.topology.fleet import Fleet
+    from hortator.topology.probe import Address, HostReport, ProbeRequest
+    from hortator.topology.road import Road
+    from hortator.topology.survey import Team
+
+MAX_TEAM = 64  # hosts without a plan, or a group of that many, have too many links to measure them in a minute
+PROBE_LIMIT_S = 60  # a probe that hangs (a dead network file system) ends by itself
+MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
+
+
+def register(app: typer.Typer) -> None:
+    app.command(rich_help_panel="Fleet")(doctor)
+    app.command(hidden=True)(probe)
+
+
+def doctor(
+    fleet_file: Annotated[Path | None, typer.Argument(metavar="[FLEET]", help="fleet file (TOML)")] = None,
+    *,
+    hostfile: Annotated[Path | None, typer.Option("--hostfile", help="default: the fleet file's")] = None,
+    include: Annotated[str, typer.Option(help="as DeepSpeed's: HOST[:GPU,GPU]@HOST...")] = "",
+    exclude: Annotated[str, typer.Option(help="likewise")] = "",
+    model: Annotated[list[Path] | None, typer.Option("--model", help="also check this model directory")] = None,
+    port: Annotated[list[int] | None, typer.Option("--port", help="must be free on every host")] = None,
+    device: Annotated[str, typer.Option(help="auto | cpu | cuda; default: what the fleet's models say")] = "",
+    python: Annotated[Path | None, typer.Option("--python", help="interpreter on the hosts; default: this one")] = None,
+    ssh_program: Annotated[str, typer.Option("--ssh", help="the ssh client")] = "ssh",
+    timeout_s: Annotated[float, typer.Option("--timeout-s", min=1, help="for the whole answer of one host")] = 30.0,
+    links: Annotated[bool, typer.Option(help="measure the network between the ranks of each group")] = True,
+    as_json: AsJson = False,
+) -> int:
+    """Look at every host of a fleet and say what would go wrong.  Exit 1 when a check fails."""
+    from hortator.topology.doctor import examine, suggested_environment
+    from hortator.topology.survey import survey
+
+    fleet, hosts = wanted_hosts(fleet_file, hostfile, include=include, exclude=exclude)
+    teams, planned = teams_of(fleet, hosts)
+    ward = Ward.of(
+        fleet,
+        hosts,
+        leaders={team.hosts[0] for team in teams},
+        models=model or (),
+        ports=port or (),
+        device=device,
+        python=python,
+        ssh=ssh_program,
+    )
+    began = time.monotonic()
+    reports, problems, skews = ward.look(timeout_s)
+    findings = [*planned, *examine(ward.demand, reports, problems, skews)]
+    environments = suggested_environment(reports.values())
+    if links:
+        whole = [on_devices(team, reports) for team in teams if reports.keys() >= set(team.hosts)]
+        findings += survey(
+            [team for team in whole if len(team.hosts) <= MAX_TEAM], ward.road, ward.measuring, environments
+        )
+    if as_json:
+        for finding in findings:
+            typer.echo(json.dumps(asdict(finding)))
+    else:
+        for finding in findings:
+            typer.echo(line(finding))
+        for text in suggestions(environments):
+            typer.echo(text)
+        typer.echo(verdict(findings, len(hosts), time.monotonic() - began))
+    return EXIT_FAILED if any(finding.grade == "fail" for finding in findings) else EXIT_OK
+
+
+def probe() -> int:
+    """Describe this host: a request as JSON on stdin, the report as JSON on stdout."""
+    from hortator.topology.probe import ProbeRequest
+    from hortator.topology.probe import probe as look
+
+    signal.alarm(PROBE_LIMIT_S)
+    request = ProbeRequest.model_validate_json(sys.stdin.buffer.read())
+    typer.echo(look(request, checksum=checksum).model_dump_json())
+    return EXIT_OK
+
+
+def checksum(model: Path) -> Mapping[str, str]:
+    """What the ranks will compare as well when they start."""
+    from hortator.workers.engine.fingerprint import fingerprint
+
+    facts = fingerprint(model, dtype="")
+    return {name: facts[name] for name in ("config", "weights")}
+
+
+def wanted_hosts(
+    fleet_file: Path | None, hostfile: Path | None, *, include: str = "", exclude: str = ""
+) -> tuple["Fleet | None", dict[str, tuple[int, ...]]]:
+    """The fleet file, if one is given, and the slots of every host that is used."""
+    from hortator.topology.fleet import read_fleet
+    from hortator.topology.hostfile import read_hostfile
+    from hortator.topology.hostfilter import filter_hosts
+
+    if fleet_file is None and hostfile is None:
+        raise typer.BadParameter("give a FLEET file or --hostfile")
+    fleet = read_fleet(fleet_file) if fleet_file is not None else None
+    source = hostfile or (fleet.hostfile if fleet else None)
+    if source is None:
+        raise typer.BadParameter(f'{fleet_file} names no hostfile: add hostfile = "..." or give --hostfile')
+    used = filter_hosts(read_hostfile(source), include=include, exclude=exclude)
+    return fleet, {host.address: host.slots for host in used}
+
+
+def teams_of(
+    fleet: "Fleet | None", hosts: Mapping[str, tuple[int, ...]]
+) -> tuple["tuple[Team, ...]", "tuple[Finding, ...]"]:
+    """Who will work together: the planned groups; without a fleet file all hosts.  And what the plan says of itself."""
+    from hortator.cli_plan import read_shapes
+    from hortator.topology.errors import PlanError
+    from hortator.topology.findings import fine, wrong
+    from hortator.topology.hostfilter import HostSlots
+    from hortator.topology.plan import make_plan
+    from hortator.topology.survey import Team
+
+    if fleet is None:
+        return (Team("all", tuple((host, slot) for host, slots in hosts.items() for slot in slots), "auto"),), ()
+    try:
+        plan = make_plan(fleet, [HostSlots(host, slots) for host, slots in hosts.items()], read_shapes(fleet))
+    except PlanError as error:
+        return (), (wrong("plan", str(error), "change the fleet file, or find more hosts"),)
+    teams = tuple(
+        Team(
+            group.name,
+            tuple((seats.host, device) for seats in group.hosts for device in seats.devices),
+            fleet.model_named(group.model).device,
+        )
+        for group in plan.groups
+    )
+    return teams, (fine("plan", f"{len(teams)} groups on {len(hosts)} hosts, {plan.num_free} slots free"),)
+
+
+def on_devices(team: "Team", reports: Mapping[str, "HostReport"]) -> "Team":
+    """On GPUs where all of its hosts have them, unless the fleet file says that its ranks run on CPUs."""
+    from hortator.topology.survey import Team
+
+    on_gpus = all(reports[host].gpus for host in team.hosts)
+    return Team(team.name, team.seats, "cuda" if on_gpus and team.device != "cpu" else "cpu")
+
+
+@dataclass(frozen=True)
+class Ward:
+    """The hosts under examination: how to get there, and what to ask."""
+
+    demand: "Demand"
+    road: "Road"
+    python: Path
+    requests: Mapping[str, "ProbeRequest"]
+
+    @classmethod
+    def of(
+        cls,
+        fleet: "Fleet | None",
+        hosts: Mapping[str, tuple[int, ...]],
+        *,
+        leaders: Collection[str],
+        models: Iterable[Path],
+        ports: Iterable[int],
+        device: str,
+        python: Path | None,
+        ssh: str,
+    ) -> "Ward":
+        from hortator.topology.doctor import Demand
+        from hortator.topology.fleet import Ssh
+        from hortator.topology.probe import ProbeRequest
+        from hortator.topology.road import road
+
+        specs = fleet.models if fleet else ()
+        paths = dict.fromkeys([*(path.absolute() for path in models), *(s.path for s in specs if s.path)])
+        devices = {spec.device for spec in specs} or {"auto"}
+        interpreter = python or (fleet.python if fleet else None) or Path(sys.executable)
+        return cls(
+            demand=Demand(hosts, device or ("cpu" if devices == {"cpu"} else "cuda" if "cuda" in devices else "auto")),
+            road=road(fleet.ssh if fleet else Ssh(), hosts, program=ssh),
+            python=interpreter,
+            requests={
+                host: ProbeRequest(
+                    address=host,
+                    ports=tuple(ports),
+                    models=tuple(paths),
+                    reach=redis_of(fleet) if host in leaders else (),
+                )
+                for host in hosts
+            },
+        )
+
+    @property
+    def measuring(self) -> tuple[str, ...]:
+        return (str(self.python), "-m", "hortator.topology.links")
+
+    def look(self, timeout_s: float) -> tuple[dict[str, "HostReport"], dict[str, str], dict[str, float]]:
+        """Reports, problems and clock skews by host."""
+        from hortator.topology.errand import Errand, run_errands
+
+        command = (str(self.python), "-m", "hortator", "probe")
+        errands = [
+            Errand(host, self.road.argv(host, command), request.model_dump_json().encode())
+            for host, request in self.requests.items()
+        ]
+        reports, problems, skews = {}, {}, {}
+        for answer in run_errands(errands, timeout_s=timeout_s):
+            report = read_report(answer)
+            if isinstance(report, str):
+                problems[answer.host] = report
+            else:
+                reports[answer.host] = report
+                skews[answer.host] = report.clock_s - answer.heard_at
+        return reports, problems, skews
+
+
+def read_report(answer: "Answer") -> "HostReport | str":
+    """The report, or why there is none."""
+    from pydantic import ValidationError
+
+    from hortator.topology.probe import HostReport
+
+    if not answer.ok:
+        return answer.problem
+    last = answer.stdout.strip().rpartition(b"\n")[2]  # a login shell may have greeted first
+    try:
+        return HostReport.model_validate_json(last)
+    except ValidationError:
+        return f"answered with something that is no report: {printable(last[:80].decode(errors='replace'))!r}"
+
+
+def redis_of(fleet: "Fleet | None") -> tuple["Address", ...]:
+    """Redis as leaders must reach it, if the fleet file names one."""
+    from hortator.topology.probe import Address
+
+    if fleet is None or "redis_url" not in fleet.model_fields_set:
+        return ()
+    parts = urlsplit(fleet.redis_url)
+    return (Address(host=parts.hostname, port=parts.port or 6379),) if parts.hostname else ()
+
+
+def line(finding: "Finding") -> str:
+    advice = f"  -> {finding.advice}" if finding.advice else ""
+    return printable(f"{MARKS[finding.grade]} {finding.check}: {finding.text}{advice}")
+
+
+def suggestions(environments: Mapping[str, Mapping[str, str]]) -> Iterable[str]:
+    """Once for all hosts that need the same."""
+    from hortator.topology.doctor import grouped
+    from hortator.topology.findings import named
+
+    worded = {host: " ".join(f"{k}={v}" for k, v in said.items()) for host, said in environments.items()}
+    by_text = grouped(worded)
+    for text, hosts in by_text.items():
+        where = "all hosts" if len(by_text) == 1 else named(hosts)
+        yield f"     suggested for {where}: {text}"
+
+
+def verdict(findings: Iterable["Finding"], num_hosts: int, took_s: float) -> str:
+    grades = [str(finding.grade) for finding in findings]
+    bad, doubts = grades.count("fail"), grades.count("warn")
+    said = "fit to run" if not bad else f"{bad} checks failed"
+    return f"{num_hosts} hosts in {took_s:.1f} s: {said}" + (f", {doubts} warnings" if doubts else "")

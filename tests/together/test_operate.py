@@ -1,0 +1,133 @@
+"""Operating a fleet: drain, resume, rolling restart and stop of real groups under load, over Redis alone."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from hortator.cli import run
+from hortator.producer.schema import State
+from tests.together.fleet import Fleet, alive, assert_all_right, wait_for
+
+TOKENS = 80  # 1.6 s of generation, more than the grace
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    with Fleet(tmp_path_factory.mktemp("fleet")) as running:
+        yield running
+
+
+@pytest.fixture
+def two(shared: Fleet, monkeypatch: pytest.MonkeyPatch) -> Fleet:
+    """Two groups of one model, each of one rank, both ready and idle; and a shell that knows their Redis."""
+    monkeypatch.setenv("HORTATOR_REDIS_URL", shared.redis.url)
+    shared.workers = [worker for worker in shared.workers if worker.process.poll() is None]
+    for name in {"one", "two"} - {worker.group for worker in shared.workers}:
+        shared.worker(name, tensor_parallel_size=1, grace_s=0.7, max_num_seqs=8, restart_backoff_s=6)
+    shared.workers.sort(key=lambda worker: worker.group)
+    for worker in shared.workers:
+        worker.ready()
+    return shared
+
+
+def operate(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    code = run(arguments)
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, ""), err
+    return out
+
+
+def ask(fleet: Fleet, number: int, tokens: int = TOKENS) -> dict[str, str]:
+    prompts = [f"job {n} of a rolling restart;" for n in range(number)]
+    return dict(zip(fleet.enqueue(prompts, max_tokens=tokens), prompts, strict=True))
+
+
+def test_a_rolling_restart_under_load_loses_no_job_and_charges_none(
+    two: Fleet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pids = [worker.pid for worker in two.workers]
+    ranks = [rank for worker in two.workers for rank in worker.ranks()]
+    asked = ask(two, 60)
+    two.progressed(list(asked)[:8])
+    lines = operate(capsys, "restart", "--all").splitlines()
+    assert [line.split(" is ready again")[0] for line in lines] == ["one", "two"]
+    asked |= ask(two, 4)
+    done = two.finished(list(asked))
+    assert_all_right(done, asked, TOKENS)
+    handed_back = sum(
+        " jobs handed back" in line and " 0 jobs" not in line
+        for w in two.workers
+        for line in w.tail(20_000).splitlines()
+    )
+    assert handed_back, "the load was too light: nothing had to be handed back"
+    assert {status.attempt for status in done.values()} == {1}, "what was handed back is not charged"
+    assert not any(map(alive, ranks)), "ranks of the former lives are gone"
+    assert [worker.pid for worker in two.workers if worker.process.poll() is None] == pids
+
+
+def test_a_drained_group_stays_up_and_takes_jobs_again_when_told(
+    two: Fleet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ask(two, 20)
+    two.progressed(list(asked)[:8])
+    assert operate(capsys, "drain", "one") == "one is drained\n"
+    assert "one    echo   drained" in operate(capsys, "status")
+    assert_all_right(two.finished(list(asked)), asked, TOKENS)
+    assert operate(capsys, "drain", "two") == "two is drained\n"
+    left = ask(two, 3)
+    time.sleep(0.3)
+    assert {two.status(job_id).state for job_id in left} == {State.QUEUED}
+    assert "jobs wait: one, two drains and takes nothing" in operate(capsys, "status")
+    operate(capsys, "resume", "two")
+    assert_all_right(two.finished(list(left)), left, TOKENS)
+    operate(capsys, "resume", "one")
+    assert run(["drain", "three"]) == 1
+    assert capsys.readouterr().err == "error: no group three is alive; alive: one, two\n"
+    assert run(["restart"]) == 2
+
+
+def test_a_group_that_is_down_says_why_and_its_jobs_run_elsewhere_within_five_seconds(
+    two: Fleet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = two.workers
+    operate(capsys, "drain", "two")
+    asked = ask(two, 3)
+    two.progressed(list(asked))
+    operate(capsys, "resume", "two")
+    [rank] = one.ranks()
+    began = time.monotonic()
+    os.kill(rank, signal.SIGKILL)
+
+    def taken_over() -> bool:
+        return any(status.attempt == 2 for status in two.store.statuses(list(asked)) if status)
+
+    wait_for("its jobs run elsewhere", taken_over, 5.0)
+    print(f"the first job of the killed group ran elsewhere after {time.monotonic() - began:.1f} s")
+    assert_all_right(two.finished(list(asked)), asked, TOKENS)
+    [rank] = other.ranks()
+    os.kill(rank, signal.SIGKILL)
+    wait_for("both say that they are down", lambda: {b.state for g in two.workers if (b := g.beat())} == {"down"})
+    shown = operate(capsys, "status")
+    assert "jobs wait: no group is ready: one is down: rank 0" in shown
+    assert "two: last failure: rank 0" in shown
+    assert shown.count("SIGKILL") >= 2
+
+
+def test_down_ends_every_group_at_once_and_leaves_no_process(two: Fleet, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = [psutil.Process(pid) for worker in two.workers for pid in (worker.pid, *worker.ranks())]
+    asked = ask(two, 40)
+    two.progressed(list(asked)[:8])
+    began = time.monotonic()
+    assert sorted(operate(capsys, "down", "--all").splitlines()) == ["one is down", "two is down"]
+    assert time.monotonic() - began < 8, "in parallel"
+    assert [worker.wait(10) for worker in two.workers] == [0, 0]
+    assert not any(map(alive, (process.pid for process in mine)))
+    assert "no group is alive: start one" in operate(capsys, "status")
+    states = [status for status in two.store.statuses(list(asked)) if status is not None]
+    assert {status.state for status in states} <= {State.QUEUED, State.SUCCEEDED}
+    assert max(status.attempt for status in states) <= 1

@@ -1,0 +1,136 @@
+"""The fleet file: what it may say, and how it says no."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from hortator.producer.schema import Job
+from hortator.topology.errors import BadFleet
+from hortator.topology.fleet import ModelSpec, parse_fleet, read_fleet
+from hortator.workers.settings import WorkerSettings
+
+MODEL = '[[models]]\nname = "m"\npath = "/models/m"\n'
+OWN_KEYS = {"name", "path", "replicas"}
+PLACED_BY_THE_PLAN = {"group", "control_host", "control_port", "store_host", "store_port", "model", "model_path"}
+SAID_BY_WHO_STARTS_IT = {
+    *("hosts", "launcher", "front_ranks", "secret_file", "keeper_port", "remote_python"),
+    *("ssh_user", "ssh_port", "ssh_identity_file", "ssh_known_hosts_file"),
+}
+OF_THE_FLEET = {"redis_url", "namespace"}
+
+
+def refusal(text: str) -> str:
+    with pytest.raises(BadFleet, match=r"^fleet\.toml") as problem:
+        parse_fleet(text)
+    return str(problem.value)
+
+
+def test_a_model_may_have_every_setting_of_the_worker_with_the_workers_own_default() -> None:
+    ours, theirs = ModelSpec.model_fields, WorkerSettings.model_fields
+    assert set(theirs) - PLACED_BY_THE_PLAN - SAID_BY_WHO_STARTS_IT - OF_THE_FLEET <= set(ours) - OWN_KEYS
+    for name in set(ours) & set(theirs):
+        assert (name, ours[name].default) == (name, theirs[name].default)
+
+
+def test_the_workers_settings_take_what_the_file_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = parse_fleet(
+        'redis_url = "redis://:secret@r:1/0"\nnamespace = "n"\n' + MODEL + "max_num_seqs = 7\nlease_s = 5\n"
+        'dtype = "bfloat16"\nkv_cache_bytes = "1 GiB"\ntensor_parallel_size = 2\nreplicas = 3\n'
+    )
+    for name, value in fleet.worker_environment(fleet.models[0]).items():
+        monkeypatch.setenv(name, value)
+    settings = WorkerSettings()
+    assert settings.model_dump(
+        include={"redis_url", "namespace", "queue", "model_path", "max_num_seqs", "lease_s"}
+    ) == {
+        "redis_url": "redis://:secret@r:1/0",
+        "namespace": "n",
+        "model_path": Path("/models/m"),
+        "max_num_seqs": 7,
+        "lease_s": 5.0,
+    }
+    assert (settings.queue, settings.dtype, settings.kv_cache_bytes, settings.world_size) == ("m", "bfloat16", 2**30, 2)
+
+
+def test_what_the_file_does_not_say_is_left_to_the_worker() -> None:
+    fleet = parse_fleet(MODEL)
+    assert fleet.worker_environment(fleet.models[0]) == {
+        "HORTATOR_MODEL": "m",
+        "HORTATOR_MODEL_PATH": "/models/m",
+    }
+
+
+def test_a_queue_has_the_same_names_in_the_file_as_on_the_wire() -> None:
+    assert ModelSpec.model_fields["name"].metadata == Job.model_fields["model"].metadata
+
+
+def test_paths_are_taken_from_the_files_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "f.toml").write_text(
+        'hostfile = "hosts"\n[ssh]\nidentity_file = "~/key"\n[[models]]\nname = "m"\npath = "a/../b"\n'
+    )
+    fleet = read_fleet(tmp_path / "f.toml")
+    assert fleet.hostfile == tmp_path / "hosts"
+    assert fleet.ssh.identity_file == Path("/home/me/key")
+    assert fleet.models[0].path == tmp_path / "b"
+
+
+def test_a_host_may_have_other_gpus_than_the_rest() -> None:
+    fleet = parse_fleet('gpu_memory_bytes = "80 GiB"\n[hosts."FE80::01"]\ngpu_memory_bytes = 5\n' + MODEL)
+    assert (fleet.gpu_memory("fe80::1"), fleet.gpu_memory("other")) == (5, 80 * 2**30)
+    assert parse_fleet(MODEL).gpu_memory("other") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "models: there are none: add at least one [[models]] table"),
+        ("models = []", "models: there are none"),
+        ("models = 3", "models: Input should be a valid tuple (got '3')"),
+        ('[[models]]\nname = "m"', "models['m'].path: is missing: give the model's directory"),
+        ('[[models]]\npath = "p"', "models[number 1].name: is missing: add it"),
+        ("x =", "not valid TOML: Invalid value (at end of document)"),
+        ('redis_ur = "x"\n' + MODEL, "redis_ur: there is no such key; did you mean redis_url?"),
+        (MODEL + "tensor_paralel_size = 2", "models['m'].tensor_paralel_size: there is no such key; did you mean"),
+        (MODEL + 'model_path = "x"', "models['m'].model_path: a model's directory is its 'path'"),
+        (MODEL + 'group = "x"', "models['m'].group: groups are named by model and replica: leave it out"),
+        (MODEL + "zzz = 1", "models['m'].zzz: there is no such key; known here: name, path, replicas"),
+        (MODEL + "replicas = 0", "models['m'].replicas: Input should be greater than or equal to 1 (got '0')"),
+        (MODEL + 'device = "gpu"', "models['m'].device: Input should be 'auto', 'cpu' or 'cuda' (got 'gpu')"),
+        (MODEL + 'kv_cache_bytes = "lots"', "models['m'].kv_cache_bytes: could not parse value and unit"),
+        (MODEL + "lease_s = nan", "models['m'].lease_s: Input should be a finite number"),
+        (MODEL + '[ssh]\nuser = "-oProxyCommand=x"', "ssh.user: '-oProxyCommand=x' does not match"),
+        (MODEL + "[ssh]\nport = 0", "ssh.port: Input should be greater than or equal to 1"),
+        (MODEL + "[hosts.-x]", "hosts.-x: host '-x' begins with '-'"),
+        (MODEL + "[hosts.x]\ngpu_mem = 2", "hosts.x.gpu_mem: there is no such key; did you mean gpu_memory_bytes?"),
+        (MODEL + '[environment]\n"A B" = "x"', "environment.A B: 'A B' does not match"),
+        ('hostfile = "a\\u0000b"\n' + MODEL, "hostfile: has a control character: remove it"),
+        ('hostfile = "~nobody-here/h"\n' + MODEL, "hostfile: there is no such user"),
+        (MODEL + MODEL, "'m' stands twice: rename one, or use replicas"),
+        (MODEL + MODEL.replace('"m"', '"m/x"') + MODEL.replace('"m"', '"m.x"'), "groups of the same names as 'm/x'"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_key_and_what_to_do(text: str, problem: str) -> None:
+    assert problem in refusal(text)
+
+
+def test_a_password_in_the_redis_url_is_not_repeated() -> None:
+    assert "secret" not in refusal('redis_url = "redis://:secret@\\u0001"\n' + MODEL)
+
+
+def test_a_yaml_file_is_refused_by_its_name() -> None:
+    with pytest.raises(BadFleet, match=r"fleet files are TOML.*write a \.toml"):
+        parse_fleet("models: []", source=Path("fleet.yaml"))
+
+
+@pytest.mark.parametrize(("content", "problem"), [(b"\xff", "not UTF-8 at byte 0"), (b"#" * (1 << 21), "larger than")])
+def test_a_file_that_is_no_text_of_ours_is_refused(tmp_path: Path, content: bytes, problem: str) -> None:
+    (tmp_path / "f.toml").write_bytes(content)
+    with pytest.raises(BadFleet, match=problem):
+        read_fleet(tmp_path / "f.toml")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BadFleet, match=re.escape(f"cannot read the fleet file {tmp_path / 'f.toml'}: No such file")):
+        read_fleet(tmp_path / "f.toml")

@@ -1,0 +1,94 @@
+"""Leaders on their host: started detached, found again, ended.  Any command will do for a leader here."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hortator.topology.errors import CannotStart
+from hortator.topology.leaders import Order, Quarters, birth
+
+STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+
+
+@pytest.fixture
+def quarters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Quarters]:
+    monkeypatch.setattr("hortator.topology.leaders.LOOK_S", 0.2)
+    made = Quarters(tmp_path / "fleet")
+    yield made
+    if (pid := made.look("g").pid) is not None:
+        os.kill(pid, signal.SIGKILL)
+
+
+def order(code: str, **environment: str) -> Order:
+    return Order(group="g", argv=(sys.executable, "-c", code), environment=environment)
+
+
+def test_a_leader_outlives_whoever_started_it_and_is_found_again(tmp_path: Path, quarters: Quarters) -> None:
+    script = (
+        "import sys; from pathlib import Path; from hortator.topology.leaders import *;"
+        "print(Quarters(Path(sys.argv[1])).start(Order(group='g', argv=('sleep', '60'), environment={})).pid)"
+    )
+    started = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "fleet")], capture_output=True, text=True, check=True
+    )
+    assert quarters.look("g").pid == int(started.stdout)
+
+
+def test_a_group_that_runs_is_not_started_twice(quarters: Quarters) -> None:
+    first = quarters.start(order("import time; time.sleep(60)"))
+    again = quarters.start(order("import time; time.sleep(60)"))
+    assert (first.fresh, again.fresh, again.pid) == (True, False, first.pid)
+
+
+def test_one_that_ends_at_once_is_an_error_with_its_last_words(quarters: Quarters) -> None:
+    with pytest.raises(CannotStart, match="ended at once with 78: hortator: model_path is not set"):
+        quarters.start(order("import sys; print('hortator: model_path is not set'); sys.exit(78)"))
+    assert quarters.look("g").pid is None
+
+
+def test_a_later_process_of_the_same_number_is_not_taken_for_the_leader(quarters: Quarters) -> None:
+    quarters.directory.joinpath("g.json").write_text(f'{{"pid": {os.getpid()}, "born": "another boot:1"}}')
+    assert quarters.look("g").pid is None
+    assert quarters.stop("g", patience_s=1) is False
+
+
+def test_one_that_ignores_sigterm_is_killed_when_the_patience_is_over(quarters: Quarters) -> None:
+    pid = quarters.start(order(STUBBORN)).pid
+    assert pid is not None
+    began = time.monotonic()
+    assert quarters.stop("g", patience_s=0.3) is True
+    assert 0.3 <= time.monotonic() - began < 3
+    assert birth(pid) == ""
+
+
+def test_what_it_is_told_is_in_its_environment_and_on_no_disk(quarters: Quarters) -> None:
+    quarters.start(
+        order("import os, time; print(os.environ['SEKRET'][:2], flush=True); time.sleep(60)", SEKRET="s3kret")
+    )
+    assert quarters.tail("g", 5) == ["s3"]
+    assert not any("s3kret" in file.read_text() for file in quarters.directory.iterdir())
+    assert {oct(file.stat().st_mode & 0o077) for file in quarters.directory.glob("*.log")} == {"0o0"}
+
+
+def test_a_log_is_followed_over_its_rotation(quarters: Quarters) -> None:
+    log = quarters.log("g")
+    lines = quarters.follow("g")
+    assert next(lines) == ""
+    with log.open("a") as file:
+        file.write("one\ntw")
+    assert next(line for line in lines if line) == "one"
+    log.rename(log.with_suffix(".1"))
+    log.write_text("three\n")
+    assert next(line for line in lines if line) == "three"
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "-x", "", "a b"])
+def test_a_group_is_no_path(name: str) -> None:
+    with pytest.raises(ValueError, match="group"):
+        Order(group=name, argv=("true",), environment={})

@@ -1,0 +1,298 @@
+"""The fleet file: what shall run, as a TOML file that one person reads and one program checks.
+
+    redis_url = "redis://10.0.0.1:6379/0"
+    hostfile = "hosts"                      # beside this file
+    gpu_memory_bytes = "80 GiB"             # of each GPU; [hosts."10.0.0.4"] may say otherwise
+
+    [[models]]
+    name = "llama"                          # its queue
+    path = "/models/llama"                  # the same directory on every host
+    tensor_parallel_size = 4
+    pipeline_parallel_size = 2
+    replicas = 3
+
+A model may also have every setting of the worker that is not a matter of where it runs (max_num_seqs, dtype, lease_s).
+Pure, but for `read_fleet`.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic_core import ErrorDetails
+
+from .address import address_problem, canonical, shown
+from .errors import BadFleet
+
+MAX_FLEET_BYTES = 1 << 20
+MAX_REPLICAS = 16_384
+
+
+Text = TypeVar("Text", str, Path)
+
+
+def _checked_address(text: str) -> str:
+    if problem := address_problem(text):
+        raise ValueError(problem)
+    return canonical(text)
+
+
+def _printable(text: Text) -> Text:
+    if not str(text).isprintable():
+        raise ValueError("has a control character: remove it")
+    return text
+
+
+def _at_home(path: Path) -> Path:
+    """`~` is the home of who runs this."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError("there is no such user: write the path out") from None
+
+
+Line = Annotated[str, StringConstraints(max_length=4096), AfterValidator(_printable)]
+PlainPath = Annotated[Path, AfterValidator(_printable), AfterValidator(_at_home)]
+Address = Annotated[str, AfterValidator(_checked_address)]
+Bytes = Annotated[ByteSize, Field(gt=0)]
+QueueName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")]
+Engine = Annotated[
+    str, StringConstraints(pattern=r"^(paged|echo|[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*)$", max_length=512)
+]
+User = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9._-]{0,63}$")]
+Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
+
+
+class Table(BaseModel):
+    """A table of the file; a key that nobody knows is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelSpec(Table):
+    """One [[models]] table.  Names, limits and defaults from `engine` on are those of the worker's settings."""
+
+    name: QueueName
+    path: PlainPath | None = Field(default=None, description="model directory; engine=paged needs it")
+    replicas: int = Field(default=1, ge=1, le=MAX_REPLICAS, description="groups that serve this model")
+
+    engine: Engine = "paged"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    load_format: Literal["safetensors", "dummy"] = "safetensors"
+    tensor_parallel_size: int = Field(default=1, ge=1, le=1024)
+    pipeline_parallel_size: int = Field(default=1, ge=1, le=1024)
+    max_num_seqs: int = Field(default=64, ge=1, le=65_536)
+    max_model_len: int | None = Field(default=None, ge=1)
+    max_num_batched_tokens: int = Field(default=2048, ge=16)
+    block_size: int = Field(default=16, ge=1, le=1024)
+    kv_cache_bytes: Bytes | None = None
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    prefix_caching: bool = True
+    echo_latency_s: float = Field(default=0.0, ge=0)
+    heartbeat_s: float = Field(default=1.0, gt=0)
+    heartbeat_timeout_s: float = Field(default=3.0, gt=0)
+    stall_timeout_s: float = Field(default=5.0, gt=0)
+    start_timeout_s: float = Field(default=600.0, gt=0)
+    restart_backoff_s: float = Field(default=0.5, gt=0)
+    restart_budget: int = Field(default=0, ge=0)
+    restart_window_s: float = Field(default=600.0, gt=0)
+    collective_timeout_s: float = Field(default=1800.0, gt=0)
+    lease_s: float = Field(default=15.0, ge=1.0)
+    grace_s: float = Field(default=30.0, ge=0)
+    probation_tokens: int = Field(default=8, ge=1)
+    result_ttl_s: int = Field(default=86_400, ge=60)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks, and so GPUs, of one replica."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    def group(self, replica: int) -> str:
+        """The name of a replica's group: fit for file names and for Celery's node names."""
+        return f"{self.name.replace('/', '.')}-{replica}"
+
+
+class Ssh(Table):
+    """How the hosts are reached: the same for all."""
+
+    user: User | None = None
+    port: int = Field(default=22, ge=1, le=65_535)
+    identity_file: PlainPath | None = None
+    known_hosts_file: PlainPath | None = None
+    connect_timeout_s: int = Field(default=10, ge=1, le=600)
+
+
+class HostSpec(Table):
+    """What one host has that the others do not."""
+
+    gpu_memory_bytes: Bytes | None = None
+
+
+class Fleet(Table):
+    """The whole file.  Paths are absolute, but for those that were given with a source of no directory."""
+
+    redis_url: Line = "redis://127.0.0.1:6379/0"
+    namespace: Line = ""
+    hostfile: PlainPath | None = None
+    python: PlainPath | None = Field(
+        default=None, description="interpreter on every host; default: the one that runs this"
+    )
+    environment: dict[Variable, Line] = Field(default={}, description="variables for every rank, as NCCL_SOCKET_IFNAME")
+    gpu_memory_bytes: Bytes | None = Field(default=None, description="of each GPU; None: not known")
+    hosts: dict[Address, HostSpec] = {}
+    ssh: Ssh = Ssh()
+    models: tuple[ModelSpec, ...]
+
+    def model_named(self, name: str) -> ModelSpec:
+        """The model of this queue name, which must be in the file."""
+        return next(model for model in self.models if model.name == name)
+
+    def gpu_memory(self, address: str) -> int | None:
+        """Bytes of each GPU of the host, if anybody has said."""
+        own = self.hosts.get(canonical(address))
+        return own.gpu_memory_bytes if own and own.gpu_memory_bytes is not None else self.gpu_memory_bytes
+
+    def worker_environment(self, model: ModelSpec) -> dict[str, str]:
+        """HORTATOR_* variables that tell a worker of `model` what the file says, and only that.  `redis_url` may hold a
+        password: for an environment, never for an argument list."""
+        said: dict[str, Any] = self.model_dump(include={"redis_url", "namespace"}, exclude_unset=True)
+        said |= {"model": model.name, "model_path": model.path}
+        said |= model.model_dump(exclude_unset=True, exclude={"name", "path", "replicas"})
+        return {f"HORTATOR_{name.upper()}": str(value) for name, value in said.items() if value is not None}
+
+
+def read_fleet(path: Path) -> Fleet:
+    """Read and check the file.  Raises BadFleet."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_FLEET_BYTES + 1)
+    except OSError as error:
+        raise BadFleet(f"cannot read the fleet file {path}: {error.strerror}") from error
+    if len(raw) > MAX_FLEET_BYTES:
+        raise BadFleet(f"{path} is larger than {MAX_FLEET_BYTES} bytes: it is no fleet file")
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        raise BadFleet(f"{path} is not UTF-8 at byte {error.start}: save it as UTF-8 text") from error
+    return parse_fleet(text, source=path.absolute())
+
+
+def parse_fleet(text: str, *, source: Path = Path("fleet.toml")) -> Fleet:
+    """Check the file's text; relative paths in it are taken from the directory of `source`.  Raises BadFleet, naming
+    file, key and what to do."""
+    if source.suffix.lower() in (".yaml", ".yml", ".json"):
+        raise BadFleet(
+            f"{source}: fleet files are TOML, so that no key is read twice or as something else: write a .toml"
+        )
+    try:
+        content = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise BadFleet(f"{source} is not valid TOML: {error}") from error
+    except RecursionError as error:
+        raise BadFleet(f"{source} is nested too deeply: it is no fleet file") from error
+    try:
+        fleet = Fleet.model_validate(content)
+    except ValidationError as error:
+        raise BadFleet(f"{source}: {'; '.join(_problems(error, content))}") from error
+    _check_models(fleet, source)
+    return _with_absolute_paths(fleet, source.parent)
+
+
+def _check_models(fleet: Fleet, source: Path) -> None:
+    if not fleet.models:
+        raise BadFleet(f"{source}: models: {_NO_MODELS}")
+    seen: dict[str, str] = {}
+    for model in fleet.models:
+        other = seen.get(model.group(0))
+        if other is not None:
+            why = "stands twice" if other == model.name else f"has groups of the same names as {other!r}"
+            raise BadFleet(f"{source}: models: {model.name!r} {why}: rename one, or use replicas for more groups")
+        seen[model.group(0)] = model.name
+        if model.path is None and model.engine == "paged":
+            raise BadFleet(f"{source}: models[{model.name!r}].path: is missing: give the model's directory")
+
+
+def _with_absolute_paths(fleet: Fleet, directory: Path) -> Fleet:
+    models = tuple(model.model_copy(update={"path": _absolute(model.path, directory)}) for model in fleet.models)
+    files = {name: _absolute(getattr(fleet.ssh, name), directory) for name in ("identity_file", "known_hosts_file")}
+    ssh = fleet.ssh.model_copy(update=_given(**files))
+    return fleet.model_copy(
+        update={"models": models, "ssh": ssh, **_given(hostfile=_absolute(fleet.hostfile, directory))}
+    )
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _absolute(path: Path | None, directory: Path) -> Path | None:
+    """`..` is resolved without looking at the disk, which may be another host's."""
+    return None if path is None else Path(os.path.normpath(directory / path))
+
+
+# --- what is wrong, in words
+
+
+def _problems(error: ValidationError, content: Mapping[str, Any]) -> Iterable[str]:
+    for problem in error.errors(include_url=False)[:5]:
+        yield f"{_key(problem['loc'], content)}: {_worded(problem)}"
+
+
+def _key(location: tuple[int | str, ...], content: Mapping[str, Any]) -> str:
+    """The key as its author knows it: a model by its name."""
+    if len(location) >= 2 and location[0] == "models" and isinstance(location[1], int):
+        models = content.get("models")
+        table = models[location[1]] if isinstance(models, list) else None
+        name = table.get("name") if isinstance(table, dict) else None
+        which = shown(name) if isinstance(name, str) else f"number {location[1] + 1}"
+        return ".".join((f"models[{which}]", *map(str, location[2:])))
+    return ".".join(str(part) for part in location if part != "[key]")
+
+
+def _worded(problem: ErrorDetails) -> str:
+    match problem["type"]:
+        case "extra_forbidden":
+            return _unknown_key(problem["loc"])
+        case "missing":
+            return _NO_MODELS if problem["loc"] == ("models",) else "is missing: add it"
+        case "string_pattern_mismatch":
+            return f"{shown(str(problem['input']))} does not match {problem['ctx']['pattern']}: choose another"
+        case _:
+            value = problem["input"]
+            got = f" (got {shown(str(value))})" if isinstance(value, str | int | float) else ""
+            return problem["msg"].removeprefix("Value error, ") + ("" if "redis_url" in problem["loc"] else got)
+
+
+def _unknown_key(location: tuple[int | str, ...]) -> str:
+    table = _table_at(location[:-1])
+    unknown = str(location[-1])
+    if table is ModelSpec and (elsewhere := _PLACES.get(unknown)):
+        return elsewhere
+    near = difflib.get_close_matches(unknown, table.model_fields, n=1, cutoff=0.5)
+    meant = f"did you mean {near[0]}?" if near else f"known here: {', '.join(table.model_fields)}"
+    return f"there is no such key; {meant}"
+
+
+_NO_MODELS = "there are none: add at least one [[models]] table with name and path"
+_PLACES = {
+    "model": "a model's queue is its 'name'",
+    "model_path": "a model's directory is its 'path'",
+    "group": "groups are named by model and replica: leave it out",
+    "redis_url": "it is the same for all models: put it at the top of the file",
+    "namespace": "it is the same for all models: put it at the top of the file",
+    "control_host": "the plan decides where a group runs: leave it out",
+    "control_port": "ports are chosen when a group starts: leave it out",
+    "store_port": "ports are chosen when a group starts: leave it out",
+    "num_gpus": "a replica takes tensor_parallel_size x pipeline_parallel_size GPUs: leave it out",
+}
+
+
+def _table_at(location: tuple[int | str, ...]) -> type[Table]:
+    first = location[0] if location else ""
+    tables: dict[int | str, type[Table]] = {"models": ModelSpec, "ssh": Ssh, "hosts": HostSpec}
+    return tables.get(first, Fleet)

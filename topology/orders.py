@@ -1,0 +1,41 @@
+"""What the leader of a planned group is started with.  Pure."""
+
+import json
+from pathlib import Path
+
+from .fleet import Fleet
+from .leaders import Order
+from .plan import PlannedGroup
+
+
+def leader_order(fleet: Fleet, group: PlannedGroup, *, python: Path, launcher: str = "ssh") -> Order:
+    """A Celery worker command, with the group's settings and its place in the environment."""
+    spec = fleet.model_named(group.model)
+    seats = [{"host": seat.host, "devices": seat.devices} for seat in group.hosts]
+    place = {
+        "GROUP": group.name,
+        "HOSTS": json.dumps(seats, separators=(",", ":")),
+        "LAUNCHER": launcher if len(seats) > 1 else "local",
+        "REMOTE_PYTHON": str(python),
+        "SSH_USER": fleet.ssh.user,
+        "SSH_PORT": fleet.ssh.port,
+        "SSH_IDENTITY_FILE": fleet.ssh.identity_file,
+        "SSH_KNOWN_HOSTS_FILE": fleet.ssh.known_hosts_file,
+    }
+    said = {f"HORTATOR_{name}": str(value) for name, value in place.items() if value is not None}
+    return Order(
+        group=group.name,
+        argv=celery_command(python, queue=spec.name, group=group.name),
+        environment={**fleet.environment, **fleet.worker_environment(spec), **said},
+    )
+
+
+def celery_command(python: Path, *, queue: str, group: str) -> tuple[str, ...]:
+    """As one would type it."""
+    command = (str(python), "-m", "celery", "-A", "hortator.workers", "worker")
+    return (*command, "-Q", queue, "-n", f"{group}@%h", "-l", "INFO")
+
+
+def hosts_of_ranks(group: PlannedGroup) -> tuple[str, ...]:
+    """Rank i is on the i-th."""
+    return tuple(rank.host for rank in sorted(group.ranks, key=lambda rank: rank.rank))

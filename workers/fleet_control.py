@@ -1,0 +1,158 @@
+"""Asks leaders (commands.py) over Celery's remote control, and waits until they have done what they were told."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from celery import Celery
+
+from hortator.producer.errors import GroupFailed, HortatorError
+from hortator.producer.store import GroupBeat, Store
+
+REPLY_TIMEOUT_S = 5.0
+"""A leader answers between two turns; a call to a stalled Redis may hold it up for two seconds."""
+
+POLL_S = 0.25
+SILENCE_S = 30.0
+"""A leader that starts again is seen within this; one that is not, or whose ranks stay down, has failed."""
+
+LAST_WORDS_S = 10.0
+"""Beyond the grace: what a leader needs to tell the store, to end its ranks, and to be seen to be gone."""
+
+
+class NoSuchGroup(HortatorError):
+    """A name that no living group has."""
+
+    code = "no_such_group"
+
+
+@dataclass(frozen=True, slots=True)
+class Leader:
+    """What a leader said of itself.  `life` is another one after it has started again."""
+
+    group: str
+    model: str
+    host: str
+    pid: int
+    life: str
+    state: str
+    running: int
+    grace_s: float
+    start_timeout_s: float
+    ranks: tuple[tuple[int, int], ...]  # rank and its pid, on the rank's own host
+    last_failure: str | None
+    obeys: bool
+
+
+class FleetControl:
+    """One for each Redis and namespace; `store` is the same Redis."""
+
+    def __init__(self, redis_url: str, namespace: str, store: Store) -> None:
+        options = {"global_keyprefix": namespace, "socket_timeout": REPLY_TIMEOUT_S, "socket_connect_timeout": 2.0}
+        url = f"redis+socket://{redis_url.removeprefix('unix://')}" if redis_url.startswith("unix://") else redis_url
+        self._app = Celery("hortator-control", broker=url, set_as_current=False)
+        self._app.conf.update(broker_transport_options=options, accept_content=["json"])
+        self._store = store
+
+    def close(self) -> None:
+        self._app.close()
+
+    def alive(self) -> dict[str, GroupBeat]:
+        """Groups by name, as they last said of themselves."""
+        return {beat.group: beat for queue in self._store.queues() for beat in queue.groups}
+
+    def chosen(self, groups: Sequence[str], *, everything: bool = False) -> list[str]:
+        """The groups that are meant, all alive.  Raises NoSuchGroup."""
+        alive = self.alive()
+        if unknown := [group for group in groups if group not in alive]:
+            there = ", ".join(sorted(alive)) or "none"
+            raise NoSuchGroup(f"no group {unknown[0]} is alive; alive: {there}")
+        return sorted(alive) if everything else list(dict.fromkeys(groups))
+
+    def tell(self, command: str, groups: Sequence[str]) -> dict[str, Leader]:
+        """Give a command (`drain`, `resume`, `stop`, `restart`, `look`) to these groups; all of them have answered, or
+        GroupFailed names those that have not."""
+        heard: dict[str, Leader] = {}
+        until = time.monotonic() + REPLY_TIMEOUT_S
+        while (missing := [group for group in groups if group not in heard]) and time.monotonic() < until:
+            heard |= self._ask(command, missing)
+        if missing:
+            raise GroupFailed(
+                f"{', '.join(missing)} did not answer within {REPLY_TIMEOUT_S:g} s: is the leader stuck, or cut off"
+                " from Redis? (hortator status, hortator logs)"
+            )
+        return heard
+
+    def _ask(self, command: str, groups: Sequence[str]) -> dict[str, Leader]:
+        replies = self._app.control.broadcast(
+            f"group_{command}",
+            arguments={"groups": list(groups)},
+            reply=True,
+            timeout=REPLY_TIMEOUT_S / 2,
+            limit=max(len(self.alive()), 1),
+        )
+        told = [said for reply in replies or () for said in reply.values()]
+        leaders = [leader for said in told if (leader := read_leader(said)) is not None]
+        return {leader.group: leader for leader in leaders if leader.obeys}
+
+    def drain(self, groups: Sequence[str], *, on_done: Callable[[str], None]) -> None:
+        """Until none of them runs a job.  Raises GroupFailed if one does not get there."""
+        leaders = self.tell("drain", groups)
+        until = time.monotonic() + max(leader.grace_s for leader in leaders.values()) + LAST_WORDS_S
+        self._wait(groups, until, self._is_drained, on_done, "still runs jobs")
+
+    def stop(self, groups: Sequence[str], *, on_done: Callable[[str], None]) -> None:
+        """Until all of them are gone."""
+        leaders = self.tell("stop", groups)
+        until = time.monotonic() + max(leader.grace_s for leader in leaders.values()) + LAST_WORDS_S
+        self._wait(groups, until, lambda group, alive: group not in alive, on_done, "is still there")
+
+    def restart(self, group: str) -> float:
+        """Drain, start again, wait until it is ready; the seconds that took."""
+        began = time.monotonic()
+        before = self.tell("restart", [group])[group]
+        drained_by = began + before.grace_s + LAST_WORDS_S
+        well = drained_by  # when it was last seen on its way
+        while time.monotonic() < min(drained_by + before.start_timeout_s, well + SILENCE_S):
+            time.sleep(POLL_S)
+            now = self.alive().get(group)
+            if now is not None and now.state in ("draining", "starting"):
+                well = max(well, time.monotonic())
+            elif now is not None:
+                after = self._ask("look", [group]).get(group)
+                if after is not None and after.life != before.life and after.state == "ready":
+                    return time.monotonic() - began
+        now = self.alive().get(group)
+        why = f"it is {now.state}: {now.info.get('last_failure')}" if now else "its leader is gone: see its log"
+        raise GroupFailed(f"{group} did not come back within {time.monotonic() - began:.0f} s: {why}")
+
+    def _is_drained(self, group: str, alive: dict[str, GroupBeat]) -> bool:
+        beat = alive.get(group)
+        return beat is None or (beat.state == "draining" and beat.running == 0)
+
+    def _wait(
+        self,
+        groups: Sequence[str],
+        until: float,
+        done: Callable[[str, dict[str, GroupBeat]], bool],
+        on_done: Callable[[str], None],
+        otherwise: str,
+    ) -> None:
+        left = list(groups)
+        while left:
+            alive = self.alive()
+            for group in [group for group in left if done(group, alive)]:
+                left.remove(group)
+                on_done(group)
+            if left and time.monotonic() > until:
+                raise GroupFailed(f"{', '.join(left)} {otherwise} although its grace is over: see its log")
+            time.sleep(POLL_S if left else 0)
+
+
+def read_leader(said: Any) -> Leader | None:
+    """A leader's reply; None if it is another worker's."""
+    if not isinstance(said, dict) or not said.keys() >= set(Leader.__slots__):
+        return None
+    ranks = tuple((int(rank), int(pid)) for rank, pid in said["ranks"])
+    return Leader(**{name: said[name] for name in Leader.__slots__} | {"ranks": ranks})
