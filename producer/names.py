@@ -53,7 +53,7 @@ TABLE: tuple[Key, ...] = (
     Key(
         "hortator:journal:{id}",
         "stream",
-        "accepted tokens: <tokens so far>-0 c [index,[ids],text,[logprobs]]; ends with <tokens>-1 state",
+        "accepted tokens: <tokens so far>-0 c [index,[ids],text,[logprobs]] (journal.py); ends with <tokens>-1 state",
         "none until terminal, then journal_ttl_s",
     ),
     # one model's queue

@@ -34,6 +34,7 @@ class FakeGroup:
 
     def __init__(self) -> None:
         self.epoch, self.state, self.pids, self.last_failure = 1, "ready", {0: 11, 1: 12}, None
+        self.members: dict[int, object] = dict.fromkeys(self.pids, None)
         self.admitted: list[Request] = []
         self.cancelled: list[int] = []
         self.messages = 0

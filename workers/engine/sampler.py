@@ -39,7 +39,7 @@ class Sampler:
     def choose(self, logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
         """Token ids [rows] for `logits` [rows, vocabulary], or one of the negative numbers above.
 
-        The host waits for the device only if some row has top_k or top_p.
+        The host waits for the device only if some row has top_p, or a top_k above 256, and no smaller top_k.
         """
         tokens = logits.argmax(dim=-1)
         finite = torch.isfinite(logits).all(dim=-1)
@@ -129,6 +129,8 @@ def _thresholds(scaled: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
         rows = indices(todo, scaled.device)
         found, settled = _nucleus(scaled[rows], [draws[i].sampling for i in todo], width)
         thresholds[rows] = torch.where(settled, torch.maximum(thresholds[rows], found), thresholds[rows])
+        if all(0 < draws[i].sampling.top_k <= width for i in todo):
+            break  # settled, as can be told without asking the device
         todo = [i for i, done in zip(todo, settled.squeeze(1).tolist(), strict=True) if not done]
         width *= 8
     return thresholds

@@ -54,7 +54,7 @@ def run_groups(paths: dict[str, dict[str, Path]], folder: Path) -> dict[str, lis
         for index in range(NUM_PROCESSES)
     ]
     try:
-        logs = [process.communicate(timeout=110)[0] for process in processes]
+        logs = [process.communicate(timeout=230)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -120,8 +120,10 @@ def _sample(path: Path, mesh: Any) -> Outcome:
 
     from tests.workers.engine.ways import ways_of_sampling
 
-    outcome = run(_engine(path, mesh), ways_of_sampling(greedy=True), stagger=4)
-    distributed.barrier()
+    engine = _engine(path, mesh)
+    outcome = run(engine, ways_of_sampling(greedy=True), stagger=4)
+    distributed.barrier()  # what the engine still sends is lost with it
+    del engine
     return outcome
 
 
@@ -167,7 +169,7 @@ def _mesh(rank: int, tp_size: int, pp_size: int, rendezvous: Path) -> Any:
         store=c10d.FileStore(str(rendezvous), world_size),
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=120),
     )
     return Mesh(
         rank=rank,

@@ -1,5 +1,6 @@
 """Penalties, biases and min_tokens against transformers' own logits processors, alone and with everything else."""
 
+import contextlib
 import itertools
 from array import array
 from collections import Counter
@@ -202,6 +203,19 @@ def test_plain_rows_are_not_steered_at_all(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Steering, "steer", fail)
     draws = [draw(params(), handle=0), draw(params(temperature=1.0, top_p=0.9, min_tokens=20), handle=1)]
     Sampler().choose(logits_for(2), draws)
+
+
+@pytest.mark.parametrize("name", [*SETTINGS, "greedy", "top_k and top_p"])
+def test_the_host_waits_for_the_device_only_where_it_must(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a tensor on the host is what would make it wait."""
+    more = {"greedy": {}, "top_k and top_p": SETTINGS["top_k"] | SETTINGS["top_p"]}
+    draws = [draw(params(**(SETTINGS | more)[name]), handle=handle) for handle in range(3)]
+    read: list[str] = []
+    for method in ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, method, lambda *_, method=method: read.append(method))
+    with contextlib.suppress(TypeError):  # nothing can go on with what was not read
+        Sampler().choose(logits_for(3), draws)
+    assert bool(read) == (name == "top_p")
 
 
 def test_a_steered_row_that_is_not_finite_is_marked_and_its_neighbours_go_on() -> None:

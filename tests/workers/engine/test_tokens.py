@@ -21,6 +21,8 @@ from tests.workers.engine.ways import ways_of_sampling
 
 REQUESTS = mixed_requests()
 
+pytestmark = pytest.mark.timeout(240)  # four processes on a busy machine
+
 
 def mismatches(checkpoint: Checkpoint, outcome: Outcome, requests: list[Request] = REQUESTS) -> list[int]:
     return [
