@@ -74,7 +74,8 @@ def test_a_fleet_comes_up_takes_new_settings_and_goes_down(sh: Shell) -> None:
     assert "echo-0" not in sh("down")
 
 
-def test_a_setting_that_cannot_work_is_told_by_up_itself(sh: Shell) -> None:
+def test_a_setting_that_cannot_work_is_told_by_up_itself(sh: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hortator.cli_up.LOOK_EVERY_S", 1.0)
     file = sh.directory / "f.toml"
     file.write_text(file.read_text() + 'engine_typo = "x"\n')
     assert "there is no such key" in sh("up", code=2)

@@ -135,7 +135,7 @@ def settings(fleet: Fleet, group: PlannedGroup) -> dict[str, str]:
         "HORTATOR_LAUNCHER": "external",
         "HORTATOR_FRONT_RANKS": str(per_host(group)),
         "HORTATOR_KEEPER_PORT": str(KEEPER_PORT),
-        "HORTATOR_SECRET_FILE": SECRET_FILE,
+        "HORTATOR_SECRET_FILE": _secret_file(fleet),
     }
     said = fleet.worker_environment(fleet.model_named(group.model))
     return {**fleet.environment, **said, "HORTATOR_REDIS_URL": fleet.redis_url, **own}
@@ -145,7 +145,7 @@ def _torchrun(fleet: Fleet, group: PlannedGroup, python: Path) -> str:
     first = group.hosts[0].host
     place = {"HORTATOR_GROUP": group.name, "HORTATOR_CONTROL_HOST": first}
     return _TORCHRUN.substitute(
-        _common(group, python),
+        _common(fleet, group, python),
         first=first,
         hosts=", ".join(seats.host for seats in group.hosts),
         address=f"[{first}]:{KEEPER_PORT}" if ":" in first else f"{first}:{KEEPER_PORT}",
@@ -158,7 +158,7 @@ def _slurm(fleet: Fleet, group: PlannedGroup, python: Path) -> str:
     exports = settings(fleet, group) | {"HORTATOR_GROUP": group.name}
     on_gpus = fleet.model_named(group.model).device != "cpu"
     return _SLURM.substitute(
-        _common(group, python),
+        _common(fleet, group, python),
         num_ranks=len(group.ranks),
         gpus=f"#SBATCH --gpus-per-node={per_host(group)}\n" if on_gpus else "",
         exports="\n".join(f"export {said}" for said in _assignments(exports)),
@@ -180,7 +180,7 @@ def _kubernetes(fleet: Fleet, group: PlannedGroup) -> str:
     name = spec.name.replace("/", "-").replace(".", "-").replace("_", "-").lower()
     command = celery_command(Path("python"), queue=spec.name, group="$(HORTATOR_GROUP)")
     return _KUBERNETES.substitute(
-        _common(group, Path("python")),
+        _common(fleet, group, Path("python")),
         model=json.dumps(spec.name),
         name=json.dumps(name),
         replicas=spec.replicas,
@@ -192,13 +192,13 @@ def _kubernetes(fleet: Fleet, group: PlannedGroup) -> str:
     )
 
 
-def _common(group: PlannedGroup, python: Path) -> dict[str, object]:
+def _common(fleet: Fleet, group: PlannedGroup, python: Path) -> dict[str, object]:
     return {
         "group": group.name,
         "num_hosts": len(group.hosts),
         "per_host": per_host(group),
         "port": KEEPER_PORT,
-        "secret": SECRET_FILE,
+        "secret": _secret_file(fleet),
         "python": shlex.quote(str(python)),
     }
 
@@ -211,6 +211,10 @@ def _assignments(variables: Mapping[str, str]) -> list[str]:
         else f"{name}={shlex.quote(value)}"
         for name, value in variables.items()
     ]
+
+
+def _secret_file(fleet: Fleet) -> str:
+    return fleet.environment.get("HORTATOR_SECRET_FILE", SECRET_FILE)
 
 
 def _has_password(url: str) -> bool:

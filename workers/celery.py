@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from hortator.producer.errors import ConfigError
 from hortator.producer.schema import TASK_NAME
+from hortator.workers import commands  # noqa: F401  # what leaders can be told over remote control
 from hortator.workers.settings import WorkerSettings
 
 if TYPE_CHECKING:
@@ -86,8 +87,6 @@ class App(Celery):  # type: ignore[misc]
 
     def serve(self, queues: list[str] | None) -> None:
         """Become a leader: called before the worker is built."""
-        import hortator.workers.commands  # noqa: F401  # what leaders can be told over remote control
-
         settings = self.settings
         if queues and queues != [settings.queue]:
             raise ConfigError(

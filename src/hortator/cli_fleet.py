@@ -1,6 +1,7 @@
 """Commands about groups: status, drain, resume, restart, down."""
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,8 +15,6 @@ from hortator.cli_errors import EXIT_FAILED, EXIT_OK, fail_line, printable
 from hortator.cli_store import AsJson, Namespace, RedisUrl, client, store_settings
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from hortator.cli_up import Commanded
     from hortator.producer.store import GroupBeat, QueueInfo
     from hortator.workers.fleet_control import FleetControl
@@ -215,23 +214,28 @@ def page(queues: Sequence["QueueInfo"]) -> str:
 
 
 def watch_queues(look: Any, every_s: float) -> None:
-    """Redraws until Ctrl-C; a Redis that is away is said and waited for."""
+    """Redraws a terminal, else prints page after page, until Ctrl-C; a Redis that is away is said and waited for."""
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
 
+    if not sys.stdout.isatty():
+        while True:
+            typer.echo(watched(look) + "\n")
+            time.sleep(every_s)
+    with Live(console=Console(), screen=True, auto_refresh=False, vertical_overflow="crop") as live:
+        while True:
+            live.update(Text(watched(look), no_wrap=True), refresh=True)
+            time.sleep(every_s)
+
+
+def watched(look: Any) -> str:
     from hortator.producer.errors import StoreUnavailable
 
-    console = Console()
-    with Live(console=console, screen=console.is_terminal, auto_refresh=False, vertical_overflow="visible") as live:
-        while True:
-            shown: RenderableType
-            try:
-                shown = Text(page(look()))
-            except StoreUnavailable as problem:
-                shown = Text(f"{printable(problem.message)}; trying again")
-            live.update(shown, refresh=True)
-            time.sleep(every_s)
+    try:
+        return page(look())
+    except StoreUnavailable as problem:
+        return f"{printable(problem.message)}; trying again"
 
 
 def queue_rows(queues: Sequence["QueueInfo"]) -> Iterator[tuple[str, ...]]:

@@ -73,7 +73,6 @@ def sh(cluster: Cluster) -> Shell:
 def test_a_fleet_is_started_read_and_ended_over_ssh(cluster: Cluster, sh: Shell) -> None:
     assert "echo-0 is ready" in sh("up", str(sh.fleet_file), *sh.state())
     assert [len(cluster.machines[name].ranks()) for name in NAMES] == [1, 1]
-    assert "echo-0 runs already" in sh("up", str(sh.fleet_file), *sh.state())
     [job] = cluster.enqueue(["over two machines;"], max_tokens=20)
     assert cluster.finished([job], timeout_s=20)[job].state is State.SUCCEEDED
     [queue] = map(json.loads, sh("status", "--json", "--redis-url", cluster.redis.url).splitlines())
