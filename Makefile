@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo check test bench-queue bench-engine clean
+.PHONY: setup demo check test test-containers bench-queue bench-engine bench-plan bench-faults clean
 
 setup: $(STAMP)
 
@@ -25,11 +25,20 @@ check: $(STAMP)
 test: $(STAMP)
 	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
+test-containers: $(STAMP)
+	$(BIN)/pytest -s tests/containers/live.py
+
 bench-queue: $(STAMP)
 	$(BIN)/python benchmarks/bench_queue.py
 
 bench-engine: $(STAMP)
 	$(BIN)/python benchmarks/bench_engine.py
+
+bench-plan: $(STAMP)
+	$(BIN)/python benchmarks/bench_plan.py
+
+bench-faults: $(STAMP)
+	$(BIN)/python benchmarks/bench_faults.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info src/*.egg-info

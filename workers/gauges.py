@@ -31,11 +31,13 @@ class Gauges:
 
     def read(self, stats: EngineStats | None) -> dict[str, Any]:
         failure = self._group.last_failure
+        found = stats.cached_tokens / stats.prompt_tokens if stats and stats.prompt_tokens else 0.0
         kv_use = 1 - stats.free_blocks / stats.total_blocks if stats and stats.total_blocks else 0.0
         return {
             "steps_per_s": round(self._steps_per_s, 1),
             "tokens_per_s": round(self._tokens_per_s, 1),
             "kv_use": round(kv_use, 3),
+            "prefix_found": round(found, 3),  # share of the prompts' tokens that was cached, since the group's start
             "waiting": stats.waiting if stats else 0,
             "preemptions": stats.preemptions if stats else 0,
             "pids": list(self._group.pids.values()),
