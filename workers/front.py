@@ -502,8 +502,7 @@ class Front:
 
     def flush(self) -> None:
         """Tell the engine, then the store."""
-        if self._admits or self._cancels:
-            self._submit()
+        self.submit()
         now = self._clock()
         if self._unjournalled and (now >= self._journal_at or self._draining):
             for live in self._unjournalled.values():
@@ -522,8 +521,10 @@ class Front:
         wanted_s = len(self._live) / JOURNAL_ENTRIES_PER_S
         return max(self._journal_every_s, min(wanted_s, LONGEST_JOURNAL_S))
 
-    def _submit(self) -> None:
-        """What a group that is gone never had cannot have brought it down: it goes back uncharged."""
+    def submit(self) -> None:
+        """Tell the engine.  What a group that is gone never had cannot have brought it down: it goes back uncharged."""
+        if not self._admits and not self._cancels:
+            return
         admits, cancels = self._admits, self._cancels
         self._admits, self._cancels = [], []
         if not self._group.submit(admit=admits, cancel=cancels):

@@ -193,7 +193,7 @@ def report(step: int, output: StepOutput, stats: EngineStats, *, idle: bool) -> 
     }
     if output.tokens:
         message["tokens"] = [
-            (t.handle, t.token_id, t.logprob, t.top) if t.top else (t.handle, t.token_id, t.logprob)
+            (t.handle, t.token_id, t.logprob, t.top) if t.top or t.logprob is not None else (t.handle, t.token_id)
             for t in output.tokens
         ]
     if output.finished:
@@ -206,12 +206,12 @@ def report(step: int, output: StepOutput, stats: EngineStats, *, idle: bool) -> 
 def read_report(message: Message) -> tuple[int, StepOutput, EngineStats, bool]:
     """The inverse of `report`."""
     output = StepOutput(
-        tokens=tuple(_token(*item) for item in message.get("tokens", ())),
+        tokens=tuple(Token(*item) if len(item) == 2 else _scored(*item) for item in message.get("tokens", ())),
         finished=tuple((handle, Finish(finish)) for handle, finish in message.get("finished", ())),
         faults=tuple(Fault(*item) for item in message.get("faults", ())),
     )
     return message["step"], output, EngineStats(*message["stats"]), message["idle"]
 
 
-def _token(handle: int, token_id: int, logprob: float | None, top: Sequence[Sequence[Any]] = ()) -> Token:
-    return Token(handle, token_id, logprob, _pairs(top) if top else ())
+def _scored(handle: int, token_id: int, logprob: float | None, top: Sequence[Sequence[Any]]) -> Token:
+    return Token(handle, token_id, logprob, _pairs(top))

@@ -27,7 +27,8 @@ from hortator.workers.transport import ClaimedMessage
 
 logger = logging.getLogger("hortator.front")
 
-GC_THRESHOLD = 3_000  # objects: hundreds of jobs in flight are no garbage
+GC_THRESHOLD = 10_000  # objects: hundreds of jobs in flight are no garbage
+HAND_IN = 16  # jobs that the engine gets at a time
 LAST_WORDS_S = 3.0  # at the end of the grace: time to tell the store what goes back
 
 
@@ -175,8 +176,10 @@ class EnginePool(BasePool):  # type: ignore[misc]
             front.hand_back()
         front.flush()  # results first: somebody waits for them, while the engine has a few jobs in reserve
         if self._deliver is not None:
-            for claimed in front.take():
+            for index, claimed in enumerate(front.take()):
                 self._hand_in(claimed)
+                if index % HAND_IN == HAND_IN - 1:
+                    front.submit()  # the engine begins with these while the others are prepared
             front.flush()
         if front.fatal is not None and worker_state.should_stop is None:
             logger.critical("%s", front.fatal)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from hortator.topology.mesh import Mesh
 
 CONFIG_VARIABLE = "HORTATOR_RANK_CONFIG"
+GC_THRESHOLD = 10_000  # objects: what hundreds of requests in flight hold is no garbage
 
 
 class Exit(IntEnum):
@@ -219,6 +220,7 @@ def serve(config: RankConfig, control: ControlClient, listener: socket.socket | 
         channel = DistributedChannel(mesh.world_group, mesh.device)
     gc.collect()
     gc.freeze()  # what is loaded now stays: no collection should walk over it between two steps
+    gc.set_threshold(GC_THRESHOLD)
     control.progress = lambda: getattr(engine, "progress", 0)
     control.ready(describe(engine.info))
     if config.rank == 0:
