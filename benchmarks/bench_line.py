@@ -1,6 +1,6 @@
 """The whole line against the bare engine on the same workload: what front, Redis and client cost.
 
-    python benchmarks/bench_line.py [--jobs 96] [--repeats 3] [--json FILE]
+    python benchmarks/bench_line.py [--jobs 384] [--repeats 3] [--json FILE]
 
 Both arms run one rank of the demo model with the same settings and as many torch threads; the runs are interleaved.
 - bare: this file in a child process calls the engine's apply and execute in a loop, all requests admitted at once.
@@ -116,7 +116,7 @@ def cpu_s(process: psutil.Process) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=96)
+    parser.add_argument("--jobs", type=int, default=384)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--bare", action="store_true", help="run the control arm in this process and print JSON")

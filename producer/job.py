@@ -19,7 +19,7 @@ from hortator.producer.schema import Choice, Chunk, Job, Priority, Result, Sampl
 
 MIN_POLL_S = 0.005
 MAX_POLL_S = 0.25
-POLL_SHARE = 0.1  # at most this share of the time goes into asking
+POLL_SHARE = 0.05  # at most this share of the time goes into asking
 
 
 def new_job(

@@ -35,6 +35,7 @@ class Output:
         self._ends = ends
         self._stop = tuple(stop)
         self._min_tokens = min_tokens
+        self._undecoded: list[int] = []
         self._held = ""
         self._safe: list[str] = []  # pieces of text that nothing can change any more
         self._num_journalled = 0
@@ -44,6 +45,7 @@ class Output:
     @property
     def text(self) -> str:
         """Everything that is certain; after `finish`, everything."""
+        self._decode()
         return "".join(self._safe)
 
     @property
@@ -65,13 +67,14 @@ class Output:
         if self.top_logprobs is not None:
             self.top_logprobs.append(top)
         if token_id not in self._ends:
-            piece = self._decoder.feed(token_id)
-            if piece:
-                self._add(piece)
+            self._undecoded.append(token_id)
+            if self._stop:
+                self._decode()
         return self.stopped
 
     def finish(self) -> None:
         """No token follows: what was held back is text after all."""
+        self._decode()
         if not self.stopped:
             rest = self._decoder.flush()
             if rest:
@@ -85,6 +88,7 @@ class Output:
         start = self._num_journalled
         if start == len(self.token_ids):
             return None
+        self._decode()
         text = "".join(self._unsent)
         self._num_journalled = len(self.token_ids)
         self._unsent = []
@@ -95,6 +99,14 @@ class Output:
             logprobs=None if self.logprobs is None else tuple(self.logprobs[start:]),
             top_logprobs=None if self.top_logprobs is None else tuple(self.top_logprobs[start:]),
         )
+
+    def _decode(self) -> None:
+        """Only a stop string needs each token's text at once; else it can wait for the journal."""
+        if self._undecoded:
+            piece = self._decoder.feed(*self._undecoded)
+            self._undecoded.clear()
+            if piece:
+                self._add(piece)
 
     def _add(self, piece: str) -> None:
         if not self._stop or len(self.token_ids) <= self._min_tokens:
@@ -130,5 +142,6 @@ class Output:
             probs, tops = chunk.logprobs or (), chunk.top_logprobs or ()
             for at, token_id in enumerate(chunk.token_ids):
                 self.feed(token_id, probs[at] if at < len(probs) else None, tops[at] if at < len(tops) else ())
+        self._decode()
         self._num_journalled = len(self.token_ids)
         self._unsent.clear()  # the same tokens give the same text, and the same end of it was held back

@@ -26,8 +26,8 @@ class Decoder(Protocol):
     the same run into U+FFFD as well; a stream cannot take them back, and a result says what its stream said.)
     """
 
-    def feed(self, token_id: int) -> str:
-        """The text that this token completes, maybe none."""
+    def feed(self, *token_ids: int) -> str:
+        """The text that these tokens complete, maybe none.  Many at once cost hardly more than one."""
 
     def flush(self) -> str:
         """What is left when no more tokens come."""
@@ -76,8 +76,8 @@ class _ByteDecoder:
     def __init__(self) -> None:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def feed(self, token_id: int) -> str:
-        return self._utf8.decode(_byte(token_id))
+    def feed(self, *token_ids: int) -> str:
+        return self._utf8.decode(b"".join(map(_byte, token_ids)))
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)
@@ -148,13 +148,16 @@ class _WindowDecoder:
         self._given: list[int] = []  # tokens whose text is out already
         self._since: list[int] = []
 
-    def feed(self, token_id: int) -> str:
-        self._since.append(token_id)
+    def feed(self, *token_ids: int) -> str:
+        before, self._since = self._since, [*self._since, *token_ids]
         text = self._news()
-        if not text or text.endswith(REPLACEMENT):
+        if text and not text.endswith(REPLACEMENT):
+            self._given, self._since = self._since, []
+            return text
+        if len(token_ids) == 1:
             return ""
-        self._given, self._since = self._since, []
-        return text
+        self._since = before  # only the last ones may have to wait
+        return "".join(map(self.feed, token_ids))
 
     def flush(self) -> str:
         return self._news() if self._since else ""

@@ -137,6 +137,19 @@ def test_a_stream_of_a_sentence_adds_up_to_it(text: HFText, sentence: str) -> No
     assert streamed(text, token_ids) == sentence
 
 
+@pytest.mark.parametrize("sentence", CORPUS)
+def test_tokens_may_come_many_at_a_time(text: HFText, sentence: str) -> None:
+    token_ids, rng = list(text._rust.encode(sentence, add_special_tokens=False).ids), random.Random(3)
+    for _ in range(20):
+        decoder, pieces, rest = text.decoder(), [], token_ids
+        while rest:
+            count = rng.randint(1, 5)
+            pieces.append(decoder.feed(*rest[:count]))
+            rest = rest[count:]
+        assert "".join([*pieces, decoder.flush()]) == sentence
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
 @pytest.mark.parametrize("sentence", ["naïve 東京 🦊", "🦊"])
 def test_no_half_character_is_ever_streamed(text: HFText, sentence: str) -> None:
     decoder = text.decoder()
