@@ -275,8 +275,9 @@ _UNAVAILABLE = re.compile(r"\b(OOM|MISCONF|READONLY|LOADING|BUSY|MASTERDOWN|NORE
 _FORBIDDEN = re.compile(r"\b(NOAUTH|WRONGPASS|NOPERM)\b|can't run this command|can't access at least one of the keys")
 
 
-def translate(error: Exception, where: str) -> HortatorError | None:
-    """What to raise for what redis-py raised; None: it is nothing that the caller or Redis could mend."""
+def translate(error: Exception, where: str) -> HortatorError:
+    """What to raise for what redis-py raised.  Whatever a server answers that nobody foresaw is an outage as well: what
+    is at that address now, or what somebody did to our keys, may be mended while workers and clients wait."""
     text = str(error)
     if isinstance(error, broken.AuthenticationError | broken.NoPermissionError) or _FORBIDDEN.search(text):
         return StoreForbidden(f"Redis at {where} refuses our credentials: {text[:200]}", retry_after_s=5.0)
@@ -284,7 +285,7 @@ def translate(error: Exception, where: str) -> HortatorError | None:
         return StoreUnavailable(f"Redis at {where} does not answer: {text or type(error).__name__}")
     if isinstance(error, broken.OutOfMemoryError | broken.ReadOnlyError) or _UNAVAILABLE.search(text):
         return StoreUnavailable(f"Redis at {where} takes no writes now: {text[:200]}")
-    return None
+    return StoreUnavailable(f"Redis at {where} refused a call: {text[:200] or type(error).__name__}")
 
 
 def _ms(seconds: float) -> int:

@@ -178,7 +178,7 @@ class RedisStore:
         try:
             yield
         except (RedisError, OSError) as error:
-            raise translate(error, self._where) or error from error
+            raise translate(error, self._where) from error
 
 
 class AsyncRedisStore:
@@ -312,7 +312,7 @@ class AsyncRedisStore:
         try:
             yield
         except (RedisError, OSError) as error:
-            raise translate(error, self._where) or error from error
+            raise translate(error, self._where) from error
 
 
 def _connection(timeout_s: float, connect_timeout_s: float) -> dict[str, Any]:

@@ -47,6 +47,7 @@ JOURNAL_EVERY_S, LONGEST_JOURNAL_S = 0.03, 0.1
 JOURNAL_ENTRIES_PER_S = 500  # a chunk costs Redis, the front and every reader the same, however many tokens it holds
 BEAT_EVERY_S = 1.0
 CROWDED_DELIVERY_S = 0.004  # a well filled group tells Redis of its results at most this often
+MIN_DEADLINES = 64  # that are kept before those of ended jobs are thrown out
 LONGEST_SLEEP_S = 0.05  # a revoke or a rejection by Celery comes between two turns, and waits no longer than this
 
 _REASONS = {Finish.STOP: FinishReason.STOP, Finish.LENGTH: FinishReason.LENGTH}
@@ -236,6 +237,14 @@ class Front:
 
     def _end_at(self, at: float, outcome: Outcome) -> None:
         heapq.heappush(self._deadlines, (at, next(self._handles), outcome))
+        if len(self._deadlines) > 2 * (len(self._live) + len(self._taken)) + MIN_DEADLINES:
+            self._forget_deadlines()
+
+    def _forget_deadlines(self) -> None:
+        """Of jobs that have ended: theirs may be days away."""
+        here = self._live.keys() | self._taken.keys()
+        self._deadlines = [entry for entry in self._deadlines if entry[2].lease.job_id in here]
+        heapq.heapify(self._deadlines)
 
     def refuse(self, lease: Lease, reason: str) -> None:
         """Celery can do nothing with a message that was taken."""

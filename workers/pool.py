@@ -198,8 +198,10 @@ class EnginePool(BasePool):  # type: ignore[misc]
             self._schedule()
 
     def _on_timer(self) -> None:
-        self.turn()
-        self._schedule()
+        try:
+            self.turn()
+        finally:  # Celery logs what a timer raises and goes on; so must we
+            self._schedule()
 
     def _schedule(self) -> None:
         if self._timer is not None:

@@ -6,10 +6,11 @@ kept in `unacked`, and nothing is restored while it runs.  Acks and rejects go b
 a reconnect.  In a process without claims (inspect, control, AsyncResult) this is the stock transport.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from kombu.exceptions import ChannelError
+from kombu.exceptions import ChannelError, DecodeError
 from kombu.message import Message
 from kombu.transport import redis, virtual
 from redis.backoff import NoBackoff
@@ -17,6 +18,8 @@ from redis.retry import Retry
 
 from hortator.producer.store import Claimed, Lease
 from hortator.workers.envelope import Envelope
+
+logger = logging.getLogger("hortator.front")
 
 REDACTED = "(redacted)"
 
@@ -133,3 +136,10 @@ class Transport(redis.Transport):  # type: ignore[misc]
 
     Channel = Channel
     claims: Claims | None = None  # set by the leader's consumer before it connects
+
+    def _deliver(self, message: Any, queue: str) -> None:
+        """Anybody can publish anything to the channels of remote control; it must not end the worker."""
+        try:
+            super()._deliver(message, queue)
+        except (TypeError, KeyError, ValueError, AttributeError, DecodeError) as error:
+            logger.warning("a message of remote control cannot be read and is dropped: %s", type(error).__name__)

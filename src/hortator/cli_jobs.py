@@ -142,7 +142,7 @@ def read_jobs(file: Path, common: dict[str, Any], sampling: dict[str, Any]) -> I
         where = f"{file}:{number}"
         try:
             entry = json.loads(line)
-        except ValueError as problem:
+        except (ValueError, RecursionError) as problem:
             raise BadRequest(f"{where}: not JSON: {problem}") from None
         fields = {"prompt": entry} if isinstance(entry, str) else entry
         if not isinstance(fields, dict):

@@ -241,6 +241,27 @@ def test_bad_bytes_end_in_the_dead_letters_and_never_end_the_worker(
 # ---- connections
 
 
+@pytest.mark.parametrize("noise", ["null", "[]", "1", '{"properties": []}', '{"properties": {}, "body": 5}'])
+def test_what_anybody_publishes_to_remote_control_never_ends_the_worker(
+    noise: str, worker: Worker, server: EmbeddedRedis
+) -> None:
+    with redis.Redis.from_url(server.url) as connection:
+        assert connection.publish("/0.celery.pidbox", noise)
+    [job_id] = push(server, "still here")
+    assert worker.terminal(job_id)[0].state is State.SUCCEEDED
+
+
+def test_an_answer_that_nobody_foresaw_is_an_outage_and_no_end(own_redis: EmbeddedRedis, tmp_path: Path) -> None:
+    """Somebody's key stands where the queue is: nothing can be claimed until it is gone."""
+    with Worker(own_redis.url, tmp_path).ready() as worker, redis.Redis.from_url(own_redis.url) as connection:
+        connection.set(QUEUE, "somebody's")
+        wait_for("the leader notices", lambda: b"refused a call" in worker.log.read_bytes())
+        connection.delete(QUEUE)
+        [job_id] = push(own_redis, "after it")
+        assert worker.terminal(job_id)[0].state is State.SUCCEEDED
+        assert worker.process.poll() is None
+
+
 def test_nothing_runs_twice_when_all_connections_are_killed(own_redis: EmbeddedRedis, tmp_path: Path) -> None:
     with Worker(own_redis.url, tmp_path) as worker:
         ids = push(own_redis, *["hello"] * 8, tokens=3 * SECOND)

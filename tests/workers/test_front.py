@@ -8,6 +8,7 @@ from hortator.producer.errors import HortatorError, StoreForbidden, StoreUnavail
 from hortator.producer.schema import FinishReason, Job, State
 from hortator.producer.store import Lease, Outcome, ReleaseReason, Verdict
 from hortator.workers.engine.step import EngineStats, Finish, StepOutput, Structure, StructureKind, Token
+from hortator.workers.front import MIN_DEADLINES
 from hortator.workers.group import Stepped
 from hortator.workers.intake import seed_of
 from hortator.workers.outbox import COMMITS_PER_CALL, Delivery, Outbox
@@ -854,3 +855,11 @@ def test_a_group_says_every_second_that_it_lives() -> None:
         leader.turn(after_s=0.5)
     assert 4 <= leader.redis.calls.count("beat") <= 6
     assert leader.redis.calls.count("sweep") == leader.redis.calls.count("beat")
+
+
+def test_deadlines_of_jobs_that_ended_are_forgotten() -> None:
+    leader = Leader()
+    for number in range(300):
+        leader.run(job_id=f"id-{number}", deadline_s=86_400.0)
+        leader.step("a", finish=Finish.LENGTH)
+    assert len(leader.front._deadlines) <= 2 + MIN_DEADLINES
