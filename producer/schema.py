@@ -127,7 +127,7 @@ class Sampling(Wire):
     top_logprobs: int = Field(
         default=0, ge=0, le=MAX_TOP_LOGPROBS, description="with logprobs: also those of the likeliest tokens"
     )
-    repetition_penalty: float = Field(default=1.0, gt=0.0, le=100.0, description="over prompt and output; 1: none")
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100.0, description="over prompt and output; 1: none")
     presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0, description="over the output")
     frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0, description="over the output")
     logit_bias: dict[TokenId, Annotated[float, Field(ge=-100.0, le=100.0)]] = Field(

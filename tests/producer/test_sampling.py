@@ -59,7 +59,8 @@ def test_every_structure_survives_the_wire_in_its_order(structure: dict[str, Any
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"repetition_penalty": 0}, "greater than 0"),
+        ({"repetition_penalty": 0}, "greater than or equal to 0.01"),
+        ({"repetition_penalty": 1e-38}, "greater than or equal to 0.01"),
         ({"presence_penalty": 2.1}, "less than or equal to 2"),
         ({"frequency_penalty": "NaN"}, "finite"),
         ({"logit_bias": {"-1": 1}}, "greater than or equal to 0"),

@@ -53,8 +53,8 @@ def _bias_problem(request: Request, info: EngineInfo) -> str | None:
     for token_id, value in request.sampling.logit_bias:
         if not 0 <= token_id < info.vocab_size:
             return f"logit_bias: token id {token_id} is outside the vocabulary of {info.vocab_size}"
-        if not math.isfinite(value):
-            return f"logit_bias: {value} for token id {token_id} is not finite"
+        if not -100 <= value <= 100:
+            return f"logit_bias: {value} for token id {token_id} is not from -100 to 100"
     return None
 
 
@@ -84,9 +84,12 @@ def _sampling_problem(request: Request) -> str | None:
         (0 < s.top_p <= 1, f"top_p must be above 0 and at most 1, got {s.top_p}"),
         (s.top_k >= 0, f"top_k must be >= 0 (0: no limit), got {s.top_k}"),
         (0 <= s.min_p <= 1, f"min_p must be between 0 and 1, got {s.min_p}"),
-        (0 < s.repetition_penalty < math.inf, f"repetition_penalty must be above 0, got {s.repetition_penalty}"),
-        (math.isfinite(s.presence_penalty), f"presence_penalty must be a number, got {s.presence_penalty}"),
-        (math.isfinite(s.frequency_penalty), f"frequency_penalty must be a number, got {s.frequency_penalty}"),
+        (
+            0.01 <= s.repetition_penalty <= 100,
+            f"repetition_penalty must be from 0.01 to 100, got {s.repetition_penalty}",
+        ),
+        (-2 <= s.presence_penalty <= 2, f"presence_penalty must be from -2 to 2, got {s.presence_penalty}"),
+        (-2 <= s.frequency_penalty <= 2, f"frequency_penalty must be from -2 to 2, got {s.frequency_penalty}"),
         (s.min_tokens >= 0, f"min_tokens must be >= 0, got {s.min_tokens}"),
         (0 <= s.top_logprobs <= MAX_TOP, f"top_logprobs must be between 0 and {MAX_TOP}, got {s.top_logprobs}"),
         (len(dict(s.logit_bias)) == len(s.logit_bias), "logit_bias names a token twice"),

@@ -24,6 +24,7 @@ from .step import SamplingParams
 from .transfer import indices, to_device
 
 _FIRST_SLOTS, _FIRST_PLACES = 8, 256
+_LARGEST = torch.finfo(torch.float32).max
 
 
 class Tally:
@@ -141,8 +142,10 @@ def penalise(
     repetition, frequency, presence = to_device(np.array(factors, dtype=np.float32), device).unsqueeze(-1).unbind(1)
     values = logits[at, ids]
     values = torch.where(values > 0, values / repetition, values * repetition)
-    # Where a place is repeated, equal values are written to the same spot.
-    logits[at, ids] = values - frequency * counts - presence * (counts > 0)
+    values = values - frequency * counts - presence * (counts > 0)
+    # A large logit times a large penalty may overflow: it stays comparable.  Where a place is repeated, equal values
+    # are written to the same spot.
+    logits[at, ids] = values.clamp(-_LARGEST, _LARGEST)
 
 
 def add_biases(logits: torch.Tensor, rows: Sequence[int], biases: Sequence[Bias]) -> None:

@@ -106,7 +106,10 @@ def uniform(seed: int, position: int) -> float:
 
 
 def _sample(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-    """Inverse-CDF over the filtered distribution, in the order of the vocabulary, in double precision."""
+    """Inverse-CDF over the filtered distribution, in the order of the vocabulary, in double precision.
+
+    A row whose distribution is none (all impossible, or not finite) gets BAD_ROW.
+    """
     temperatures = column([d.sampling.temperature for d in draws], logits.device).float()
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperatures  # the best token is at 0
     kept = scaled >= _thresholds(scaled, draws)
@@ -115,7 +118,9 @@ def _sample(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     targets = column([uniform(d.sampling.seed, d.position) for d in draws], logits.device) * total
     # Rounding must not push a target to the total itself, beyond the last token.
     targets = torch.minimum(targets, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, targets, right=True).squeeze(1)
+    tokens = torch.searchsorted(cumulative, targets, right=True)
+    sound = (total > 0) & torch.isfinite(total) & (tokens < logits.shape[1])
+    return torch.where(sound, tokens, BAD_ROW).squeeze(1)
 
 
 def _thresholds(scaled: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:

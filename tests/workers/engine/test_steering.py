@@ -225,6 +225,35 @@ def test_a_steered_row_that_is_not_finite_is_marked_and_its_neighbours_go_on() -
     assert Sampler().choose(logits, draws).tolist() == [before[0], BAD_ROW, before[2]]
 
 
+EXTREMES: list[dict[str, Any]] = [
+    {"repetition_penalty": 1e-38},
+    {"repetition_penalty": 1e-45},
+    {"repetition_penalty": 1e38},
+    {"frequency_penalty": 3e38},
+    {"frequency_penalty": -3e38},
+    {"presence_penalty": 3e38},
+    {"presence_penalty": -3e38, "frequency_penalty": -3e38},
+    {"logit_bias": tuple((token, -3e38) for token in range(VOCAB)), "presence_penalty": 3e38},
+    {"repetition_penalty": 1e-38, "logit_bias": ((1, 3e38),), "top_k": 3, "top_p": 0.9},
+]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-4, 1.0, 100.0])
+def test_nothing_that_penalties_make_of_logits_becomes_a_token_beyond_the_vocabulary(temperature: float) -> None:
+    """Even of what admission refuses."""
+    draws = [draw(params(**wild, temperature=temperature), handle=at) for at, wild in enumerate(EXTREMES)]
+    for seed in range(5):
+        chosen = Sampler().choose(logits_for(len(draws), seed=seed) * 100, draws).tolist()
+        assert all(BAD_ROW <= token < VOCAB for token in chosen)
+
+
+@pytest.mark.parametrize("limit", [0.01, 100.0])
+@pytest.mark.parametrize("scale", [1.0, 1e37])
+def test_at_the_limits_of_the_repetition_penalty_every_row_has_a_token(limit: float, scale: float) -> None:
+    draws = [draw(params(repetition_penalty=limit, temperature=1.0, seed=at), handle=at) for at in range(8)]
+    assert all(0 <= token < VOCAB for token in Sampler().choose(logits_for(8) * scale, draws).tolist())
+
+
 def test_only_penalties_and_structures_need_history() -> None:
     assert {name for name, changes in SETTINGS.items() if params(**changes).needs_history} == {
         "repetition_penalty",
@@ -264,11 +293,14 @@ def test_the_likeliest_tokens_are_those_of_the_unmodified_distribution() -> None
     ("wrong", "said"),
     [
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-38}, "repetition_penalty"),
         ({"repetition_penalty": float("inf")}, "repetition_penalty"),
         ({"presence_penalty": float("nan")}, "presence_penalty"),
         ({"frequency_penalty": float("inf")}, "frequency_penalty"),
         ({"logit_bias": ((VOCAB, 1.0),)}, f"token id {VOCAB} is outside the vocabulary of {VOCAB}"),
         ({"logit_bias": ((1, float("nan")),)}, "logit_bias"),
+        ({"logit_bias": ((1, 1e38),)}, "logit_bias"),
+        ({"presence_penalty": -1e300}, "presence_penalty"),
         ({"logit_bias": ((1, 1.0), (1, 2.0))}, "twice"),
         ({"min_tokens": -1}, "min_tokens"),
         ({"min_tokens": 1, "stop_token_ids": tuple(range(VOCAB))}, "every token"),
