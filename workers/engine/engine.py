@@ -142,7 +142,7 @@ class PagedEngine:
                 self._scheduler.again(row)
             elif sequence.ended:
                 self._scheduler.accept(row, token)
-            elif token < 0:
+            elif not 0 <= token < self._info.vocab_size:
                 self._fail(row, choice.fault(sequence.handle, token, context=row.context))
             else:
                 tokens.append(_token(sequence.handle, token, score))

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -170,6 +171,21 @@ def test_bad_logits_fail_one_request_and_nobody_sees_its_cache(bad: int, tempera
         assert outcome.tokens[handle] == healthy[handle]
     assert again.faults == {}
     assert {handle - 10: tokens for handle, tokens in again.tokens.items()} == healthy
+
+
+def test_a_token_beyond_the_vocabulary_fails_its_own_request(
+    llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose = sampler.Sampler.choose
+
+    def broken(self: sampler.Sampler, logits: torch.Tensor, draws: Sequence[sampler.Draw]) -> torch.Tensor:
+        bad = torch.tensor([draw.handle == 1 and draw.position == 3 for draw in draws])
+        return torch.where(bad, VOCAB, choose(self, logits, draws))
+
+    monkeypatch.setattr(sampler.Sampler, "choose", broken)
+    outcome = run(build(llama.path), [Request(1, PROMPT, GREEDY), Request(2, PROMPT, GREEDY)])
+    assert outcome.faults[1].code == "bad_logits"
+    assert (len(outcome.tokens[1]), len(outcome.tokens[2])) == (3, 12)
 
 
 def test_progress_moves_with_every_layer_and_by_the_same_in_every_step(llama: Checkpoint) -> None:
