@@ -8,6 +8,8 @@ its own request.  Compiling happens in threads, and the library lets go of the i
 import json
 import logging
 import os
+import threading
+import time
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ from numpy.typing import NDArray
 
 from hortator.producer.errors import BadRequest, ConfigError
 
+from . import bounds
 from .plain import PlainVocabulary
 from .step import Structure, StructureKind
 
@@ -29,6 +32,8 @@ logger = logging.getLogger("hortator.engine")
 
 _NUM_COMPILED = 128  # structures kept for requests that use the same
 _THREADS = 2
+_STACK_BYTES = 256 << 20  # the library recurses as deep as `bounds` lets descriptions nest; touched only as needed
+_PATIENCE_S = 1.0  # of processor time to compile and to begin
 _MAX_REASON = 500
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 """Any layout, but not for ever: a model that has begun to indent may not find out of it."""
@@ -78,7 +83,7 @@ class Grammars:
 
     def __init__(self, tokenizer: Path, *, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         """Starts to read the tokenizer.json; `wait` for it while the rank loads, since it holds the interpreter."""
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="grammars")
+        self._threads = _deep_threads(_THREADS)
         self._tokenizer = self._threads.submit(_read, tokenizer, vocab_size, list(eos_token_ids))
         self._compiled: OrderedDict[Structure, Future[llguidance.LLMatcher]] = OrderedDict()
         self._path = tokenizer
@@ -146,13 +151,31 @@ def _read(path: Path, vocab_size: int, eos_token_ids: list[int]) -> llguidance.L
         return llguidance.LLTokenizer(llguidance.TokenizerWrapper(plain), n_vocab=vocab_size, eos_token=eos_token_ids)
 
 
-def _compile(tokenizer: "Future[llguidance.LLTokenizer]", structure: Structure) -> llguidance.LLMatcher:
+def _deep_threads(count: int) -> ThreadPoolExecutor:
+    """Threads with a stack of their own size, all started: the size is the process's setting at that moment."""
+    threads, together = ThreadPoolExecutor(count, thread_name_prefix="grammars"), threading.Barrier(count)
+    before = threading.stack_size(_STACK_BYTES)
     try:
+        for _ in range(count):
+            threads.submit(together.wait)
+    finally:
+        threading.stack_size(before)
+    return threads
+
+
+def _compile(tokenizer: "Future[llguidance.LLTokenizer]", structure: Structure) -> llguidance.LLMatcher:
+    """Also makes the first mask, so that what it costs falls here and not into a step."""
+    started = time.thread_time()
+    try:
+        bounds.check(structure)
         matcher = llguidance.LLMatcher(tokenizer.result(), _grammar(structure), log_level=0, limits=_LIMITS)
     except (ValueError, ConfigError) as error:  # JSON that is none; a tokenizer that cannot be used
         raise BadRequest(f"structure: {first_line(str(error))}") from None
     if matcher.is_error():  # of a description, which its sender knows: all lines may be told
         raise BadRequest(f"structure: {' '.join(matcher.get_error().split())[:_MAX_REASON]}")
+    matcher.compute_bitmask()
+    if (spent := time.thread_time() - started) > _PATIENCE_S:
+        raise BadRequest(f"structure: it takes {spent:.1f} s to begin, the limit is {_PATIENCE_S:.0f} s: simplify it")
     return matcher
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from hortator.producer.errors import BadRequest
 from hortator.workers.engine import structure as structures
 from hortator.workers.engine.sampler import BAD_STRUCTURE, PENDING, Draw, Sampler, fault_of
 from hortator.workers.engine.step import SamplingParams, Structure, StructureKind
@@ -244,6 +245,15 @@ def test_hostile_structures_cost_little_time_and_memory(grammars: Grammars) -> N
         alive = [row for row, token in zip(alive, chosen, strict=True) if token > EOS]
     assert time.process_time() - spent < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000, "more than a gigabyte"
+
+
+def test_a_structure_that_takes_long_to_begin_is_refused(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first mask of this one costs some 0.1 s, the first of a row that copies it much less."""
+    dear = "(1{300}){300}"
+    monkeypatch.setattr(structures, "_PATIENCE_S", 0.005)
+    error = grammars.compile(regex(dear)).exception()
+    assert isinstance(error, BadRequest)
+    assert "to begin" in error.message
 
 
 def test_the_bound_on_what_a_step_may_cost_is_ours(grammars: Grammars) -> None:
