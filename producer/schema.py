@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic_core import PydanticSerializationError
 
 SCHEMA_VERSION = 1
 TASK_NAME = "llm.generate"
@@ -94,11 +95,27 @@ class OneOf(Wire):
     choices: tuple[Annotated[str, StringConstraints(min_length=1)], ...] = Field(min_length=1, max_length=MAX_CHOICES)
 
 
-def _bounded(structure: Wire) -> Wire:
+def _as_json(structure: Wire) -> str:
+    """ValueError says what keeps it from being JSON that every reader takes."""
     try:
-        size = len(json.dumps(structure.model_dump(mode="json"), ensure_ascii=False))
+        text = json.dumps(structure.model_dump(mode="json"), ensure_ascii=False)
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ord(error.object[error.start])
+        raise ValueError(f"a structure has half of a surrogate pair (U+{half:04X}), which is no text") from None
+    except PydanticSerializationError as error:
+        raise ValueError(f"a structure is no JSON: {error}") from None
     except (RecursionError, ValueError):  # whichever limit is met first
         raise ValueError("a structure is nested too deeply") from None
+    try:
+        json.dumps(structure.model_dump(), allow_nan=False, default=str)  # the JSON mode has made nulls of them
+    except ValueError:
+        raise ValueError("a structure has a number that JSON does not have: infinite or not a number") from None
+    return text
+
+
+def _bounded(structure: Wire) -> Wire:
+    size = len(_as_json(structure))
     if size > MAX_STRUCTURE_CHARS:
         raise ValueError(f"a structure of {size} characters; the limit is {MAX_STRUCTURE_CHARS}")
     return structure

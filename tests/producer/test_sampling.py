@@ -75,6 +75,10 @@ def test_every_structure_survives_the_wire_in_its_order(structure: dict[str, Any
         ({"structure": {"type": "choice", "choices": []}}, "at least 1 item"),
         ({"structure": {"type": "regex", "pattern": "x" * MAX_STRUCTURE_CHARS}}, f"limit is {MAX_STRUCTURE_CHARS}"),
         ({"structure": {"type": "json_schema", "json_schema": nested(5000)}}, "nested too deeply"),
+        ({"structure": {"type": "json_schema", "json_schema": {"const": 1e999}}}, "a number that JSON does not have"),
+        ({"structure": {"type": "json_schema", "json_schema": {"const": "\ud800"}}}, "surrogate pair .U.D800"),
+        ({"structure": {"type": "json_schema", "json_schema": {"properties": {"\ud800": {}}}}}, "surrogate pair"),
+        ({"structure": {"type": "json_schema", "json_schema": {"const": object()}}}, "is no JSON"),
     ],
 )
 def test_what_cannot_be_is_refused_and_named(wrong: dict[str, Any], said: str) -> None:
