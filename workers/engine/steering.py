@@ -17,7 +17,7 @@ from hortator.producer.errors import BadRequest
 
 from .draw import Draw
 from .penalties import Bias, News, Table, Tally, add_biases, bias_of, forbid, penalise
-from .structure import Bits, Grammars, Matcher, without
+from .structure import UNWRITABLE, Bits, Grammars, Matcher, without
 from .transfer import indices, to_device
 
 PATIENCE_S = 0.005  # a step waits this long for structures that are still being compiled
@@ -101,16 +101,19 @@ class Steering:
             reason = "structure: this group's model directory has no tokenizer.json, or names no end-of-sequence token"
             return Steered(failed=tuple((row, reason) for row in rows))
         failed = self._begin(rows, draws, pasts, self._grammars)
+        dead = set[int]()
         ready = [(row, m) for row in rows if isinstance(m := pasts[row].matcher, Matcher)]
         for row, matcher in ready:
             matcher.catch_up(draws[row].tokens, draws[row].num_prompt)
         if ready:
             bits = self._grammars.allowed([matcher for _, matcher in ready])
+            dead.update(row for at, (row, _) in enumerate(ready) if not bits[at].any())
             for at, (row, _) in enumerate(ready):
                 if draws[row].young:
                     bits[at] = without(bits[at], pasts[row].ends.tolist())
             allow_only(logits, [row for row, _ in ready], bits)
-        failed |= {row: f"structure: {problem}" for row, matcher in ready if (problem := matcher.problem)}
+        problems = {row: matcher.problem or (UNWRITABLE if row in dead else None) for row, matcher in ready}
+        failed |= {row: f"structure: {problem}" for row, problem in problems.items() if problem}
         pending = tuple(row for row in rows if pasts[row].matcher is None or isinstance(pasts[row].matcher, Future))
         return Steered(tuple(row for row in pending if row not in failed), tuple(failed.items()))
 

@@ -35,6 +35,8 @@ _THREADS = 2
 _STACK_BYTES = 256 << 20  # the library recurses as deep as `bounds` lets descriptions nest; touched only as needed
 _PATIENCE_S = 1.0  # of processor time to compile and to begin
 _MAX_REASON = 500
+_NOTHING_FOLLOWS = "NoExtensionBias"  # the library's word for it
+UNWRITABLE = "the model's vocabulary cannot write what it asks for"
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 """Any layout, but not for ever: a model that has begun to indent may not find out of it."""
 _LIMITS = llguidance.LLParserLimits(
@@ -56,22 +58,26 @@ class Matcher:
     def __init__(self, matcher: llguidance.LLMatcher) -> None:
         self.raw = matcher
         self._num_taken = 0  # of the generated tokens
-        self._strayed = False
+        self._begun = False
+        self._strayed: str | None = None
 
     @property
     def problem(self) -> str | None:
         """Why the structure has come to nothing."""
         if self.raw.is_error():
-            return first_line(self.raw.get_error())
-        return "the tokens of an earlier attempt do not follow it" if self._strayed else None
+            error = first_line(self.raw.get_error())
+            return UNWRITABLE if error == _NOTHING_FOLLOWS else error
+        return self._strayed
 
     def catch_up(self, tokens: "array[int]", num_prompt: int) -> None:
         """Take the tokens that were generated since the last call.  Whatever comes after the end (a request may ignore
         ends of sequence) says nothing any more."""
         news = tokens[num_prompt + self._num_taken :].tolist()
         self._num_taken = len(tokens) - num_prompt
-        if not self.raw.is_stopped() and self.raw.try_consume_tokens(news) < len(news):
-            self._strayed = not self.raw.is_stopped()
+        if not self.raw.is_stopped() and self.raw.try_consume_tokens(news) < len(news) and not self.raw.is_stopped():
+            # A mask may offer the vocabulary's stand-in for unknown text, which is then not taken.
+            self._strayed = UNWRITABLE if self._begun else "the tokens of an earlier attempt do not follow it"
+        self._begun = True
 
 
 class Grammars:

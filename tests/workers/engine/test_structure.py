@@ -198,7 +198,8 @@ BAD = [
     (regex("(?=a)b"), "look-around"),
     (Structure(StructureKind.LARK, "start: nobody"), "nobody"),
     (Structure(StructureKind.LARK, "begin: /a/"), "start"),
-    (schema({"$ref": "#"}), "structure"),
+    (schema({"$ref": "#"}), "cannot write"),
+    (regex(r"[^\s\S]"), "cannot write"),
 ]
 
 
@@ -329,6 +330,26 @@ def test_a_vocabulary_of_characters_is_understood_too() -> None:
         matcher.catch_up(generated, 0)
     (bits,) = grammars.allowed([matcher])
     assert np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little")).tolist() == [2]
+    grammars.close()
+
+
+def test_a_journal_that_does_not_follow_the_structure_is_said_to_be_of_an_earlier_attempt(grammars: Grammars) -> None:
+    rows, sampler = Rows([params(regex("abc"))]), Sampler(grammars)
+    rows.tokens[0].extend([ord("z") + 2])
+    assert rows.step(sampler, [0]) == [BAD_STRUCTURE]
+    assert "earlier attempt" in sampler.take_reasons()[0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("pattern", ["ZZZ", "aZ", "[ZQ]Z", "a[ZQ]"])
+def test_what_the_vocabulary_cannot_write_is_said_to_be_so(pattern: str, temperature: float) -> None:
+    demo = Path(__file__).resolve().parents[3] / "demo" / "model"  # knows no capital letter
+    grammars = Grammars.of(demo, vocab_size=VOCAB, eos_token_ids=(2,))
+    sampler = Sampler(grammars)
+    (output,) = run(sampler, Rows([params(regex(pattern), temperature=temperature)]))
+    assert output[-1] == BAD_STRUCTURE
+    assert sampler.take_reasons()[0] == f"structure: {structures.UNWRITABLE}"
+    assert grammars is not None
     grammars.close()
 
 
