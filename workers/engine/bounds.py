@@ -138,7 +138,7 @@ def _size(text: str, language: re.Pattern[str], sizes: Mapping[str, int] | None 
                 raise _refused(f"a repetition of {count} times, the limit is {MAX_COUNT}")
             totals[-1] += (count - 1) * last
             last *= count
-        if len(totals) > MAX_DEPTH:
+        if len(totals) - 1 > MAX_DEPTH:
             raise _refused(f"groups nested deeper than {MAX_DEPTH}")
         if not rules and totals[-1] > MAX_SIZE:
             raise _refused(f"an expression of more than {MAX_SIZE} characters when its repetitions are written out")

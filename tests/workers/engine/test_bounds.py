@@ -79,7 +79,7 @@ def test_what_would_cost_dear_is_refused_with_the_reason(structure: Structure, s
         lark('start: line~1..9999\nline: WORD ("," WORD)~0..9999\nWORD: /[a-z]{1,300}/'),
         lark('start: A // {60000}\nA: "{60000}" | /\\{60000}/ | B\nB: "("'),
         regex(r"[{(]{300}\{60000\}\p{Lu}{300}\x{41}(?:[0-9]{1,3}\.){3}"),
-        regex("(?:" * 150 + "a" + ")" * 150),
+        regex("(?:" * 200 + "a" + ")" * 200),
         schema({"type": "array", "minItems": 10**6, "items": {"type": "string", "maxLength": 10**6}}),
         schema({"properties": {"pattern": {"type": "string", "pattern": "^[a-z]{1,5000}$"}}}),
         schema(_refs(900)),
