@@ -32,7 +32,8 @@ def redis(
     from hortator.producer.embedded import EmbeddedRedis
     from hortator.producer.errors import ConfigError
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a background job of a shell inherits SIGINT as ignored
+        signal.signal(number, interrupt)
     try:
         server = EmbeddedRedis(directory, port=port).start()
     except ConfigError as problem:
@@ -64,6 +65,7 @@ def serve(
     from hortator.producer.errors import ConfigError, StoreUnavailable
     from hortator.producer.redis_store import AsyncRedisStore
 
+    signal.signal(signal.SIGINT, interrupt)  # it may be inherited as ignored; later it is uvicorn's
     settings = ApiSettings(**given(host=host, port=port))
     where = store_settings(redis_url, namespace)
     settings.key_ring()  # a wrong key file is refused before the port is taken
