@@ -18,7 +18,6 @@ from hortator.producer.embedded import EmbeddedRedis
 from hortator.producer.redis_store import RedisStore
 from tests.producer.api_process import Worker, job, wait_for
 
-
 SIGINT_IGNORED = ("bash", "-c", 'trap "" INT; exec "$@"', "bash")
 """How a shell starts what runs in its background."""
 
