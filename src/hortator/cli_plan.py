@@ -149,12 +149,16 @@ def read_shape(path: Path) -> "ModelShape":
 
 def spec_of(path: Path, **settings: Any) -> "ModelSpec":
     """A model as a fleet file would have it, named by its directory as far as that is a name."""
-    from hortator.topology.fleet import ModelSpec
+    from pydantic import TypeAdapter, ValidationError
+
+    from hortator.topology.fleet import ModelSpec, QueueName
 
     name = path.resolve().name
-    return ModelSpec.model_validate(
-        {"name": name if name.isascii() and name.isalnum() else "model", "path": path, **settings}
-    )
+    try:
+        TypeAdapter(QueueName).validate_python(name)
+    except ValidationError:
+        name = "model"
+    return ModelSpec.model_validate({"name": name, "path": path, **settings})
 
 
 def parse_bytes(text: str, option: str) -> int:
