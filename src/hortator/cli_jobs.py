@@ -14,7 +14,7 @@ from hortator.cli_store import AsJson, Namespace, RedisUrl, Tenant, client
 
 if TYPE_CHECKING:
     from hortator.producer.client import Client, JobHandle
-    from hortator.producer.schema import Job
+    from hortator.producer.schema import Chunk, Job
 
 JOBS = "Jobs"
 STDIN = Path("-")
@@ -101,11 +101,12 @@ def tail(
 ) -> int:
     """Print the tokens of a job as they come."""
     with client(redis_url, namespace, tenant) as talk:
-        for chunk in talk.job(job_id).stream(after=after):
-            typer.echo(chunk.model_dump_json(exclude_none=True) if as_json else shown(chunk.text), nl=as_json)
-            sys.stdout.flush()
-    if not as_json:
-        typer.echo()
+        chunks = talk.job(job_id).stream(after=after)
+        if as_json:
+            for chunk in chunks:
+                print_now(chunk.model_dump_json(exclude_none=True) + "\n")
+        else:
+            print_text(chunks)
     return EXIT_OK
 
 
@@ -220,6 +221,25 @@ def columns(rows: Iterable[tuple[str, ...]]) -> list[str]:
     cells = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[n]) for row in cells) for n in range(len(cells[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+
+
+def print_text(chunks: "Iterable[Chunk]") -> None:
+    """As it comes; its last line is ended even if the job ends badly, so that the reason stands on its own."""
+    begun = False
+    try:
+        for chunk in chunks:
+            begun = True
+            print_now(shown(chunk.text))
+    except BaseException:
+        if begun:
+            print_now("\n")
+        raise
+    print_now("\n")
+
+
+def print_now(text: str) -> None:
+    typer.echo(text, nl=False)
+    sys.stdout.flush()
 
 
 def shown(text: str) -> str:
