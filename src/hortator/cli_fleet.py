@@ -151,6 +151,7 @@ def restart_fleet(fleet: "Commanded", names: Sequence[str], *, launcher: str) ->
 
 def down_fleet(fleet: "Commanded", names: Sequence[str]) -> int:
     """Over Redis first, which lets jobs finish; then over ssh, so that nothing is left."""
+    from hortator.cli_up import last_json
     from hortator.producer.errors import HortatorError
 
     groups = fleet.chosen(names)
@@ -168,7 +169,7 @@ def down_fleet(fleet: "Commanded", names: Sequence[str]) -> int:
     for answer in fleet.end(groups):
         if not answer.ok:
             failed = bool(fail_line(f"{answer.host}: {answer.problem}", EXIT_FAILED))
-        elif b"true" in answer.stdout:
+        elif last_json(answer)["ended"]:
             typer.echo(f"{answer.host} is ended on its host")
     for host, pids in fleet.left(ranks).items():
         failed = bool(fail_line(f"{host}: ranks are left: pid {', '.join(map(str, pids))}; kill them", EXIT_FAILED))
