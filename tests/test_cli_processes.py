@@ -17,6 +17,7 @@ import pytest
 from hortator.producer.embedded import EmbeddedRedis
 from hortator.producer.redis_store import RedisStore
 from tests.producer.api_process import Worker, job, wait_for
+from tests.topology.test_memory import LLAMA_8B
 
 SIGINT_IGNORED = ("bash", "-c", 'trap "" INT; exec "$@"', "bash")
 """How a shell starts what runs in its background."""
@@ -213,6 +214,20 @@ def test_worker_becomes_a_celery_worker_with_the_settings_of_its_flags(tmp_path:
     assert environment["HORTATOR_TENSOR_PARALLEL_SIZE"] == "2"
     assert environment["HORTATOR_MAX_NUM_SEQS"] == "8"
     assert "sekret" not in " ".join(arguments)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [("--tp 3", "tensor_parallel_size=3 does not divide num_attention_heads=32"), ("--pp 33", "32 layers")],
+)
+def test_a_model_that_cannot_be_cut_like_that_is_refused_before_anything_starts(
+    tmp_path: Path, flags: str, said: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    done = hortator("worker", "--model", str(tmp_path), *flags.split())
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 BLOCK = """
