@@ -30,7 +30,7 @@ MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
 
 
 def register(app: typer.Typer) -> None:
-    app.command(rich_help_panel="Fleet")(doctor)
+    app.command()(doctor)
     app.command(hidden=True)(probe)
 
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from hortator.producer.store import GroupBeat, QueueInfo
     from hortator.workers.fleet_control import FleetControl
 
-FLEET = "Fleet"
 MAX_FAILURE_CHARS = 160
 
 Groups = Annotated[list[str] | None, typer.Argument(metavar="[GROUP...]", help="as `hortator status` names them")]
@@ -28,7 +27,7 @@ All = Annotated[bool, typer.Option("--all", help="every group that is alive")]
 
 def register(app: typer.Typer) -> None:
     for command in (status, drain, resume, restart, down):
-        app.command(rich_help_panel=FLEET)(command)
+        app.command()(command)
 
 
 def status(

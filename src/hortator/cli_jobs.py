@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hortator.cli_errors import EXIT_FAILED, EXIT_OK, fail_line, printable
-from hortator.cli_store import AsJson, Namespace, RedisUrl, Tenant, client
+from hortator.cli_store import AsJson, Namespace, RedisUrl, Tenant, client, given
 
 if TYPE_CHECKING:
     from hortator.producer.client import Client, JobHandle
     from hortator.producer.schema import Chunk, Job
 
-JOBS = "Jobs"
 STDIN = Path("-")
 
 JobIdArgument = Annotated[str, typer.Argument(metavar="ID", help="as `hortator enqueue` printed it")]
@@ -25,7 +24,7 @@ WaitS = Annotated[float, typer.Option("--wait-s", min=0, help="wait this long fo
 
 def register(app: typer.Typer) -> None:
     for command in (enqueue, result, tail, cancel):
-        app.command(rich_help_panel=JOBS)(command)
+        app.command()(command)
 
 
 def enqueue(
@@ -245,8 +244,3 @@ def print_now(text: str) -> None:
 def shown(text: str) -> str:
     """A model's text for a terminal, which must not obey it; for a file or a pipe as it is."""
     return printable(text) if sys.stdout.isatty() else text
-
-
-def given(**options: Any) -> dict[str, Any]:
-    """Only the options that were given."""
-    return {name: value for name, value in options.items() if value is not None}

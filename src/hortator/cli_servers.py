@@ -5,24 +5,23 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from hortator.cli_errors import EXIT_FAILED, EXIT_OK, fail_line
-from hortator.cli_store import Namespace, RedisUrl, redacted, store_settings
+from hortator.cli_store import Namespace, RedisUrl, given, redacted, store_settings
 
 if TYPE_CHECKING:
     from hortator.workers.settings import WorkerSettings
 
-SERVERS = "Servers"
 EXTRA_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def register(app: typer.Typer) -> None:
-    app.command(rich_help_panel=SERVERS)(redis)
-    app.command(rich_help_panel=SERVERS, context_settings=EXTRA_ARGUMENTS)(worker)
-    app.command(rich_help_panel=SERVERS)(serve)
+    app.command()(redis)
+    app.command(context_settings=EXTRA_ARGUMENTS)(worker)
+    app.command()(serve)
 
 
 def redis(
@@ -177,11 +176,6 @@ def check_cut(settings: "WorkerSettings") -> None:
     if shape is not None:
         sizes = {name: getattr(settings, name) for name in ("tensor_parallel_size", "pipeline_parallel_size")}
         rank_memories(shape, spec_of(settings.model_path, **sizes))
-
-
-def given(**options: Any) -> dict[str, Any]:
-    """Only the options that were given: the rest is for the environment and the defaults."""
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def interrupt(number: int, frame: object) -> NoReturn:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from hortator.topology.plan import Plan, PlannedGroup
     from hortator.topology.road import Road
 
-FLEET = "Fleet"
 STATE = Path("~/.local/state/hortator")
 ANSWER_S = 30.0
 POLL_S = 0.5
@@ -43,8 +42,8 @@ SshProgram = Annotated[str, typer.Option("--ssh", help="the ssh client")]
 
 
 def register(app: typer.Typer) -> None:
-    app.command(rich_help_panel=FLEET)(up)
-    app.command(rich_help_panel=FLEET)(logs)
+    app.command()(up)
+    app.command()(logs)
     app.command(hidden=True)(leader)
 
 
