@@ -66,10 +66,13 @@ def serve(
     from hortator.producer.api.server import address_of, listen, run
     from hortator.producer.errors import ConfigError, StoreUnavailable
     from hortator.producer.redis_store import AsyncRedisStore
+    from hortator.variables import strange_to_api
 
     signal.signal(signal.SIGINT, interrupt)  # it may be inherited as ignored; later it is uvicorn's
     settings = ApiSettings(**given(host=host, port=port))
     where = store_settings(redis_url, namespace)
+    for said in strange_to_api(os.environ):
+        typer.echo(f"warning: {said}", err=True)
     settings.key_ring()  # a wrong key file is refused before the port is taken
     # The API has a patience of its own, which knows when it is this process that is slow.
     store = AsyncRedisStore.from_settings(where.model_copy(update={"timeout_s": 2.0, "connect_timeout_s": 2.0}))
