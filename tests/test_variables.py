@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from hortator.producer.api import ApiSettings
 from hortator.variables import strange_to_api, strange_to_worker
 
 
@@ -32,7 +33,7 @@ def test_known_variables_and_those_of_others_are_not_told(name: str) -> None:
 def test_the_api_tells_its_own() -> None:
     names = ["HORTATOR_API_KEYFILE", "HORTATOR_API_HOST", "HORTATOR_API_IMAGE", "HORTATOR_MODLE"]
     said = "HORTATOR_API_KEYFILE is no setting and is ignored: is HORTATOR_API_KEYS_FILE meant?"
-    assert list(strange_to_api(names)) == [said]
+    assert list(strange_to_api(names, ApiSettings)) == [said]
 
 
 def test_a_worker_says_it_once_in_its_log_and_never_the_value() -> None:

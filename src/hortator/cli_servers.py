@@ -71,7 +71,7 @@ def serve(
     signal.signal(signal.SIGINT, interrupt)  # it may be inherited as ignored; later it is uvicorn's
     settings = ApiSettings(**given(host=host, port=port))
     where = store_settings(redis_url, namespace)
-    for said in strange_to_api(os.environ):
+    for said in strange_to_api(os.environ, ApiSettings):
         typer.echo(f"warning: {said}", err=True)
     settings.key_ring()  # a wrong key file is refused before the port is taken
     # The API has a patience of its own, which knows when it is this process that is slow.

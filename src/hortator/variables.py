@@ -31,12 +31,9 @@ def strange_to_worker(names: Iterable[str]) -> Iterator[str]:
     return strange((name for name in names if not name.upper().startswith(API_PREFIX)), known)
 
 
-def strange_to_api(names: Iterable[str]) -> Iterator[str]:
-    """A line for each HORTATOR_API_* variable that the API does not read."""
-    from hortator.producer.api.settings import ApiSettings
-
-    known = variables_of(ApiSettings) | COMPOSE
-    return strange((name for name in names if name.upper().startswith(API_PREFIX)), known)
+def strange_to_api(names: Iterable[str], settings: type[BaseSettings]) -> Iterator[str]:
+    """A line for each HORTATOR_API_* variable that the API, which has these settings, does not read."""
+    return strange((name for name in names if name.upper().startswith(API_PREFIX)), variables_of(settings) | COMPOSE)
 
 
 def strange(names: Iterable[str], known: Collection[str]) -> Iterator[str]:
