@@ -70,13 +70,13 @@ class EmbeddedRedis:
         executable: str | Path | None = None,
         unixsocket: str | Path | None = None,
     ) -> None:
-        self._own_directory = directory is None
-        self.directory = Path(directory) if directory else Path(tempfile.mkdtemp(prefix="hortator-redis-"))
         self._wanted_port = port
         self.port = port
         self._appendonly = appendonly
         self._maxmemory = maxmemory
-        self.executable = _executable(executable)
+        self.executable = _executable(executable)  # may raise: nothing is made before
+        self._own_directory = directory is None
+        self.directory = Path(directory) if directory else Path(tempfile.mkdtemp(prefix="hortator-redis-"))
         self._unixsocket = unixsocket
         self.pid = 0
         self._warden: subprocess.Popen[str] | None = None

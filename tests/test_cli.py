@@ -108,6 +108,16 @@ def test_tail_prints_all_tokens(sh: Shell, worker: Worker) -> None:
     assert [json.loads(line)["index"] for line in sh.out("tail", job_id, "--json").splitlines()] == [0, 1, 2]
 
 
+def test_tail_of_a_job_that_ends_badly_ends_its_line_before_the_reason(sh: Shell, worker: Worker) -> None:
+    job_id = sh.out("enqueue", "x", *MODEL)
+    [claimed] = worker.claim()
+    worker.say(claimed, 0, ["a ", "b"])
+    worker.fail(claimed, "crashed", "the group died")
+    code, out, err = sh("tail", job_id)
+    assert (code, out) == (1, "a b\n")
+    assert "the group died" in err
+
+
 def test_cancel_prints_the_state_of_each_job(sh: Shell, worker: Worker) -> None:
     done, queued = sh.out("enqueue", "x", *MODEL), sh.out("enqueue", "y", *MODEL)
     worker.run_one()

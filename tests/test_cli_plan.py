@@ -36,6 +36,13 @@ def fleet(tmp_path: Path) -> Path:
     return tmp_path / "fleet.toml"
 
 
+def test_a_model_is_called_by_its_directory(sh: "Shell", tmp_path: Path) -> None:
+    (tmp_path / "llama-3.1-8b").mkdir()
+    (tmp_path / "llama-3.1-8b" / "config.json").write_text(json.dumps(LLAMA_8B))
+    said = sh.error("plan-memory", "--model", tmp_path / "llama-3.1-8b", "--gpu-memory", "24 GiB")
+    assert said.startswith("llama-3.1-8b: rank 0 needs ")
+
+
 class Shell:
     def __init__(self, capture: pytest.CaptureFixture[str]) -> None:
         self._capture = capture

@@ -17,6 +17,10 @@ import pytest
 from hortator.producer.embedded import EmbeddedRedis
 from hortator.producer.redis_store import RedisStore
 from tests.producer.api_process import Worker, job, wait_for
+from tests.topology.test_memory import LLAMA_8B
+
+SIGINT_IGNORED = ("bash", "-c", 'trap "" INT; exec "$@"', "bash")
+"""How a shell starts what runs in its background."""
 
 
 def command(*arguments: str) -> list[str]:
@@ -30,10 +34,10 @@ def hortator(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 
 
 @contextmanager
-def running(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+def running(*arguments: str, before: tuple[str, ...] = (), **environment: str) -> Iterator[subprocess.Popen[str]]:
     """A server in the foreground; killed at the end if the test did not stop it."""
     process = subprocess.Popen(
-        command(*arguments),
+        [*before, *command(*arguments)],
         env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -74,6 +78,14 @@ def test_redis_prints_its_url_serves_and_ends_with_ctrl_c(tmp_path: Path) -> Non
         host, port = url.removeprefix("redis://").removesuffix("/0").split(":")
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection((host, int(port)))
+
+
+def test_ctrl_c_ends_redis_although_it_was_started_with_sigint_ignored(tmp_path: Path) -> None:
+    with running("redis", "--port", "0", "--dir", str(tmp_path), before=SIGINT_IGNORED) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
 
 
 def test_redis_ends_with_sigterm_and_leaves_no_server(tmp_path: Path) -> None:
@@ -202,6 +214,20 @@ def test_worker_becomes_a_celery_worker_with_the_settings_of_its_flags(tmp_path:
     assert environment["HORTATOR_TENSOR_PARALLEL_SIZE"] == "2"
     assert environment["HORTATOR_MAX_NUM_SEQS"] == "8"
     assert "sekret" not in " ".join(arguments)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [("--tp 3", "tensor_parallel_size=3 does not divide num_attention_heads=32"), ("--pp 33", "32 layers")],
+)
+def test_a_model_that_cannot_be_cut_like_that_is_refused_before_anything_starts(
+    tmp_path: Path, flags: str, said: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    done = hortator("worker", "--model", str(tmp_path), *flags.split())
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 BLOCK = """

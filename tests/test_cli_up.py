@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,3 +92,15 @@ def test_a_group_that_is_alive_elsewhere_is_not_started_again(sh: Shell, monkeyp
         store.beat(GroupBeat("echo-0", "echo", 0, 8, 1, "ready"))
     assert "echo-0: alive, but not on the host where the plan has it" in sh("up", code=1)
     assert Quarters(sh.directory / "state").look("echo-0").pid is None
+
+
+def test_what_others_start_is_printed_where_psutil_is_not_installed_and_hosts_do_not_resolve(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("no-such-host.invalid slots=2\n")
+    (tmp_path / "f.toml").write_text(FLEET.format(redis="redis://localhost/0", max_num_seqs=8))
+    script = (
+        "import sys; sys.modules['psutil'] = None; from hortator.cli import run;"
+        f"raise SystemExit(run(['up', {str(tmp_path / 'f.toml')!r}, '--launcher', 'external']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "on no-such-host.invalid:" in done.stdout

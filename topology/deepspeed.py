@@ -33,8 +33,9 @@ PATIENCE_S = 60  # longer than the front's longest pause between two lives
 class DeepSpeedStarter:
     """One DeepSpeed launcher for all hosts, the front's own too, where its processes only hold the places."""
 
-    def __init__(self, options: SshOptions, *, secret_file: Path) -> None:
+    def __init__(self, options: SshOptions, *, secret_file: Path, environment: Mapping[str, str]) -> None:
         self._options = options
+        self._environment = environment
         self._secret_file = secret_file.resolve()
         self._directory: tempfile.TemporaryDirectory[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -54,7 +55,7 @@ class DeepSpeedStarter:
         )
         self._process = subprocess.Popen(
             tied(command),
-            env=deepspeed_environment(os.environ, self._options),
+            env=deepspeed_environment(self._environment, self._options),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -22,10 +22,15 @@ Reports = Mapping[str, HostReport]
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What the fleet wants of its hosts.  `gpus`: the GPUs of each host that it will use; `device`: auto, cpu, cuda."""
+    """What the fleet wants of its hosts.  `gpus`: the GPUs of each host that it will use; `device`: auto, cpu, cuda.
+
+    `ports` must be free on every host; `reach` are the addresses that leaders' hosts must reach.
+    """
 
     gpus: Mapping[str, tuple[int, ...]]
     device: str = "auto"
+    ports: tuple[int, ...] = ()
+    reach: tuple[str, ...] = ()
 
     @property
     def hosts(self) -> tuple[str, ...]:
@@ -41,9 +46,9 @@ def examine(
         return
     yield from same_versions(reports)
     yield from gpus_found(demand, reports)
-    yield ports_free(reports)
+    yield ports_free(demand, reports)
     yield from models_equal(reports)
-    yield connections(reports)
+    yield connections(demand, reports)
     yield clocks_agree(skews)
     yield from networks(reports)
     yield shared_memory(reports)
@@ -161,11 +166,13 @@ def _gpus_free(demand: Demand, reports: Reports) -> Finding:
     )
 
 
-def ports_free(reports: Reports) -> Finding:
+def ports_free(demand: Demand, reports: Reports) -> Finding:
     """The ports that groups were told to use."""
     taken = {host: ", ".join(map(str, r.taken_ports)) for host, r in reports.items() if r.taken_ports}
+    if not demand.ports:
+        return fine("ports", "not asked: no --port was given")
     if not taken:
-        return fine("ports", "the ports that the fleet names are free, or it names none")
+        return fine("ports", f"{', '.join(map(str, demand.ports))} free on every host")
     text = "; ".join(f"{named(hosts)}: {ports} in use" for ports, hosts in grouped(taken).items())
     first = next(iter(taken.values())).split(",")[0]
     return wrong(
@@ -195,15 +202,17 @@ def _equal_sums(check: str, sums: Mapping[str, Mapping[str, str]]) -> Finding:
     return fine(check, f"the same on {len(sums)} hosts")
 
 
-def connections(reports: Reports) -> Finding:
+def connections(demand: Demand, reports: Reports) -> Finding:
     """What leaders must reach: Redis."""
     gone = {
         host: "; ".join(f"{a}: {why}" for a, why in r.unreachable.items())
         for host, r in reports.items()
         if r.unreachable
     }
+    if not demand.reach:
+        return fine("redis", "not asked: no redis_url in a fleet file that has a plan")
     if not gone:
-        return fine("redis", "every host that was asked reaches it, or none was asked")
+        return fine("redis", f"every leader's host reaches {', '.join(demand.reach)}")
     text = "; ".join(f"{named(hosts)}: {why}" for why, hosts in grouped(gone).items())
     return wrong("redis", text, "does Redis listen there for other hosts (bind, protected-mode, firewall)?", gone)
 

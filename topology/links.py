@@ -46,7 +46,6 @@ class LinkOrder(BaseModel):
     store: tuple[str, int] | None = None
     device: Literal["cpu", "cuda"] = "cpu"
     local_rank: int = 0
-    environment: dict[str, str] = {}
 
 
 class Flow(BaseModel):
@@ -85,7 +84,6 @@ def main() -> None:
     signal.alarm(LIMIT_S)
     order = LinkOrder.model_validate_json(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_stdin, daemon=True).start()
-    os.environ.update(order.environment)
     listener = None
     if order.store is None:
         listener = socket.create_server((order.address, 0), family=_family(order.address))

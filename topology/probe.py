@@ -10,12 +10,12 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from .codeprint import code_digest
 from .gpus import Gpu, read_gpus
 from .network import Interface, RdmaPort, addresses_of, carrying, read_interfaces, read_rdma
 
@@ -114,15 +114,6 @@ def read_versions() -> dict[str, str | None]:
     return found
 
 
-def code_digest(root: Path | None = None) -> str:
-    """Tells two checkouts of the same version apart: a digest of every Python and Lua file of the package."""
-    top = root or Path(__file__).resolve().parent.parent
-    state = blake2b(digest_size=8)
-    for file in sorted(_sources(top)):
-        state.update(f"{file.relative_to(top)}\0".encode() + file.read_bytes())
-    return state.hexdigest()
-
-
 def port_is_free(port: int) -> bool:
     """Nobody listens on it, on any IPv4 address of this host."""
     with socket.socket() as sock:
@@ -132,12 +123,6 @@ def port_is_free(port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def _sources(top: Path) -> Iterable[Path]:
-    """The three rooms lie beside each other, in the repository and when installed."""
-    for room in ("producer", "workers", "topology"):
-        yield from (path for path in (top / room).rglob("*") if path.suffix in (".py", ".lua"))
 
 
 def _version(name: str) -> str | None:

@@ -147,7 +147,9 @@ class _Session:
             return None
         self.told = True
         words = "; ".join(self.said) or describe_exit(code)
-        return Trouble(self.share.ranks, Cause.GONE, f"ssh to {self.share.node.host} ended: {words}")
+        ranks = ", ".join(map(str, self.share.ranks))
+        where = f"{self.share.node.host} ({'ranks' if len(self.share.ranks) > 1 else 'rank'} {ranks})"
+        return Trouble(self.share.ranks, Cause.GONE, f"ssh to {where} ended: {words}")
 
     def close(self) -> None:
         assert self.process.stdin is not None

@@ -110,17 +110,17 @@ async def _measure(
             address=seats[0][0],
             device="cuda" if team.device == "cuda" else "cpu",
             local_rank=device,
-            environment=dict(environments.get(host, {})),
         )
-        for rank, (host, device) in enumerate(seats)
+        for rank, (_, device) in enumerate(seats)
     ]
+    commands = [("env", *(f"{k}={v}" for k, v in environments.get(host, {}).items()), *command) for host, _ in seats]
     ranks: list[_Rank] = []
     try:
-        ranks.append(await _Rank.start(seats[0][0], road, command, orders[0]))
+        ranks.append(await _Rank.start(seats[0][0], road, commands[0], orders[0]))
         port = await ranks[0].hear(_Port, MEETING_S)
-        for (host, _), order in zip(seats[1:], orders[1:], strict=True):
+        for (host, _), said, order in zip(seats[1:], commands[1:], orders[1:], strict=True):
             told = order.model_copy(update={"store": (seats[0][0], port.port)})
-            ranks.append(await _Rank.start(host, road, command, told))
+            ranks.append(await _Rank.start(host, road, said, told))
         return await asyncio.gather(*(rank.hear(Measured, LIMIT_S) for rank in ranks))
     finally:
         await asyncio.gather(*(rank.end() for rank in ranks))

@@ -13,7 +13,6 @@ from .memory import RankMemory, dtype_of
 from .modelshape import DTYPE_BYTES, ModelShape
 
 PLAN_HEADER_BYTES = 32
-PLAN_TOKEN_BYTES = 4
 SAMPLED_TOKEN_BYTES = 8
 _ALL_REDUCES = 2  # a layer: after attention, and after the feed-forward part
 

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from hortator.producer.errors import BadRequest
+from hortator.producer.job import describe
 from hortator.producer.schema import SCHEMA_VERSION, TASK_NAME, Job, Sampling
 
 MAX_TIME_LIMIT_S = 30 * 86_400
@@ -61,7 +62,7 @@ def job_of(envelope: Envelope, *, model: str) -> Job:
     try:
         job = Job.model_validate(fields)
     except ValidationError as error:
-        raise BadRequest(_readable(error)) from None
+        raise BadRequest(describe(error)) from None
     if job.model != model:
         raise BadRequest(f"the job asks for model {job.model!r} but was sent to the queue of {model!r}")
     return job
@@ -137,10 +138,3 @@ _decode = json.JSONDecoder(parse_constant=_no_constant).decode
 def _kind(value: Any) -> str:
     names = {list: "array", str: "string", bool: "boolean", type(None): "null"}
     return names.get(type(value), "number")
-
-
-def _readable(error: ValidationError) -> str:
-    """`sampling.max_tokens: Input should be greater than 0`, a line per field; inputs are left out on purpose."""
-    problems = error.errors(include_url=False, include_context=False, include_input=False)
-    lines = [f"{'.'.join(str(part) for part in problem['loc']) or 'job'}: {problem['msg']}" for problem in problems]
-    return "; ".join(lines[:8]) + (f"; and {len(lines) - 8} more" if len(lines) > 8 else "")

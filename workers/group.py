@@ -51,14 +51,25 @@ Event = Ready | Stepped | Down
 
 
 class Group:
-    """One model group.  After Down every handle of that epoch is gone, and nothing of that epoch comes any more."""
+    """One model group.  After Down every handle of that epoch is gone, and nothing of that epoch comes any more.
 
-    def __init__(self, settings: WorkerSettings, *, launcher: Launcher | None = None) -> None:
+    `environment` is what its ranks inherit, but for HORTATOR_*.
+    """
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        *,
+        launcher: Launcher | None = None,
+        environment: Mapping[str, str] = os.environ,
+    ) -> None:
         self._posts: deque[Live | Down] = deque()
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll = select.epoll()
         self._epoll.register(self._wakeup, select.EPOLLIN)
-        self._supervisor = Supervisor(settings, launcher or _launcher(settings), self._post)
+        self._supervisor = Supervisor(
+            settings, launcher or _launcher(settings, environment), self._post, environment=environment
+        )
         self._ready: Ready | None = None
         self._pipe: Pipe | None = None
         self._closed = False
@@ -213,8 +224,8 @@ class Group:
             self._pipe = None
 
 
-def _launcher(settings: WorkerSettings) -> Launcher:
+def _launcher(settings: WorkerSettings, environment: Mapping[str, str]) -> Launcher:
     try:
-        return make_launcher(settings)
+        return make_launcher(settings, environment)
     except TopologyError as error:
         raise ConfigError(str(error)) from error

@@ -23,11 +23,11 @@ FORWARDED_VARIABLES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "UCX_")
 """What ranks on other hosts get of the front's environment, except interfaces, which are called otherwise there."""
 
 
-def make_launcher(settings: WorkerSettings) -> Launcher:
-    """The launcher that the settings ask for.  Raises CannotStart or BadSecret."""
+def make_launcher(settings: WorkerSettings, environment: Mapping[str, str]) -> Launcher:
+    """The launcher that the settings ask for; its programs run with `environment`.  Raises CannotStart, BadSecret."""
     if num_own(settings) == settings.world_size:
         return LocalLauncher()
-    starter, key = _starter(settings)
+    starter, key = _starter(settings, environment)
     return RemoteLauncher(
         lambda first_key: open_muster(settings, first_key),
         starter,
@@ -73,9 +73,18 @@ def check_meeting_host(settings: WorkerSettings) -> None:
 
 
 def rank_commands(
-    settings: WorkerSettings, *, epoch: int, key: bytes, control: tuple[str, int], pipe: socket.socket
+    settings: WorkerSettings,
+    *,
+    epoch: int,
+    key: bytes,
+    control: tuple[str, int],
+    pipe: socket.socket,
+    environment: Mapping[str, str],
 ) -> list[RankCommand]:
-    """How each rank is started: those of this host, and what keepers add to the environment of the others."""
+    """How each rank is started: those of this host, and what keepers add to the environment of the others.
+
+    `environment` is the front's.
+    """
     own = num_own(settings)
     spread = own < settings.world_size
     placed = dict(enumerate(seats(settings.hosts)))
@@ -88,9 +97,9 @@ def rank_commands(
         env = {CONFIG_VARIABLE: config.model_dump_json()}
         if rank < own:
             interface = _interface(settings, seat) if spread else "lo"
-            env |= rank_environment(os.environ, local_ranks=own, interface=interface)
+            env |= rank_environment(environment, local_ranks=own, interface=interface)
         else:
-            env |= forwarded_environment(os.environ, interface=seat.interface if seat else None)
+            env |= forwarded_environment(environment, interface=seat.interface if seat else None)
         pass_fds = (pipe.fileno(),) if rank == 0 else ()
         commands.append(RankCommand(rank, (sys.executable, "-m", "hortator.workers.rank"), env, pass_fds))
     return commands
@@ -121,7 +130,7 @@ def forwarded_environment(inherited: Mapping[str, str], *, interface: str | None
     return {"PYTHONUNBUFFERED": "1"} | forwarded | chosen
 
 
-def _starter(settings: WorkerSettings) -> tuple[Starter, bytes | None]:
+def _starter(settings: WorkerSettings, environment: Mapping[str, str]) -> tuple[Starter, bytes | None]:
     """The starter, and the lasting key of its keepers if they have one."""
     s = settings
     options = SshOptions(s.ssh_user, s.ssh_port, s.ssh_identity_file, s.ssh_known_hosts_file, s.remote_python)
@@ -133,7 +142,9 @@ def _starter(settings: WorkerSettings) -> tuple[Starter, bytes | None]:
             "chmod 600, at the same path on every host"
         )
     key = read_secret(s.secret_file)
-    return (DeepSpeedStarter(options, secret_file=s.secret_file) if s.launcher == "deepspeed" else Awaited()), key
+    if s.launcher == "deepspeed":
+        return DeepSpeedStarter(options, secret_file=s.secret_file, environment=environment), key
+    return Awaited(), key
 
 
 def _interface(settings: WorkerSettings, seat: Seat | None) -> str | None:

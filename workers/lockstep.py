@@ -48,7 +48,6 @@ PLAN_TOKENS = 1_000_000
 _HEADER = struct.Struct("<4sHHIQIQ")
 _HEAD_LENGTH = struct.Struct("<I")
 _DIGEST_MASK = (1 << 64) - 1
-_INT_BYTES = 4
 
 
 class LockstepError(GroupFailed):

@@ -48,11 +48,6 @@ class Output:
         self._decode()
         return "".join(self._safe)
 
-    @property
-    def num_new(self) -> int:
-        """Tokens that the journal lacks."""
-        return len(self.token_ids) - self._num_journalled
-
     def complete(self, *, max_tokens: int) -> FinishReason | None:
         """Why this is a whole output already, or None: more tokens belong to it."""
         if self.stopped or (self.token_ids and self.token_ids[-1] in self._ends):

@@ -7,6 +7,7 @@ task queue (transport.Claims).
 import gc
 import logging
 import math
+import os
 import select
 import signal
 import time
@@ -21,6 +22,7 @@ from celery.worker import state as worker_state
 from hortator.producer.errors import HortatorError
 from hortator.producer.store import Claimed, Lease, Outcome, Verdict
 from hortator.topology.vitals import Vitals
+from hortator.variables import strange_to_worker
 from hortator.workers.request import PromptRequest
 from hortator.workers.settings import WorkerSettings
 from hortator.workers.transport import ClaimedMessage
@@ -66,6 +68,8 @@ class EnginePool(BasePool):  # type: ignore[misc]
 
     def on_start(self) -> None:
         """Start the group and, while its ranks load, everything that the front needs."""
+        for said in strange_to_worker(os.environ):
+            logger.warning("%s", said)
         self._watch_signals()
         try:
             self._group = self.app.make_group()

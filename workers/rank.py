@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hortator.producer.errors import ConfigError, HortatorError
+from hortator.topology.codeprint import code_digest
 from hortator.topology.control import listen
 from hortator.topology.errors import LeaderLost, MeshFailed, NoDevice, PortTaken, Refused
 from hortator.topology.launch import PARENT_VARIABLE
 from hortator.topology.tether import EXIT_LEADER_LOST, ControlClient, exit_process
 from hortator.topology.tied import die_with
 
-from .codeprint import code_digest
 from .engine.echo import DEFAULT_MODEL_LEN, EchoEngine
 from .engine.step import Engine, EngineInfo
 from .lockstep import Channel, CollectiveFailed, DistributedChannel, Follower, InProcessChannel, LockstepError

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from hortator.workers.transport import ClaimedMessage
 
 logger = get_logger("hortator.front")
-_PID = os.getpid()
 
 
 class PromptRequest(Request):  # type: ignore[misc]

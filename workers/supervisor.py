@@ -66,10 +66,18 @@ class Failure:
 
 
 class Supervisor:
-    """`post` is called from the thread, with Live and Down in turn."""
+    """`post` is called from the thread, with Live and Down in turn; `environment` is what ranks may inherit."""
 
-    def __init__(self, settings: WorkerSettings, launcher: Launcher, post: Callable[[Live | Down], None]) -> None:
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        launcher: Launcher,
+        post: Callable[[Live | Down], None],
+        *,
+        environment: Mapping[str, str],
+    ) -> None:
         self._settings = settings
+        self._environment = environment
         self._launcher = launcher
         self._post = post
         self._closing = threading.Event()
@@ -191,7 +199,14 @@ class Supervisor:
         key = secrets.token_bytes(KEY_BYTES)
         world_size = self._settings.world_size
         server.begin(epoch=self.epoch, key=key, world_size=world_size)
-        commands = rank_commands(self._settings, epoch=self.epoch, key=key, control=server.address, pipe=pipe)
+        commands = rank_commands(
+            self._settings,
+            epoch=self.epoch,
+            key=key,
+            control=server.address,
+            pipe=pipe,
+            environment=self._environment,
+        )
         self._launcher.launch(commands, on_line=log_line)
         self.pids = self._launcher.pids
 

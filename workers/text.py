@@ -5,6 +5,7 @@
 
 import codecs
 import contextlib
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -178,7 +179,15 @@ def torch_hidden() -> Iterator[None]:
         return
     modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
     modules["torch"] = None
+    log = logging.getLogger("transformers")
+    log.addFilter(_is_no_complaint)
     try:
         yield
     finally:
+        log.removeFilter(_is_no_complaint)
         del modules["torch"]
+
+
+def _is_no_complaint(record: logging.LogRecord) -> bool:
+    """False for what transformers says of a missing torch, which here is hidden on purpose."""
+    return "PyTorch was not found" not in record.getMessage()

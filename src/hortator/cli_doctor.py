@@ -30,7 +30,7 @@ MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
 
 
 def register(app: typer.Typer) -> None:
-    app.command(rich_help_panel="Fleet")(doctor)
+    app.command()(doctor)
     app.command(hidden=True)(probe)
 
 
@@ -189,9 +189,15 @@ class Ward:
         specs = fleet.models if fleet else ()
         paths = dict.fromkeys([*(path.absolute() for path in models), *(s.path for s in specs if s.path)])
         devices = {spec.device for spec in specs} or {"auto"}
+        reach = redis_of(fleet) if leaders else ()
         interpreter = python or (fleet.python if fleet else None) or Path(sys.executable)
         return cls(
-            demand=Demand(hosts, device or ("cpu" if devices == {"cpu"} else "cuda" if "cuda" in devices else "auto")),
+            demand=Demand(
+                hosts,
+                device or ("cpu" if devices == {"cpu"} else "cuda" if "cuda" in devices else "auto"),
+                ports=tuple(ports),
+                reach=tuple(f"{address.host}:{address.port}" for address in reach),
+            ),
             road=road(fleet.ssh if fleet else Ssh(), hosts, program=ssh),
             python=interpreter,
             requests={
@@ -199,7 +205,7 @@ class Ward:
                     address=host,
                     ports=tuple(ports),
                     models=tuple(paths),
-                    reach=redis_of(fleet) if host in leaders else (),
+                    reach=reach if host in leaders else (),
                 )
                 for host in hosts
             },

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from hortator.producer.store import GroupBeat, QueueInfo
     from hortator.workers.fleet_control import FleetControl
 
-FLEET = "Fleet"
 MAX_FAILURE_CHARS = 160
 
 Groups = Annotated[list[str] | None, typer.Argument(metavar="[GROUP...]", help="as `hortator status` names them")]
@@ -28,7 +27,7 @@ All = Annotated[bool, typer.Option("--all", help="every group that is alive")]
 
 def register(app: typer.Typer) -> None:
     for command in (status, drain, resume, restart, down):
-        app.command(rich_help_panel=FLEET)(command)
+        app.command()(command)
 
 
 def status(
@@ -151,6 +150,7 @@ def restart_fleet(fleet: "Commanded", names: Sequence[str], *, launcher: str) ->
 
 def down_fleet(fleet: "Commanded", names: Sequence[str]) -> int:
     """Over Redis first, which lets jobs finish; then over ssh, so that nothing is left."""
+    from hortator.cli_up import last_json
     from hortator.producer.errors import HortatorError
 
     groups = fleet.chosen(names)
@@ -168,7 +168,7 @@ def down_fleet(fleet: "Commanded", names: Sequence[str]) -> int:
     for answer in fleet.end(groups):
         if not answer.ok:
             failed = bool(fail_line(f"{answer.host}: {answer.problem}", EXIT_FAILED))
-        elif b"true" in answer.stdout:
+        elif last_json(answer)["ended"]:
             typer.echo(f"{answer.host} is ended on its host")
     for host, pids in fleet.left(ranks).items():
         failed = bool(fail_line(f"{host}: ranks are left: pid {', '.join(map(str, pids))}; kill them", EXIT_FAILED))

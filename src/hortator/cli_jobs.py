@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hortator.cli_errors import EXIT_FAILED, EXIT_OK, fail_line, printable
-from hortator.cli_store import AsJson, Namespace, RedisUrl, Tenant, client
+from hortator.cli_store import AsJson, Namespace, RedisUrl, Tenant, client, given
 
 if TYPE_CHECKING:
     from hortator.producer.client import Client, JobHandle
-    from hortator.producer.schema import Job
+    from hortator.producer.schema import Chunk, Job
 
-JOBS = "Jobs"
 STDIN = Path("-")
 
 JobIdArgument = Annotated[str, typer.Argument(metavar="ID", help="as `hortator enqueue` printed it")]
@@ -25,7 +24,7 @@ WaitS = Annotated[float, typer.Option("--wait-s", min=0, help="wait this long fo
 
 def register(app: typer.Typer) -> None:
     for command in (enqueue, result, tail, cancel):
-        app.command(rich_help_panel=JOBS)(command)
+        app.command()(command)
 
 
 def enqueue(
@@ -101,11 +100,12 @@ def tail(
 ) -> int:
     """Print the tokens of a job as they come."""
     with client(redis_url, namespace, tenant) as talk:
-        for chunk in talk.job(job_id).stream(after=after):
-            typer.echo(chunk.model_dump_json(exclude_none=True) if as_json else shown(chunk.text), nl=as_json)
-            sys.stdout.flush()
-    if not as_json:
-        typer.echo()
+        chunks = talk.job(job_id).stream(after=after)
+        if as_json:
+            for chunk in chunks:
+                print_now(chunk.model_dump_json(exclude_none=True) + "\n")
+        else:
+            print_text(chunks)
     return EXIT_OK
 
 
@@ -222,11 +222,25 @@ def columns(rows: Iterable[tuple[str, ...]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
 
 
+def print_text(chunks: "Iterable[Chunk]") -> None:
+    """As it comes; its last line is ended even if the job ends badly, so that the reason stands on its own."""
+    begun = False
+    try:
+        for chunk in chunks:
+            begun = True
+            print_now(shown(chunk.text))
+    except BaseException:
+        if begun:
+            print_now("\n")
+        raise
+    print_now("\n")
+
+
+def print_now(text: str) -> None:
+    typer.echo(text, nl=False)
+    sys.stdout.flush()
+
+
 def shown(text: str) -> str:
     """A model's text for a terminal, which must not obey it; for a file or a pipe as it is."""
     return printable(text) if sys.stdout.isatty() else text
-
-
-def given(**options: Any) -> dict[str, Any]:
-    """Only the options that were given."""
-    return {name: value for name, value in options.items() if value is not None}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hortator.cli_errors import EXIT_OK
-from hortator.cli_store import AsJson
+from hortator.cli_store import AsJson, given
 
 if TYPE_CHECKING:
     from hortator.topology.fleet import Fleet, ModelSpec
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from hortator.topology.modelshape import ModelShape
     from hortator.topology.plan import Plan
 
-FLEET = "Fleet"
 FleetFile = Annotated[Path, typer.Argument(metavar="FLEET", help="fleet file (TOML)")]
 Hostfile = Annotated[Path | None, typer.Option("--hostfile", "-H", help="default: the fleet file's")]
 Include = Annotated[str, typer.Option("--include", "-i", help="use only these: HOST[:GPU,GPU]@HOST...")]
@@ -24,8 +23,8 @@ NumGpus = Annotated[int | None, typer.Option("--num_gpus", "--num-gpus", help="u
 
 
 def register(app: typer.Typer) -> None:
-    app.command(rich_help_panel=FLEET)(plan)
-    app.command("plan-memory", rich_help_panel=FLEET)(plan_memory)
+    app.command()(plan)
+    app.command("plan-memory")(plan_memory)
 
 
 def plan(
@@ -149,12 +148,16 @@ def read_shape(path: Path) -> "ModelShape":
 
 def spec_of(path: Path, **settings: Any) -> "ModelSpec":
     """A model as a fleet file would have it, named by its directory as far as that is a name."""
-    from hortator.topology.fleet import ModelSpec
+    from pydantic import TypeAdapter, ValidationError
+
+    from hortator.topology.fleet import ModelSpec, QueueName
 
     name = path.resolve().name
-    return ModelSpec.model_validate(
-        {"name": name if name.isascii() and name.isalnum() else "model", "path": path, **settings}
-    )
+    try:
+        TypeAdapter(QueueName).validate_python(name)
+    except ValidationError:
+        name = "model"
+    return ModelSpec.model_validate({"name": name, "path": path, **settings})
 
 
 def parse_bytes(text: str, option: str) -> int:
@@ -204,8 +207,3 @@ def write(file: Path, text: str) -> None:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write {file}: {error.strerror}: give a file in a directory that is there") from error
-
-
-def given(**options: Any) -> dict[str, Any]:
-    """Only the options that were given."""
-    return {name: value for name, value in options.items() if value is not None}

@@ -5,21 +5,23 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from hortator.cli_errors import EXIT_FAILED, EXIT_OK, fail_line
-from hortator.cli_store import Namespace, RedisUrl, redacted, store_settings
+from hortator.cli_store import Namespace, RedisUrl, given, redacted, store_settings
 
-SERVERS = "Servers"
+if TYPE_CHECKING:
+    from hortator.workers.settings import WorkerSettings
+
 EXTRA_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def register(app: typer.Typer) -> None:
-    app.command(rich_help_panel=SERVERS)(redis)
-    app.command(rich_help_panel=SERVERS, context_settings=EXTRA_ARGUMENTS)(worker)
-    app.command(rich_help_panel=SERVERS)(serve)
+    app.command()(redis)
+    app.command(context_settings=EXTRA_ARGUMENTS)(worker)
+    app.command()(serve)
 
 
 def redis(
@@ -32,7 +34,8 @@ def redis(
     from hortator.producer.embedded import EmbeddedRedis
     from hortator.producer.errors import ConfigError
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a background job of a shell inherits SIGINT as ignored
+        signal.signal(number, interrupt)
     try:
         server = EmbeddedRedis(directory, port=port).start()
     except ConfigError as problem:
@@ -63,9 +66,13 @@ def serve(
     from hortator.producer.api.server import address_of, listen, run
     from hortator.producer.errors import ConfigError, StoreUnavailable
     from hortator.producer.redis_store import AsyncRedisStore
+    from hortator.variables import strange_to_api
 
+    signal.signal(signal.SIGINT, interrupt)  # it may be inherited as ignored; later it is uvicorn's
     settings = ApiSettings(**given(host=host, port=port))
     where = store_settings(redis_url, namespace)
+    for said in strange_to_api(os.environ, ApiSettings):
+        typer.echo(f"warning: {said}", err=True)
     settings.key_ring()  # a wrong key file is refused before the port is taken
     # The API has a patience of its own, which knows when it is this process that is slow.
     store = AsyncRedisStore.from_settings(where.model_copy(update={"timeout_s": 2.0, "connect_timeout_s": 2.0}))
@@ -135,6 +142,7 @@ def worker(
     settings = WorkerSettings(**chosen)
     if settings.engine == "paged":
         check_model_directory(settings.model_path)
+        check_cut(settings)
     environment = os.environ | {f"HORTATOR_{field.upper()}": str(value) for field, value in chosen.items()}
     arguments = ["-A", "hortator.workers", "worker", "-Q", settings.queue, "-l", log_level]
     if not any(argument.startswith(("-n", "--hostname")) for argument in context.args):
@@ -154,9 +162,23 @@ def check_model_directory(path: Path | None) -> None:
         raise ConfigError(f"--model {path}: no config.json there; it must be a model in the Hugging Face format")
 
 
-def given(**options: Any) -> dict[str, Any]:
-    """Only the options that were given: the rest is for the environment and the defaults."""
-    return {name: value for name, value in options.items() if value is not None}
+def check_cut(settings: "WorkerSettings") -> None:
+    """Whether the model can be cut for that many ranks: else each of them would say it, seconds later."""
+    from hortator.cli_plan import spec_of
+    from hortator.topology.errors import BadModel
+    from hortator.topology.memory import rank_memories
+    from hortator.topology.modelshape import is_known, model_shape
+    from hortator.workers.engine.checkpoint import read_json
+
+    assert settings.model_path is not None
+    raw = read_json(settings.model_path / "config.json")
+    try:
+        shape = model_shape(raw, source=str(settings.model_path)) if is_known(raw) else None
+    except BadModel:  # the engine, which knows transformers' defaults, may still make sense of it
+        return
+    if shape is not None:
+        sizes = {name: getattr(settings, name) for name in ("tensor_parallel_size", "pipeline_parallel_size")}
+        rank_memories(shape, spec_of(settings.model_path, **sizes))
 
 
 def interrupt(number: int, frame: object) -> NoReturn:

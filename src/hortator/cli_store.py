@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit, urlunsplit
 
 import typer
@@ -23,8 +23,12 @@ def store_settings(redis_url: str | None, namespace: str | None) -> "StoreSettin
     """The options that were given, over the environment."""
     from hortator.producer.settings import StoreSettings
 
-    chosen = {"redis_url": redis_url, "namespace": namespace}
-    return StoreSettings.model_validate({name: value for name, value in chosen.items() if value is not None})
+    return StoreSettings.model_validate(given(redis_url=redis_url, namespace=namespace))
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Only the options that were given: the rest is for the environment and the defaults."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from hortator.topology.plan import Plan, PlannedGroup
     from hortator.topology.road import Road
 
-FLEET = "Fleet"
 STATE = Path("~/.local/state/hortator")
 ANSWER_S = 30.0
 POLL_S = 0.5
@@ -42,8 +42,8 @@ SshProgram = Annotated[str, typer.Option("--ssh", help="the ssh client")]
 
 
 def register(app: typer.Typer) -> None:
-    app.command(rich_help_panel=FLEET)(up)
-    app.command(rich_help_panel=FLEET)(logs)
+    app.command()(up)
+    app.command()(logs)
     app.command(hidden=True)(leader)
 
 
@@ -127,9 +127,9 @@ class Commanded:
 
     fleet: "Fleet"
     plan: "Plan"
-    road: "Road"
     python: Path
     directory: Path
+    ssh: str
 
     @classmethod
     def read(
@@ -144,17 +144,22 @@ class Commanded:
     ) -> "Commanded":
         from hortator.cli_plan import planned
         from hortator.topology.fleet import read_fleet
-        from hortator.topology.road import road
 
         fleet = read_fleet(fleet_file)
-        plan = planned(fleet_file, hostfile, include=include, exclude=exclude)
         return cls(
             fleet=fleet,
-            plan=plan,
-            road=road(fleet.ssh, (host.address for host in plan.hosts), program=ssh),
+            plan=planned(fleet_file, hostfile, include=include, exclude=exclude),
             python=fleet.python or Path(sys.executable),
             directory=directory or STATE / fleet_file.stem,
+            ssh=ssh,
         )
+
+    @cached_property
+    def road(self) -> "Road":
+        """Found when it is wanted first: it asks the resolver for every host."""
+        from hortator.topology.road import road
+
+        return road(self.fleet.ssh, (host.address for host in self.plan.hosts), program=self.ssh)
 
     def chosen(self, names: Sequence[str]) -> "list[PlannedGroup]":
         """The groups of these names; all of them if there are none."""

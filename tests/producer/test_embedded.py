@@ -129,7 +129,11 @@ def test_a_wrong_setting_is_a_clear_error(executable: Path) -> None:
         EmbeddedRedis(executable=executable, maxmemory="lots").start()
 
 
-def test_an_executable_that_is_none_is_a_clear_error(tmp_path: Path) -> None:
+def test_an_executable_that_is_none_is_a_clear_error_and_leaves_no_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
     with pytest.raises(ConfigError, match="no-such-redis"):
         EmbeddedRedis(executable="no-such-redis")
     fake = tmp_path / "redis-server"

@@ -12,7 +12,7 @@ from tests.topology.reports import gpu, model, nic, rdma, report
 
 HOSTS = tuple(f"10.0.0.{n}" for n in range(1, 6))
 ODD = "10.0.0.3"
-DEMAND = Demand(gpus=dict.fromkeys(HOSTS, (0, 1)), device="cuda")
+DEMAND = Demand(gpus=dict.fromkeys(HOSTS, (0, 1)), device="cuda", ports=(29500,), reach=("redis:6379",))
 
 
 def reports(**changed: Any) -> dict[str, HostReport]:
@@ -34,6 +34,16 @@ def judged(
 
 def test_equal_hosts_are_fit_to_run() -> None:
     assert judged(reports()) == {}
+
+
+@pytest.mark.parametrize("check", ["ports", "redis"])
+def test_what_was_not_looked_at_is_not_called_good(check: str) -> None:
+    unasked = Demand(gpus=DEMAND.gpus, device="cuda")
+    asked, not_asked = (
+        {one.check: one.text for one in examine(demand, reports(), {}, {})}[check] for demand in (DEMAND, unasked)
+    )
+    assert asked.startswith(("29500 free", "every leader's host reaches redis:6379"))
+    assert not_asked.startswith("not asked: ")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from hortator.topology.gpus import parse_gpus, read_gpus
 from hortator.topology.network import read_rdma
-from hortator.topology.probe import Address, HostReport, ProbeRequest, code_digest, probe
+from hortator.topology.probe import Address, HostReport, ProbeRequest, probe
 
 
 def sums(path: Path) -> dict[str, str]:
@@ -48,14 +48,6 @@ def test_a_model_directory_is_summed_up_or_its_problem_told(tmp_path: Path) -> N
     there, missing = look(models=[tmp_path, tmp_path / "not"]).models
     assert there.checksums == {"files": "config.json"}
     assert missing.problem == f"there is no directory {tmp_path / 'not'}"
-
-
-def test_the_code_digest_tells_two_checkouts_apart(tmp_path: Path) -> None:
-    (tmp_path / "workers").mkdir()
-    (tmp_path / "workers" / "a.py").write_text("1")
-    before = code_digest(tmp_path)
-    (tmp_path / "workers" / "a.py").write_text("2")
-    assert code_digest(tmp_path) != before
 
 
 def test_nvidia_smi_is_read_with_the_processes_on_each_gpu() -> None:

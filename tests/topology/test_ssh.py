@@ -63,7 +63,7 @@ def test_a_host_that_cannot_be_reached_is_named_with_what_ssh_says() -> None:
         starter.stop(lost=True)
     (trouble,) = troubles
     assert (trouble.ranks, trouble.cause) == ((1,), Cause.GONE)
-    assert trouble.message.startswith("ssh to 127.0.0.1 ended: ")
+    assert trouble.message.startswith("ssh to 127.0.0.1 (rank 1) ended: ")
     assert "port 1" in trouble.message
 
 

@@ -62,7 +62,7 @@ def test_an_exit_with_0_that_nobody_asked_for_is_a_failure() -> None:
 
 
 def supervisor() -> Supervisor:
-    return Supervisor(settings(restart_backoff_s=0.5), FakeLauncher(), lambda _: None)
+    return Supervisor(settings(restart_backoff_s=0.5), FakeLauncher(), lambda _: None, environment={})
 
 
 def test_pauses_double_up_to_a_limit_while_the_group_does_not_get_ready() -> None:

@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,12 @@ def spread(**chosen: Any) -> WorkerSettings:
     return settings(launcher="ssh", hosts="10.1.1.1:2,10.1.1.2:2", tensor_parallel_size=4, **chosen)
 
 
-def commands(group: WorkerSettings) -> list[RankCommand]:
+def commands(group: WorkerSettings, environment: Mapping[str, str] = os.environ) -> list[RankCommand]:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        return rank_commands(group, epoch=1, key=bytes(32), control=("10.1.1.1", 4711), pipe=theirs)
+        return rank_commands(
+            group, epoch=1, key=bytes(32), control=("10.1.1.1", 4711), pipe=theirs, environment=environment
+        )
 
 
 def config(command: RankCommand) -> dict[str, Any]:
@@ -61,8 +63,8 @@ def config(command: RankCommand) -> dict[str, Any]:
 
 
 def test_without_hosts_all_ranks_are_children_of_the_front() -> None:
-    assert isinstance(make_launcher(settings()), LocalLauncher)
-    assert isinstance(make_launcher(settings(hosts="here:2", launcher="ssh")), LocalLauncher)
+    assert isinstance(make_launcher(settings(), {}), LocalLauncher)
+    assert isinstance(make_launcher(settings(hosts="here:2", launcher="ssh"), {}), LocalLauncher)
 
 
 def test_the_first_host_is_the_fronts_and_where_the_others_find_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +72,7 @@ def test_the_first_host_is_the_fronts_and_where_the_others_find_it(monkeypatch: 
     assert num_own(group) == 2
     assert group.meeting_host == "10.1.1.1"
     assert spread(control_host="10.9.9.9").meeting_host == "10.9.9.9"
-    assert isinstance(make_launcher(group), RemoteLauncher)
+    assert isinstance(make_launcher(group, {}), RemoteLauncher)
     monkeypatch.setenv("HORTATOR_HOSTS", "10.1.1.1:1,10.1.1.2:1")
     monkeypatch.setenv("HORTATOR_LAUNCHER", "ssh")
     assert [node.host for node in settings().hosts] == ["10.1.1.1", "10.1.1.2"]
@@ -128,12 +130,9 @@ def test_every_rank_is_told_its_place_and_keepers_tell_the_devices_of_theirs() -
     assert {entry["control_port"] for entry in found} == {4711}
 
 
-def test_remote_ranks_get_what_concerns_the_network_and_nothing_else_of_the_front(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for name in ("NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "HORTATOR_REDIS_URL", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "value")
-    remote = commands(spread())[2].env
+def test_remote_ranks_get_what_concerns_the_network_and_nothing_else_of_the_front() -> None:
+    names = ("NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "HORTATOR_REDIS_URL", "AWS_SECRET_ACCESS_KEY")
+    remote = commands(spread(), dict.fromkeys(names, "value"))[2].env
     assert set(remote) - {name for name in remote if name.startswith("GLOO_")} == {
         CONFIG_VARIABLE, "NCCL_DEBUG", "PYTHONUNBUFFERED",
     }  # fmt: skip

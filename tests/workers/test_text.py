@@ -201,4 +201,5 @@ with torch_hidden():
 assert text.encode("hello")
 assert "torch" not in sys.modules, "torch was imported"
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], check=True, timeout=60, capture_output=True, text=True)
+    assert done.stderr == ""

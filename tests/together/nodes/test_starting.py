@@ -45,7 +45,7 @@ def test_a_machine_that_cannot_be_reached_is_named_within_ten_seconds(empty_pair
     worker = empty_pair.worker(restart_backoff_s=30.0)
     wait_for("rank 0", empty_pair.ranks, 30.0)
     wait_for("the group to go down", lambda: downs(worker), 10.0)
-    assert downs(worker)[0][1].startswith("ssh to nodeB ended: ssh: connect to host nodeb port 22: ")
+    assert downs(worker)[0][1].startswith("ssh to nodeB (rank 1) ended: ssh: connect to host nodeb port 22: ")
     assert empty_pair.living() == []
 
 
