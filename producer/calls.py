@@ -170,7 +170,6 @@ class Calls:
             min(limit, MAX_CLAIM),
             _ms(lease_s),
             int(idle),
-            self.rules.max_message_bytes,
             SCHEMA_VERSION,
         ]
         return self._call("claim", args, functools.partial(self._claimed, owner))
@@ -213,7 +212,7 @@ class Calls:
         return self._call("sweep", [limit, "" if expired_before_ms is None else expired_before_ms], _sweep_report)
 
     def ready(self) -> Call[None]:
-        return self._call("ready", [self.rules.memory_headroom], _refuse_full)
+        return self._call("ready", [self.rules.memory_headroom], _refuse_no_room)
 
     def queues(self) -> Call[list[QueueInfo]]:
         return self._call("queues", [_ms(self.rules.beat_ttl_s)], _queues)
@@ -223,6 +222,9 @@ class Calls:
 
     def dead_letters(self, limit: int, before: str | None) -> Call[list[DeadLetter]]:
         return self._call("letters", [max(limit, 1), before or ""], lambda reply: [_letter(one) for one in reply])
+
+    def dead_letter(self, letter_id: str) -> Call[DeadLetter | None]:
+        return self._call("letter", [letter_id], lambda reply: _letter(reply[0]) if reply else None)
 
     def replay(self, letter_ids: Sequence[str]) -> Call[list[str]]:
         return self._call("replay", list(letter_ids), _replayed)
@@ -238,17 +240,24 @@ class Calls:
             _ms(rules.deadline_grace_s),
             rules.max_letters,
             _ms(rules.default_deadline_s),
+            rules.max_letters_bytes,
+            rules.max_message_bytes,
         ]
         return Call(name, [*shared, *args], parse)
 
 
 @contextlib.contextmanager
-def naming_accepted(receipts: list[Receipt]) -> Iterator[None]:
-    """An error on the way through a long enqueue carries the ids that were accepted before it."""
+def naming_jobs(receipts: list[Receipt], job_ids: Sequence[str], *, minted: bool) -> Iterator[None]:
+    """An error on the way through an enqueue carries the ids that were accepted before it and the index of the refused
+    job.  Its id, if it was minted for this call, goes: nobody will ever find a job under it."""
     try:
         yield
     except HortatorError as error:
         error.accepted = tuple(receipt.job_id for receipt in receipts)
+        if error.job_id in job_ids:
+            error.index = job_ids.index(error.job_id)
+        if minted:
+            error.job_id = None
         raise
 
 
@@ -263,10 +272,14 @@ def refuse_unsuitable(info: dict[str, Any]) -> None:
         raise StoreUnsuitable("this Redis is a replica and takes no writes: give the address of its master")
     policy = info.get("maxmemory_policy")
     if policy != "noeviction":
-        raise StoreUnsuitable(
-            f"this Redis evicts keys when it is full (maxmemory-policy {policy}), which loses jobs:"
-            " run CONFIG SET maxmemory-policy noeviction, and put it in redis.conf"
-        )
+        raise _evicts(str(policy))
+
+
+def _evicts(policy: str) -> StoreUnsuitable:
+    return StoreUnsuitable(
+        f"this Redis evicts keys when it is full (maxmemory-policy {policy}), which loses jobs:"
+        " run CONFIG SET maxmemory-policy noeviction, and put it in redis.conf"
+    )
 
 
 # Redis 6.2 wraps what a script met in an error of its own, so the code may stand anywhere
@@ -317,7 +330,7 @@ def _receipts(jobs: list[Job], job_ids: list[str], reply: list[Any]) -> list[Rec
     if kind == b"ok":
         known = {rest[i]: rest[i + 1].decode() for i in range(0, len(rest), 2)}
         return [Receipt(known.get(i, job_id), i in known) for i, job_id in enumerate(job_ids)]
-    _refuse_full(reply)
+    _refuse_no_room(reply)
     job, job_id = jobs[rest[0]], job_ids[rest[0]]
     if kind == b"unknown_model":
         raise unknown_model(job.model, [_text(name) for name in rest[1:]], job_id)
@@ -329,8 +342,10 @@ def _receipts(jobs: list[Job], job_ids: list[str], reply: list[Any]) -> list[Rec
     raise queue_full(whose, rest[1], rest[2] / 1000, job_id)
 
 
-def _refuse_full(reply: list[Any]) -> None:
+def _refuse_no_room(reply: list[Any]) -> None:
     kind, *rest = reply
+    if kind == b"evicts":
+        raise _evicts(_text(rest[0]))
     if kind == b"full_memory":
         raise StoreUnavailable(
             f"Redis is nearly full ({rest[0]} of {rest[1]} bytes): finished results will make room", retry_after_s=5.0
@@ -339,7 +354,7 @@ def _refuse_full(reply: list[Any]) -> None:
 
 def unknown_model(model: str, known: Iterable[str], job_id: str) -> UnknownModel:
     names = ", ".join(sorted(known)) or "none yet: start a worker first"
-    return UnknownModel(f"no group has ever served model {model!r}; known models: {names}", job_id=job_id)
+    return UnknownModel(f"no group serves model {model!r}, nor did lately; known models: {names}", job_id=job_id)
 
 
 def idempotency_conflict(job_id: str) -> IdempotencyConflict:
@@ -446,12 +461,20 @@ def _queues(reply: list[Any]) -> list[QueueInfo]:
 
 
 def _letter(row: list[Any]) -> DeadLetter:
-    letter_id, model, job_id, reason, raw, at = row
-    return DeadLetter(_text(letter_id), _text(model), _text(job_id) or None, _text(reason), raw, int(at))
+    letter_id, model, job_id, reason, raw, at, size = row
+    return DeadLetter(_text(letter_id), _text(model), _text(job_id) or None, _text(reason), raw, int(at), int(size))
+
+
+def cut_letter(letter_id: str, kept: int, size: int) -> BadRequest:
+    return BadRequest(
+        f"only {kept} of {size} bytes of dead letter {letter_id!r} were kept: send the job anew; nothing was replayed"
+    )
 
 
 def _replayed(reply: list[Any]) -> list[str]:
     kind, *rest = reply
     if kind == b"unknown":
         raise UnknownJob(f"there is no dead letter {_text(rest[0])!r}; nothing was replayed")
+    if kind == b"cut":
+        raise cut_letter(_text(rest[0]), int(rest[1]), int(rest[2]))
     return [_text(one) for one in rest]

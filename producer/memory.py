@@ -5,16 +5,18 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hortator.producer import journal, message
-from hortator.producer.calls import idempotency_conflict, naming_accepted, queue_full, unknown_model
+from hortator.producer.calls import cut_letter, idempotency_conflict, naming_jobs, queue_full, unknown_model
 from hortator.producer.errors import BadRequest, UnknownJob
 from hortator.producer.ids import Mint, new_secret
 from hortator.producer.names import STEP_OF, STEPS
 from hortator.producer.rules import Rules
 from hortator.producer.schema import SCHEMA_VERSION, Chunk, Failure, Job, Result, State, Status, Timings
 from hortator.producer.store import (
+    LETTER_CUT_BYTES,
+    LETTER_HEAD_BYTES,
     Append,
     Claim,
     Claimed,
@@ -79,7 +81,11 @@ class _Queue:
     dead: int = 0  # messages of jobs that ended while they were queued
     turn: int = 0
     holder: tuple[str, int] | None = None  # who drains itself for the next suspect, until when
-    known: bool = False
+    beaten: int = 0  # when a group last said that it is alive
+
+    @property
+    def known(self) -> bool:
+        return self.beaten > 0
 
     @property
     def depth(self) -> int:
@@ -106,7 +112,7 @@ class MemoryStore:
     def enqueue(self, jobs: Sequence[Job], *, job_ids: Sequence[str] | None = None) -> list[Receipt]:
         ids = [self._mint.issue(job.tenant) for job in jobs] if job_ids is None else list(job_ids)
         receipts: list[Receipt] = []
-        with self._lock, naming_accepted(receipts):
+        with self._lock, naming_jobs(receipts, ids, minted=job_ids is None):
             now = self._now()
             plan = self._admit(jobs, ids, now)
             for job, job_id, first in zip(jobs, ids, plan, strict=True):
@@ -313,7 +319,7 @@ class MemoryStore:
         return self._lease(opened.job_id, record, raw, lease_ends, alone=False)
 
     def _refuse(self, model: str, job_id: str | None, problem: str, raw: bytes, step: int) -> None:
-        self._bury(model, raw, problem, job_id, tenant="default", step=step)
+        self._bury(model, raw, problem, job_id, step=step)
         if job_id is None:
             return
         record = self._record(job_id)
@@ -438,7 +444,7 @@ class MemoryStore:
 
     def beat(self, beat: GroupBeat) -> None:
         with self._lock:
-            self._queue(beat.model).known = True
+            self._queue(beat.model).beaten = self._now()
             if beat.state == "gone":
                 self._groups.pop(beat.group, None)
             else:
@@ -461,7 +467,16 @@ class MemoryStore:
                 fate = self._crashed(job_id, record)
                 requeued += [job_id] if fate == "suspect" else []
                 poisoned += [job_id] if fate == "poison" else []
+            self._forget_models(now)
             return SweepReport(tuple(requeued), tuple(expired), tuple(poisoned), now)
+
+    def _forget_models(self, now: int) -> None:
+        busy = {record.model for record in self._records.values() if record.state is State.RUNNING}
+        silent = now - round(self.rules.result_ttl_s * 1000)
+        for model, queue in list(self._queues.items()):
+            waits = queue.suspects or any(queue.lists.values())
+            if queue.beaten < silent and model not in busy and not waits:
+                del self._queues[model]
 
     def _end_overdue(self, limit: int) -> list[str]:
         overdue = [job_id for job_id, record in self._records.items() if self._overdue(record)][:limit]
@@ -497,7 +512,11 @@ class MemoryStore:
         with self._lock:
             letters = [letter for letter, _, _ in reversed(self._letters)]
         older = [letter for letter in letters if before is None or _order(letter.letter_id) < _order(before)]
-        return older[:limit]
+        return [replace(letter, message=letter.message[:LETTER_HEAD_BYTES]) for letter in older[:limit]]
+
+    def dead_letter(self, letter_id: str) -> DeadLetter | None:
+        with self._lock:
+            return next((letter for letter, _, _ in self._letters if letter.letter_id == letter_id), None)
 
     def replay(self, letter_ids: Sequence[str]) -> list[str]:
         with self._lock:
@@ -505,6 +524,9 @@ class MemoryStore:
             for letter_id in letter_ids:
                 if letter_id not in by_id:
                     raise UnknownJob(f"there is no dead letter {letter_id!r}; nothing was replayed")
+                kept = by_id[letter_id][0]
+                if len(kept.message) < kept.message_bytes:
+                    raise cut_letter(letter_id, len(kept.message), kept.message_bytes)
             for letter_id in letter_ids:
                 letter, tenant, step = by_id[letter_id]
                 self._letters.remove(by_id[letter_id])
@@ -540,11 +562,20 @@ class MemoryStore:
     ) -> str:
         record = self._record(job_id) if job_id else None
         self._num_letters += 1
-        letter = DeadLetter(f"{self._now()}-{self._num_letters}", model, job_id, reason, raw, self._now())
+        now, size = self._now(), len(raw)
+        if size > max(self.rules.max_message_bytes, LETTER_CUT_BYTES):
+            raw = raw[:LETTER_CUT_BYTES]
+            reason = f"{reason}; only its first {LETTER_CUT_BYTES} bytes are kept"
+        letter = DeadLetter(f"{now}-{self._num_letters}", model, job_id, reason, raw, now, size)
         whose = tenant or (record.tenant if record else "default")
         self._letters.append((letter, whose, step if step is not None else record.step if record else 0))
         del self._letters[: -self.rules.max_letters]
+        while len(self._letters) > 1 and self._kept_bytes() > self.rules.max_letters_bytes:
+            del self._letters[0]
         return letter.letter_id
+
+    def _kept_bytes(self) -> int:
+        return sum(len(letter.message) for letter, _, _ in self._letters)
 
     def _end(
         self, job_id: str, record: _Record, state: State, failure: Failure | None, result: Result | None = None

@@ -69,8 +69,20 @@ TABLE: tuple[Key, ...] = (
     Key("hortator:deadlines", "zset", "job -> its deadline, ms", "never"),
     Key("hortator:claimed:{owner}", "string", "the owner's last claim, told again if the reply was lost", "lease_s"),
     Key("hortator:idempotency:{tenant}:{hash}", "string", "digest of the body, id of the job", "idempotency_ttl_s"),
-    Key("hortator:letters", "stream", "dead letters: model job reason message", "the newest max_letters stay"),
-    Key("hortator:models", "hash", "model -> last beat of any of its groups, ms; 0: none ever", "never"),
+    Key(
+        "hortator:letters",
+        "stream",
+        "dead letters: model job tenant step reason head kept size at",
+        "the newest max_letters stay, within max_letters_bytes",
+    ),
+    Key("hortator:letter:{letter}", "string", "its message, if it is longer than the head", "with the letter"),
+    Key("hortator:letters_bytes", "string", "how much of messages the letters keep", "never"),
+    Key(
+        "hortator:models",
+        "hash",
+        "model -> last beat of any of its groups, ms; 0: none ever",
+        "one that is empty: after result_ttl_s of silence",
+    ),
     Key("hortator:groups", "hash", "group -> its last beat as JSON", "a silent group: after an hour"),
     Key("hortator:secret", "string", "signs job ids, so that a gone id is told from a never-issued one", "never"),
 )
