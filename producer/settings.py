@@ -1,4 +1,4 @@
-"""Settings of a producer, read once at the edge: keyword > environment (HORTATOR_*)."""
+"""Settings of a producer, and the rules that it shares with leaders.  Read once at the edge: keyword > HORTATOR_*."""
 
 from dataclasses import fields
 
@@ -13,15 +13,8 @@ CONNECT_TIMEOUT_S = 0.1
 TIMEOUT_S = 0.15
 
 
-class StoreSettings(BaseSettings):
-    """Where the store is, and its rules, in seconds.  All parties of a namespace should use the same rules."""
-
-    model_config = SettingsConfigDict(env_prefix="HORTATOR_", frozen=True, extra="ignore")
-
-    redis_url: str = "redis://127.0.0.1:6379/0"
-    namespace: str = Field(default="", description="prefix of every key; the same as Celery's global_keyprefix")
-    connect_timeout_s: float = Field(default=CONNECT_TIMEOUT_S, gt=0)
-    timeout_s: float = Field(default=TIMEOUT_S, gt=0, description="longest wait for one answer of Redis")
+class RuleSettings(BaseSettings):
+    """The rules of a namespace, in seconds.  All its parties should have the same: put them into every environment."""
 
     result_ttl_s: float = Field(default=Rules.result_ttl_s, ge=1)
     journal_ttl_s: float = Field(default=Rules.journal_ttl_s, ge=1, description="cut to result_ttl_s")
@@ -40,3 +33,14 @@ class StoreSettings(BaseSettings):
     def rules(self) -> Rules:
         """The part that every store keeps to."""
         return Rules(**self.model_dump(include={field.name for field in fields(Rules)}))
+
+
+class StoreSettings(RuleSettings):
+    """Where the store is, and its rules."""
+
+    model_config = SettingsConfigDict(env_prefix="HORTATOR_", frozen=True, extra="ignore")
+
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    namespace: str = Field(default="", description="prefix of every key; the same as Celery's global_keyprefix")
+    connect_timeout_s: float = Field(default=CONNECT_TIMEOUT_S, gt=0)
+    timeout_s: float = Field(default=TIMEOUT_S, gt=0, description="longest wait for one answer of Redis")

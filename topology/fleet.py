@@ -105,7 +105,7 @@ class ModelSpec(Table):
     lease_s: float = Field(default=15.0, ge=1.0)
     grace_s: float = Field(default=30.0, ge=0)
     probation_tokens: int = Field(default=8, ge=1)
-    result_ttl_s: int = Field(default=86_400, ge=60)
+    result_ttl_s: float = Field(default=86_400.0, ge=1)
 
     @property
     def world_size(self) -> int:

@@ -15,11 +15,13 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from hortator.producer.errors import ConfigError
+from hortator.producer.rules import Rules
 from hortator.producer.schema import TASK_NAME
 from hortator.workers import commands  # noqa: F401  # what leaders can be told over remote control
 from hortator.workers.settings import WorkerSettings
 
 if TYPE_CHECKING:
+    from hortator.producer.redis_store import RedisStore
     from hortator.workers.front import Front, Watcher
     from hortator.workers.group import Group
 
@@ -36,7 +38,7 @@ class BrokerSettings(BaseSettings):
 
     redis_url: str = "redis://127.0.0.1:6379/0"
     namespace: str = ""
-    result_ttl_s: int = 86_400
+    result_ttl_s: float = Rules.result_ttl_s
 
     @classmethod
     def settings_customise_sources(cls, *args: Any, **kwargs: Any) -> Any:
@@ -68,21 +70,21 @@ class App(Celery):  # type: ignore[misc]
 
         return Group(self.settings)
 
-    def make_front(self, group: "Group", *, watcher: "Watcher") -> "Front":
+    def make_store(self) -> "RedisStore":
+        """The leader's store, under the rules of the namespace."""
         from hortator.producer.redis_store import RedisStore
-        from hortator.producer.rules import Rules
+
+        settings = self.settings
+        return RedisStore(
+            settings.redis_url, namespace=settings.namespace, rules=settings.rules(),
+            timeout_s=STORE_TIMEOUT_S, connect_timeout_s=STORE_TIMEOUT_S / 2,
+        )  # fmt: skip
+
+    def make_front(self, group: "Group", *, watcher: "Watcher") -> "Front":
         from hortator.workers.front import Front
 
         settings = self.settings
-        rules = Rules(
-            result_ttl_s=settings.result_ttl_s,
-            journal_ttl_s=min(Rules.journal_ttl_s, settings.result_ttl_s),  # no journal outlives its record
-        )
-        store = RedisStore(
-            settings.redis_url, namespace=settings.namespace, rules=rules,
-            timeout_s=STORE_TIMEOUT_S, connect_timeout_s=STORE_TIMEOUT_S / 2,
-        )  # fmt: skip
-        self.front = Front(store, group, _text(settings), settings, watcher=watcher)
+        self.front = Front(self.make_store(), group, _text(settings), settings, watcher=watcher)
         return self.front
 
     def serve(self, queues: list[str] | None) -> None:

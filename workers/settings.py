@@ -17,6 +17,7 @@ from pydantic_settings import (
 
 from hortator.producer.errors import ConfigError
 from hortator.producer.schema import ModelName
+from hortator.producer.settings import RuleSettings
 from hortator.topology.errors import BadPlacement
 from hortator.topology.placement import Node, read_nodes
 
@@ -28,15 +29,14 @@ def _nodes(value: object) -> tuple[Node, ...]:
         raise ValueError(str(error)) from None
 
 
-class WorkerSettings(BaseSettings):
+class WorkerSettings(RuleSettings):
     """One model group.  Names are the field's standard ones; times are in seconds, sizes in tokens unless they say."""
 
     model_config = SettingsConfigDict(env_prefix="HORTATOR_", frozen=True, extra="ignore")
 
-    # the store
+    # the store; its rules are those of every producer
     redis_url: str = "redis://127.0.0.1:6379/0"
     namespace: str = Field(default="", description="prefix of every key; the same as Celery's global_keyprefix")
-    result_ttl_s: int = Field(default=86_400, ge=60)
 
     # the model
     model: ModelName | None = Field(default=None, description="queue name; default: the directory's name")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from hortator.producer.schema import Job
+from hortator.producer.settings import RuleSettings
 from hortator.topology.errors import BadFleet
 from hortator.topology.fleet import ModelSpec, parse_fleet, read_fleet
 from hortator.workers.settings import WorkerSettings
@@ -18,6 +19,7 @@ SAID_BY_WHO_STARTS_IT = {
     *("ssh_user", "ssh_port", "ssh_identity_file", "ssh_known_hosts_file"),
 }
 OF_THE_FLEET = {"redis_url", "namespace"}
+OF_THE_NAMESPACE = set(RuleSettings.model_fields)  # the same for producers too: they go into `environment`
 
 
 def refusal(text: str) -> str:
@@ -28,7 +30,10 @@ def refusal(text: str) -> str:
 
 def test_a_model_may_have_every_setting_of_the_worker_with_the_workers_own_default() -> None:
     ours, theirs = ModelSpec.model_fields, WorkerSettings.model_fields
-    assert set(theirs) - PLACED_BY_THE_PLAN - SAID_BY_WHO_STARTS_IT - OF_THE_FLEET <= set(ours) - OWN_KEYS
+    assert (
+        set(theirs) - PLACED_BY_THE_PLAN - SAID_BY_WHO_STARTS_IT - OF_THE_FLEET - OF_THE_NAMESPACE
+        <= set(ours) - OWN_KEYS
+    )
     for name in set(ours) & set(theirs):
         assert (name, ours[name].default) == (name, theirs[name].default)
 

@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hortator.producer.errors import ConfigError
+from hortator.producer.rules import Rules
+from hortator.workers.celery import App
 from hortator.workers.settings import WorkerSettings
 
 
@@ -46,3 +49,12 @@ def test_celery_says_it_in_one_line(toml: Path) -> None:
     command = [sys.executable, "-m", "celery", "-A", "hortator.workers", "report"]
     done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (78, f"hortator: HORTATOR_CONFIG={toml}: there is no such file\n")
+
+
+def test_a_leader_keeps_to_the_rules_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"default_deadline_s": 60.0, "journal_ttl_s": 70.0, "max_letters": 3, "max_message_bytes": 5000}
+    said |= {"max_attempts": 2, "result_ttl_s": 90.0}
+    for name, value in ({"engine": "echo", "model": "m"} | said).items():
+        monkeypatch.setenv(f"HORTATOR_{name.upper()}", str(value))
+    with App(WorkerSettings()).make_store() as store:
+        assert store.rules == replace(Rules(), **said)  # type: ignore[arg-type]
