@@ -124,7 +124,7 @@ local function is_object(value) return type(value) == 'table' and value[1] == ni
 
 -- The message without what stands between the quotes of its body, so that only the envelope is decoded.
 local function without_body(raw)
-  local _, start = raw:find('"body"%s*:%s*"')
+  local _, start = raw:sub(1, MAX_ENVELOPE_BYTES):find('"body"%s*:%s*"')
   if not start then return raw end
   local stop = start
   for _ = 1, MAX_ESCAPES do -- none in base64, but others may send a body as it is
@@ -139,8 +139,7 @@ end
 
 -- What the envelope says: the job's id if it has a sound one, what is wrong, the schema's version, whether a record
 -- was written with it.
-local function open(raw)
-  if #raw > max_bytes then return nil, 'too large: ' .. #raw .. ' bytes, the limit is ' .. max_bytes end
+local function look(raw)
   local json = without_body(raw)
   if #json > MAX_ENVELOPE_BYTES then return nil, 'its envelope is larger than ' .. MAX_ENVELOPE_BYTES .. ' bytes' end
   local ok, m = pcall(cjson.decode, json)
@@ -164,9 +163,16 @@ local function open(raw)
   return id, nil, spoken, mark['record'] == true
 end
 
+-- A message that is too large has an id too: its job must end now, not at its deadline.
+local function open(raw)
+  local id, problem, spoken, recorded = look(raw)
+  if #raw > max_bytes then problem = 'too large: ' .. #raw .. ' bytes, the limit is ' .. max_bytes end
+  return id, problem, spoken, recorded
+end
+
 local function refuse(id, problem, raw, step)
-  bury(model, id or '', 'default', step, problem, raw)
   local job = id and read(id)
+  bury(model, id or '', job and job.tenant or 'default', step, problem, raw)
   if id and not job then
     forget(id)
     redis.call('HSET', own .. 'job:' .. id, 'model', model, 'tenant', 'default', 'attempt', 0, 'enqueued', now)

@@ -313,7 +313,7 @@ class MemoryStore:
         return self._lease(opened.job_id, record, raw, lease_ends, alone=False)
 
     def _refuse(self, model: str, job_id: str | None, problem: str, raw: bytes, step: int) -> None:
-        self._bury(model, raw, problem, job_id, tenant="default", step=step)
+        self._bury(model, raw, problem, job_id, step=step)
         if job_id is None:
             return
         record = self._record(job_id)

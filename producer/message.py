@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hortator.producer.errors import BadRequest
@@ -73,8 +73,13 @@ class Opened:
 
 def opened(raw: bytes, *, max_bytes: int) -> Opened:
     """Look at the envelope only; whoever runs the job looks into the body."""
-    if len(raw) > max_bytes:
-        return Opened(problem=f"too large: {len(raw)} bytes, the limit is {max_bytes}")
+    found = _opened(raw)
+    if len(raw) <= max_bytes:
+        return found
+    return replace(found, problem=f"too large: {len(raw)} bytes, the limit is {max_bytes}")
+
+
+def _opened(raw: bytes) -> Opened:
     envelope = _json(raw)
     if not isinstance(envelope, dict):
         return Opened(problem="not a JSON object")

@@ -119,6 +119,18 @@ def test_a_message_over_the_limit_is_buried_whole(rig: Rig) -> None:
     assert letter.reason == f"too large: {len(raw)} bytes, the limit is 20000"
 
 
+def test_an_accepted_job_that_is_too_large_for_the_leader_fails_at_once(rig: Rig) -> None:
+    [job_id] = rig.enqueue("x" * 20_000)
+    rig.rule(max_message_bytes=5000)
+    assert rig.claim().jobs == ()
+    [letter] = rig.store.dead_letters()
+    assert letter.job_id == job_id
+    status = rig.status(job_id)
+    assert (status.state, rig.depth()) == (State.FAILED, 0)
+    assert status.failure is not None
+    assert status.failure.message == letter.reason
+
+
 def test_a_thousand_bad_messages_do_not_stop_the_good_ones(rig: Rig) -> None:
     for i in range(1000):
         rig.push(b"junk %d" % i)
