@@ -2,7 +2,7 @@
 --
 -- | key      | type   | here                                    |
 -- |----------|--------|-----------------------------------------|
--- | letters  | stream | the letter, the oldest ones fall out    |
+-- | all of record.lua's bury |  |                         |
 -- | job:{id} | hash   | read: whose job it was, and its queue   |
 --
 -- args: model id reason message.  reply: the letter's id

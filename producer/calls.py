@@ -170,7 +170,6 @@ class Calls:
             min(limit, MAX_CLAIM),
             _ms(lease_s),
             int(idle),
-            self.rules.max_message_bytes,
             SCHEMA_VERSION,
         ]
         return self._call("claim", args, functools.partial(self._claimed, owner))
@@ -224,6 +223,9 @@ class Calls:
     def dead_letters(self, limit: int, before: str | None) -> Call[list[DeadLetter]]:
         return self._call("letters", [max(limit, 1), before or ""], lambda reply: [_letter(one) for one in reply])
 
+    def dead_letter(self, letter_id: str) -> Call[DeadLetter | None]:
+        return self._call("letter", [letter_id], lambda reply: _letter(reply[0]) if reply else None)
+
     def replay(self, letter_ids: Sequence[str]) -> Call[list[str]]:
         return self._call("replay", list(letter_ids), _replayed)
 
@@ -238,6 +240,8 @@ class Calls:
             _ms(rules.deadline_grace_s),
             rules.max_letters,
             _ms(rules.default_deadline_s),
+            rules.max_letters_bytes,
+            rules.max_message_bytes,
         ]
         return Call(name, [*shared, *args], parse)
 
@@ -446,12 +450,20 @@ def _queues(reply: list[Any]) -> list[QueueInfo]:
 
 
 def _letter(row: list[Any]) -> DeadLetter:
-    letter_id, model, job_id, reason, raw, at = row
-    return DeadLetter(_text(letter_id), _text(model), _text(job_id) or None, _text(reason), raw, int(at))
+    letter_id, model, job_id, reason, raw, at, size = row
+    return DeadLetter(_text(letter_id), _text(model), _text(job_id) or None, _text(reason), raw, int(at), int(size))
+
+
+def cut_letter(letter_id: str, kept: int, size: int) -> BadRequest:
+    return BadRequest(
+        f"only {kept} of {size} bytes of dead letter {letter_id!r} were kept: send the job anew; nothing was replayed"
+    )
 
 
 def _replayed(reply: list[Any]) -> list[str]:
     kind, *rest = reply
     if kind == b"unknown":
         raise UnknownJob(f"there is no dead letter {_text(rest[0])!r}; nothing was replayed")
+    if kind == b"cut":
+        raise cut_letter(_text(rest[0]), int(rest[1]), int(rest[2]))
     return [_text(one) for one in rest]

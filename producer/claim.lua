@@ -18,13 +18,13 @@
 -- | letters                      | stream | messages that can never run                              |
 -- | celery-task-meta-{id}        | string | STARTED; the failure of a refused foreign message with an id |
 --
--- args: model owner token seen limit lease_ms idle max_message_bytes version
+-- args: model owner token seen limit lease_ms idle version
 -- `token` names this reply; `seen` is the token of the last reply that arrived: if it is not the last one that was sent,
 -- that one was lost on the way and is sent again.
 -- reply: mode, full_run_alone, now, token, then each job as {id attempt message tenant enqueued deadline journal}
 local model, owner, token, seen = arg(1), arg(2), arg(3), arg(4)
 local limit, lease_ms, idle = tonumber(arg(5)), tonumber(arg(6)), arg(7) == '1'
-local max_bytes, version = tonumber(arg(8)), tonumber(arg(9))
+local version = tonumber(arg(8))
 local ROUND = {1, 2, 1, 3, 1, 2, 1, 4, 1, 2, 1, 3, 1, 2, 1} -- eight, four, two and one turn for the four steps
 local MAX_ENVELOPE_BYTES = 65536
 local MAX_ESCAPES = 100000
@@ -166,7 +166,7 @@ end
 -- A message that is too large has an id too: its job must end now, not at its deadline.
 local function open(raw)
   local id, problem, spoken, recorded = look(raw)
-  if #raw > max_bytes then problem = 'too large: ' .. #raw .. ' bytes, the limit is ' .. max_bytes end
+  if #raw > MAX_MESSAGE_BYTES then problem = 'too large: ' .. #raw .. ' bytes, the limit is ' .. MAX_MESSAGE_BYTES end
   return id, problem, spoken, recorded
 end
 

@@ -5,16 +5,18 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hortator.producer import journal, message
-from hortator.producer.calls import idempotency_conflict, naming_accepted, queue_full, unknown_model
+from hortator.producer.calls import cut_letter, idempotency_conflict, naming_accepted, queue_full, unknown_model
 from hortator.producer.errors import BadRequest, UnknownJob
 from hortator.producer.ids import Mint, new_secret
 from hortator.producer.names import STEP_OF, STEPS
 from hortator.producer.rules import Rules
 from hortator.producer.schema import SCHEMA_VERSION, Chunk, Failure, Job, Result, State, Status, Timings
 from hortator.producer.store import (
+    LETTER_CUT_BYTES,
+    LETTER_HEAD_BYTES,
     Append,
     Claim,
     Claimed,
@@ -497,7 +499,11 @@ class MemoryStore:
         with self._lock:
             letters = [letter for letter, _, _ in reversed(self._letters)]
         older = [letter for letter in letters if before is None or _order(letter.letter_id) < _order(before)]
-        return older[:limit]
+        return [replace(letter, message=letter.message[:LETTER_HEAD_BYTES]) for letter in older[:limit]]
+
+    def dead_letter(self, letter_id: str) -> DeadLetter | None:
+        with self._lock:
+            return next((letter for letter, _, _ in self._letters if letter.letter_id == letter_id), None)
 
     def replay(self, letter_ids: Sequence[str]) -> list[str]:
         with self._lock:
@@ -505,6 +511,9 @@ class MemoryStore:
             for letter_id in letter_ids:
                 if letter_id not in by_id:
                     raise UnknownJob(f"there is no dead letter {letter_id!r}; nothing was replayed")
+                kept = by_id[letter_id][0]
+                if len(kept.message) < kept.message_bytes:
+                    raise cut_letter(letter_id, len(kept.message), kept.message_bytes)
             for letter_id in letter_ids:
                 letter, tenant, step = by_id[letter_id]
                 self._letters.remove(by_id[letter_id])
@@ -540,11 +549,20 @@ class MemoryStore:
     ) -> str:
         record = self._record(job_id) if job_id else None
         self._num_letters += 1
-        letter = DeadLetter(f"{self._now()}-{self._num_letters}", model, job_id, reason, raw, self._now())
+        now, size = self._now(), len(raw)
+        if size > max(self.rules.max_message_bytes, LETTER_CUT_BYTES):
+            raw = raw[:LETTER_CUT_BYTES]
+            reason = f"{reason}; only its first {LETTER_CUT_BYTES} bytes are kept"
+        letter = DeadLetter(f"{now}-{self._num_letters}", model, job_id, reason, raw, now, size)
         whose = tenant or (record.tenant if record else "default")
         self._letters.append((letter, whose, step if step is not None else record.step if record else 0))
         del self._letters[: -self.rules.max_letters]
+        while len(self._letters) > 1 and self._kept_bytes() > self.rules.max_letters_bytes:
+            del self._letters[0]
         return letter.letter_id
+
+    def _kept_bytes(self) -> int:
+        return sum(len(letter.message) for letter, _, _ in self._letters)
 
     def _end(
         self, job_id: str, record: _Record, state: State, failure: Failure | None, result: Result | None = None

@@ -10,19 +10,23 @@
 -- | deadlines            | zset   | joined with a deadline, left at the job's end     |
 -- | suspects:{model}     | list   | joined after a crash, left at the job's end       |
 -- | depth:{model}        | hash   | kept in step with the queue                       |
--- | letters              | stream | poison jobs and bad messages                      |
+-- | letters              | stream | poison jobs and bad messages; the oldest fall out |
+-- | letter:{letter}      | string | the message, if it is longer than the head        |
+-- | letters_bytes        | string | how much they keep in all                         |
 --
--- ARGV 1..8 are the same for all scripts; arg(i) is the i-th of the script's own.
+-- ARGV 1..10 are the same for all scripts; arg(i) is the i-th of the script's own.
 local namespace = ARGV[1]
 local own = namespace .. 'hortator:'
 local RESULT_TTL_MS, JOURNAL_TTL_MS = tonumber(ARGV[2]), tonumber(ARGV[3])
 local DATE_DONE = ARGV[4]
 local MAX_ATTEMPTS, GRACE_MS, MAX_LETTERS = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 local DEFAULT_DEADLINE_MS = tonumber(ARGV[8])
+local MAX_LETTERS_BYTES, MAX_MESSAGE_BYTES = tonumber(ARGV[9]), tonumber(ARGV[10])
+local LETTER_HEAD_BYTES, LETTER_CUT_BYTES = 512, 65536
 local STEPS = {'0', '3', '6', '9'}
 
-local function arg(i) return ARGV[8 + i] end
-local num_args = #ARGV - 8
+local function arg(i) return ARGV[10 + i] end
+local num_args = #ARGV - 10
 
 local clock = redis.call('TIME')
 local now = tonumber(clock[1]) * 1000 + math.floor(tonumber(clock[2]) / 1000)
@@ -68,9 +72,39 @@ local function count_queued(model, tenant, by)
   end
 end
 
+local function letter_fields(entry)
+  local f = {}
+  for i = 1, #entry[2], 2 do f[entry[2][i]] = entry[2][i + 1] end
+  return f
+end
+
+-- Says how many bytes the others keep.
+local function drop_letter(letter, f)
+  redis.call('XDEL', own .. 'letters', letter)
+  redis.call('DEL', own .. 'letter:' .. letter)
+  return redis.call('DECRBY', own .. 'letters_bytes', f.kept)
+end
+
+local function letter_message(letter, f) return redis.call('GET', own .. 'letter:' .. letter) or f.head end
+
+-- The stream holds no more than each message's head, so that looking through it is cheap.
 local function bury(model, id, tenant, step, reason, message)
-  return redis.call('XADD', own .. 'letters', 'MAXLEN', MAX_LETTERS, '*', 'model', model, 'job', id,
-    'tenant', tenant, 'step', step, 'reason', reason, 'message', message, 'at', now)
+  local kept = message
+  if #message > MAX_MESSAGE_BYTES and #message > LETTER_CUT_BYTES then
+    kept = message:sub(1, LETTER_CUT_BYTES)
+    reason = reason .. '; only its first ' .. LETTER_CUT_BYTES .. ' bytes are kept'
+  end
+  local letter = redis.call('XADD', own .. 'letters', '*', 'model', model, 'job', id, 'tenant', tenant, 'step', step,
+    'reason', reason, 'head', kept:sub(1, LETTER_HEAD_BYTES), 'kept', #kept, 'size', #message, 'at', now)
+  if #kept > LETTER_HEAD_BYTES then redis.call('SET', own .. 'letter:' .. letter, kept) end
+  local num_letters, bytes = redis.call('XLEN', own .. 'letters'), redis.call('INCRBY', own .. 'letters_bytes', #kept)
+  if num_letters == 1 then redis.call('SET', own .. 'letters_bytes', #kept) end -- somebody emptied the stream by hand
+  while num_letters > 1 and (num_letters > MAX_LETTERS or bytes > MAX_LETTERS_BYTES) do
+    local oldest = redis.call('XRANGE', own .. 'letters', '-', '+', 'COUNT', 1)[1]
+    bytes = drop_letter(oldest[1], letter_fields(oldest))
+    num_letters = num_letters - 1
+  end
+  return letter
 end
 
 -- Celery's own JSON; cjson is used for free text only, so that empty lists stay lists.

@@ -144,6 +144,9 @@ class RedisStore:
     def dead_letters(self, *, limit: int = 100, before: str | None = None) -> list[DeadLetter]:
         return self._run(self._calls.dead_letters(limit, before))
 
+    def dead_letter(self, letter_id: str) -> DeadLetter | None:
+        return self._run(self._calls.dead_letter(letter_id))
+
     def replay(self, letter_ids: Sequence[str]) -> list[str]:
         return self._run(self._calls.replay(letter_ids)) if letter_ids else []
 

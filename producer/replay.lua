@@ -3,20 +3,21 @@
 -- | key                         | type   | here                                                        |
 -- |-----------------------------|--------|-------------------------------------------------------------|
 -- | letters                     | stream | read and taken out                                          |
+-- | letter:{letter}, letters_bytes | string | read and dropped; counted                                |
 -- | job:{id}                    | hash   | queued again; attempts go on counting, for they are fences  |
 -- | journal:{id}, celery-task-meta-{id} | stream, string | dropped                                     |
 -- | {model}, {model}\6\22{step} | list   | LPUSH of the message                                        |
 -- | depth:{model}, models       | hash   | one more for the tenant; the model is listed                |
 -- | deadlines                   | zset   | a fresh default one                                         |
 --
--- args: letter ids.  reply: 'ok' and the job ids ('' where a letter has none), or 'unknown' and the letter's id
+-- args: letter ids.  reply: 'ok' and the job ids ('' where a letter has none), 'unknown' and the letter's id, or
+--       'cut', the letter's id and how many bytes were kept of how many
 local letters = {}
 for i = 1, num_args do
   local entry = redis.call('XRANGE', own .. 'letters', arg(i), arg(i))[1]
   if not entry then return {'unknown', arg(i)} end
-  local f = {}
-  for n = 1, #entry[2], 2 do f[entry[2][n]] = entry[2][n + 1] end
-  letters[i] = f
+  letters[i] = letter_fields(entry)
+  if letters[i].kept ~= letters[i].size then return {'cut', arg(i), letters[i].kept, letters[i].size} end
 end
 
 local function clean_record(id, f)
@@ -35,10 +36,11 @@ end
 even_when_full()
 local ids = {}
 for i, f in ipairs(letters) do
-  redis.call('XDEL', own .. 'letters', arg(i))
+  local message = letter_message(arg(i), f)
+  drop_letter(arg(i), f)
   if f.job == '' or clean_record(f.job, f) then
     redis.call('HSETNX', own .. 'models', f.model, 0)
-    redis.call('LPUSH', queue(f.model, f.step), f.message)
+    redis.call('LPUSH', queue(f.model, f.step), message)
   end
   ids[i] = f.job
 end

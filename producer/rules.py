@@ -15,6 +15,7 @@ class Rules:
     max_queued_per_tenant: int = 1_000_000  # of one model
     max_message_bytes: int = 16 * 2**20
     max_letters: int = 10_000
+    max_letters_bytes: int = 256 * 2**20  # of all messages in dead letters; the oldest letters fall out
     max_attempts: int = 20
     default_deadline_s: float = 7 * 86_400.0  # of a job that names none, so that it ends even if no worker ever comes
     deadline_grace_s: float = 5.0  # how long a leader may take to end a running job that is past its deadline

@@ -24,6 +24,7 @@ class RuleSettings(BaseSettings):
     max_queued_per_tenant: int = Field(default=Rules.max_queued_per_tenant, ge=1)
     max_message_bytes: int = Field(default=Rules.max_message_bytes, ge=4096)
     max_letters: int = Field(default=Rules.max_letters, ge=1)
+    max_letters_bytes: int = Field(default=Rules.max_letters_bytes, ge=1)
     max_attempts: int = Field(default=Rules.max_attempts, ge=1)
     default_deadline_s: float = Field(
         default=Rules.default_deadline_s, gt=0, le=MAX_DEADLINE_S, description="of jobs that name none"

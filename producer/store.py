@@ -136,6 +136,10 @@ class QueueInfo:
     groups: tuple[GroupBeat, ...]  # only those alive
 
 
+LETTER_HEAD_BYTES = 512
+LETTER_CUT_BYTES = 65_536
+
+
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
     """A message that can never run, or a job that took groups down."""
@@ -144,8 +148,9 @@ class DeadLetter:
     model: str
     job_id: str | None
     reason: str
-    message: bytes
+    message: bytes  # in a list: the first LETTER_HEAD_BYTES
     buried_ms: int
+    message_bytes: int  # as it came; of a message above the limit only the first LETTER_CUT_BYTES are kept
 
 
 class Store(Protocol):
@@ -207,11 +212,14 @@ class Store(Protocol):
         """Put a message to the dead letters; returns the letter's id."""
 
     def dead_letters(self, *, limit: int = 100, before: str | None = None) -> list[DeadLetter]:
-        """Newest first."""
+        """Newest first, each with the first bytes of its message."""
+
+    def dead_letter(self, letter_id: str) -> DeadLetter | None:
+        """One letter with all that was kept of its message; None if there is none."""
 
     def replay(self, letter_ids: Sequence[str]) -> list[str]:
         """Send dead letters to their queue again with a clean record; the job ids ("" where a letter has none).
-        An unknown letter raises UnknownJob, and nothing is replayed."""
+        An unknown letter raises UnknownJob, one that was not kept whole BadRequest, and then nothing is replayed."""
 
     def check(self, *, for_submits: bool = False) -> None:
         """Raise StoreUnsuitable with the reason unless this server is safe to queue on; StoreUnavailable if away, and

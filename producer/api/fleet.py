@@ -18,8 +18,6 @@ from hortator.producer.errors import HortatorError, StoreUnavailable
 from hortator.producer.hindrance import hindrance
 from hortator.producer.store import DeadLetter, QueueInfo
 
-PREVIEW_BYTES = 512
-
 
 class FleetRoutes:
     """What concerns no single job."""
@@ -106,6 +104,6 @@ def letter_shape(letter: DeadLetter) -> Letter:
         job_id=letter.job_id,
         reason=letter.reason,
         buried_ms=letter.buried_ms,
-        message=repr(letter.message[:PREVIEW_BYTES])[2:-1],  # as a Python literal: printable ASCII only
-        message_bytes=len(letter.message),
+        message=repr(letter.message)[2:-1],  # as a Python literal: printable ASCII only
+        message_bytes=letter.message_bytes,
     )

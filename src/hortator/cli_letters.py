@@ -3,7 +3,6 @@
 import json
 import re
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,9 +12,8 @@ from hortator.cli_jobs import columns
 from hortator.cli_store import AsJson, Namespace, RedisUrl, client
 
 if TYPE_CHECKING:
-    from hortator.producer.store import DeadLetter, Store
+    from hortator.producer.store import DeadLetter
 
-PAGE = 200
 LETTER_ID = re.compile(r"[0-9]{1,16}-[0-9]{1,16}")
 
 
@@ -53,7 +51,7 @@ def show(
 ) -> int:
     """Print one dead letter whole.  Bytes that a terminal might obey are escaped."""
     with client(redis_url, namespace) as talk:
-        letter = next((one for one in all_letters(talk.store) if one.letter_id == letter_id), None)
+        letter = talk.store.dead_letter(letter_id) if LETTER_ID.fullmatch(letter_id) else None
     if letter is None:
         return fail_line(f"there is no dead letter {letter_id}", EXIT_FAILED)
     message = escaped(letter.message)
@@ -81,14 +79,6 @@ def replay(
     return EXIT_OK
 
 
-def all_letters(store: "Store") -> Iterator["DeadLetter"]:
-    """Every letter, page by page."""
-    before = None
-    while page := store.dead_letters(limit=PAGE, before=before):
-        yield from page
-        before = page[-1].letter_id
-
-
 def row(letter: "DeadLetter") -> tuple[str, ...]:
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(letter.buried_ms / 1000))
     return letter.letter_id, when, letter.model, letter.job_id or "-", letter.reason[:100]
@@ -101,7 +91,7 @@ def summary(letter: "DeadLetter") -> dict[str, str | int | None]:
         "job_id": letter.job_id,
         "reason": letter.reason,
         "buried_ms": letter.buried_ms,
-        "message_bytes": len(letter.message),
+        "message_bytes": letter.message_bytes,
     }
 
 

@@ -14,7 +14,7 @@ from hortator.producer.names import Names
 from hortator.producer.redis_store import RedisStore
 from hortator.producer.rules import Rules
 from hortator.producer.schema import Chunk, FinishReason, Job, Result, State, Status, Usage
-from hortator.producer.store import Append, Claim, GroupBeat, Lease, Outcome, Store
+from hortator.producer.store import Append, Claim, DeadLetter, GroupBeat, Lease, Outcome, Store
 
 MODEL = "tiny"
 NAMESPACE = "test:"
@@ -65,6 +65,11 @@ class Rig(ABC):
 
     def depth(self, model: str = MODEL) -> int:
         return next((queue.depth for queue in self.store.queues() if queue.model == model), 0)
+
+    def letters(self) -> list[DeadLetter]:
+        """Every dead letter with all that was kept of its message, newest first."""
+        found = [self.store.dead_letter(letter.letter_id) for letter in self.store.dead_letters()]
+        return [letter for letter in found if letter is not None]
 
     def reasons(self) -> list[str]:
         """Why each dead letter is one, oldest first."""

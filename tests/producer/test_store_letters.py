@@ -3,15 +3,17 @@
 import json
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hortator.producer.errors import UnknownJob
+from hortator.producer.errors import BadRequest, UnknownJob
+from hortator.producer.redis_store import RedisStore
 from hortator.producer.schema import State
 from hortator.producer.store import Lease, ReleaseReason
-from tests.producer.rig import MODEL, Rig, done, foreign, prompts_of, tokens
+from tests.producer.rig import MODEL, RedisRig, Rig, done, foreign, prompts_of, tokens
 
 
 class Canary:
@@ -79,7 +81,7 @@ def test_bytes_that_are_no_message_become_a_dead_letter(rig: Rig, raw: bytes) ->
     rig.push(raw)
     [good] = rig.enqueue("good", priority="interactive")
     assert [one.lease.job_id for one in rig.claim().jobs] == [good]
-    [letter] = rig.store.dead_letters()
+    [letter] = rig.letters()
     assert (letter.message, letter.model, letter.job_id) == (raw, MODEL, None)
     assert letter.reason
     assert letter.buried_ms > 0
@@ -91,7 +93,7 @@ def test_bytes_that_are_no_message_become_a_dead_letter(rig: Rig, raw: bytes) ->
 def test_a_bad_message_with_an_id_gets_a_result_too(rig: Rig, raw: bytes) -> None:
     rig.push(raw)
     assert rig.claim().jobs == ()
-    [letter] = rig.store.dead_letters()
+    [letter] = rig.letters()
     assert (letter.message, letter.job_id) == (raw, "bad-1")
     status = rig.status("bad-1")
     assert status.state is State.FAILED
@@ -114,16 +116,68 @@ def test_a_message_over_the_limit_is_buried_whole(rig: Rig) -> None:
     raw = foreign("big", prompt="x" * 20_000)
     rig.push(raw)
     assert rig.claim().jobs == ()
-    [letter] = rig.store.dead_letters()
+    [letter] = rig.letters()
     assert letter.message == raw
     assert letter.reason == f"too large: {len(raw)} bytes, the limit is 20000"
+
+
+def test_of_a_message_over_the_limit_the_first_bytes_are_kept_and_it_cannot_be_replayed(rig: Rig) -> None:
+    rig.rule(max_message_bytes=70_000)
+    raw = foreign("big", prompt="x" * 100_000)
+    rig.push(raw)
+    assert rig.claim().jobs == ()
+    [letter] = rig.letters()
+    assert (letter.message, letter.message_bytes) == (raw[:65_536], len(raw))
+    assert letter.reason == f"too large: {len(raw)} bytes, the limit is 70000; only its first 65536 bytes are kept"
+    with pytest.raises(BadRequest, match=f"only 65536 of {len(raw)} bytes"):
+        rig.store.replay([letter.letter_id])
+    assert (len(rig.letters()), rig.depth()) == (1, 0)
+
+
+def test_a_list_of_letters_holds_the_beginning_of_each_message(rig: Rig) -> None:
+    raw = os.urandom(600)
+    letter_id = rig.store.bury(MODEL, raw, reason="test")
+    [listed] = rig.store.dead_letters()
+    assert (listed.letter_id, listed.message, listed.message_bytes) == (letter_id, raw[:512], 600)
+    assert rig.store.dead_letter(letter_id) == replace(listed, message=raw)
+    assert rig.store.dead_letter("1-1") is None
+
+
+def test_all_letters_together_keep_within_a_budget_of_bytes(rig: Rig) -> None:
+    rig.rule(max_letters_bytes=3000)
+    for i in range(6):
+        rig.store.bury(MODEL, b"%d" % i * 1000, reason="test")
+    assert [letter.message[:1] for letter in rig.letters()] == [b"5", b"4", b"3"]
+    rig.store.bury(MODEL, b"L" * 5000, reason="one alone may be larger")
+    assert [len(letter.message) for letter in rig.letters()] == [5000]
+    rig.store.replay([rig.letters()[0].letter_id])
+    for i in range(3):
+        rig.store.bury(MODEL, b"%d" % i * 1000, reason="test")
+    assert len(rig.letters()) == 3
+
+
+def test_nothing_stays_of_a_letter_that_fell_out_or_was_replayed(redis_rig: RedisRig) -> None:
+    redis_rig.rule(max_letters=1)
+    for _ in range(2):
+        letter_id = redis_rig.store.bury(MODEL, b"x" * 1000, reason="test")
+    assert redis_rig.all_keys("*:letter:*") == [f"test:hortator:letter:{letter_id}"]
+    redis_rig.store.replay([letter_id])
+    assert redis_rig.all_keys("*:letter:*") == []
+
+
+def test_many_large_letters_are_listed_within_a_producers_patience(redis_rig: RedisRig) -> None:
+    redis_rig.rule(max_letters_bytes=2**30)
+    for _ in range(20):
+        redis_rig.store.bury(MODEL, b"x" * 15_000_000, reason="test")
+    with RedisStore(redis_rig.url, namespace="test:") as store:
+        assert len(store.dead_letters()) == 20
 
 
 def test_an_accepted_job_that_is_too_large_for_the_leader_fails_at_once(rig: Rig) -> None:
     [job_id] = rig.enqueue("x" * 20_000)
     rig.rule(max_message_bytes=5000)
     assert rig.claim().jobs == ()
-    [letter] = rig.store.dead_letters()
+    [letter] = rig.letters()
     assert letter.job_id == job_id
     status = rig.status(job_id)
     assert (status.state, rig.depth()) == (State.FAILED, 0)
@@ -171,7 +225,7 @@ def test_a_version_that_is_none_is_buried_and_does_not_go_round_for_ever(rig: Ri
     rig.push(foreign("odd", headers=headers(id="odd", hortator={"version": version})))
     assert rig.claim().jobs == ()
     assert rig.depth() == 0
-    [letter] = rig.store.dead_letters()
+    [letter] = rig.letters()
     assert (letter.job_id, letter.reason) == ("odd", "its hortator.version is no version: a positive integer")
     assert rig.state("odd") is State.FAILED
 
@@ -194,7 +248,7 @@ def test_our_own_message_without_its_record_is_not_run_again(rig: Rig) -> None:
     raw = foreign("stale", headers=headers(id="stale", hortator={"version": 1, "record": True}))
     rig.push(raw)
     assert rig.claim().jobs == ()
-    [letter] = rig.store.dead_letters()
+    [letter] = rig.letters()
     assert letter.job_id == "stale"
     assert "record is gone" in letter.reason
 
@@ -218,7 +272,7 @@ def test_only_the_newest_letters_are_kept(rig: Rig) -> None:
 def test_a_buried_message_can_be_read_back(rig: Rig) -> None:
     [job_id] = rig.enqueue("a")
     letter_id = rig.store.bury(MODEL, b"\xff\x00raw", reason="wrong schema", job_id=job_id)
-    [letter] = rig.store.dead_letters()
+    [letter] = rig.letters()
     assert (letter.letter_id, letter.message, letter.reason) == (letter_id, b"\xff\x00raw", "wrong schema")
     assert letter.job_id == job_id
 
@@ -229,7 +283,7 @@ def test_a_poison_job_can_be_replayed_with_a_clean_record(rig: Rig) -> None:
     rig.store.append([tokens(lease, 0, 1)])
     rig.store.release([lease], reason=ReleaseReason.CRASHED)
     rig.store.release([rig.claim_one()], reason=ReleaseReason.CRASHED)
-    [letter] = rig.store.dead_letters()
+    [letter] = rig.letters()
     assert rig.store.replay([letter.letter_id]) == [job_id]
     status = rig.status(job_id)
     assert (status.state, status.tenant, status.attempt, status.num_tokens) == (State.QUEUED, "acme", 0, 0)

@@ -72,7 +72,7 @@ def test_a_job_that_kills_its_group_twice_is_poison(rig: Rig) -> None:
     assert status.state is State.FAILED
     assert status.failure is not None
     assert status.failure.code == "poison"
-    [letter] = rig.store.dead_letters()
+    [letter] = rig.letters()
     assert (letter.job_id, letter.reason) == (job_id, "poison")
     assert b'"task": "llm.generate"' in letter.message
     assert rig.claim().jobs == ()
