@@ -152,7 +152,8 @@ class AsyncClient:
         return (await self.enqueue_many([job]))[0]
 
     async def enqueue_many(self, jobs: Iterable[Job]) -> list[AsyncJobHandle]:
-        """Accept many jobs, one round trip per few hundred.  An error's `accepted` names those that are in already."""
+        """Accept many jobs, one round trip per few hundred.  An error's `accepted` names those that are in already,
+        its `index` the one that was refused."""
         handles: list[AsyncJobHandle] = []
         remaining = iter(jobs)
         while some := list(islice(remaining, MANY)):
@@ -160,6 +161,7 @@ class AsyncClient:
                 receipts = await self.store.enqueue(some)
             except HortatorError as error:
                 error.accepted = (*(handle.id for handle in handles), *error.accepted)
+                error.index = None if error.index is None else error.index + len(handles)
                 raise
             handles += [
                 AsyncJobHandle(self, receipt.job_id, tenant=job.tenant, duplicate=receipt.duplicate)

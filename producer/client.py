@@ -143,7 +143,8 @@ class Client:
         return self.enqueue_many([job])[0]
 
     def enqueue_many(self, jobs: Iterable[Job]) -> list[JobHandle]:
-        """Accept many jobs, one round trip per few hundred.  An error's `accepted` names those that are in already."""
+        """Accept many jobs, one round trip per few hundred.  An error's `accepted` names those that are in already,
+        its `index` the one that was refused."""
         handles: list[JobHandle] = []
         remaining = iter(jobs)
         while some := list(islice(remaining, MANY)):
@@ -151,6 +152,7 @@ class Client:
                 receipts = self.store.enqueue(some)
             except HortatorError as error:
                 error.accepted = (*(handle.id for handle in handles), *error.accepted)
+                error.index = None if error.index is None else error.index + len(handles)
                 raise
             handles += [
                 JobHandle(self, receipt.job_id, tenant=job.tenant, duplicate=receipt.duplicate)

@@ -31,6 +31,7 @@ class HortatorError(Exception):
         super().__init__(message)
         self.message = message
         self.job_id = job_id
+        self.index: int | None = None  # of the refused job among those of one enqueue; a job that is not in has no id
         self.accepted: tuple[str, ...] = ()  # of a long enqueue: ids of the round trips before the refused one
 
 

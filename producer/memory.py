@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from hortator.producer import journal, message
-from hortator.producer.calls import cut_letter, idempotency_conflict, naming_accepted, queue_full, unknown_model
+from hortator.producer.calls import cut_letter, idempotency_conflict, naming_jobs, queue_full, unknown_model
 from hortator.producer.errors import BadRequest, UnknownJob
 from hortator.producer.ids import Mint, new_secret
 from hortator.producer.names import STEP_OF, STEPS
@@ -108,7 +108,7 @@ class MemoryStore:
     def enqueue(self, jobs: Sequence[Job], *, job_ids: Sequence[str] | None = None) -> list[Receipt]:
         ids = [self._mint.issue(job.tenant) for job in jobs] if job_ids is None else list(job_ids)
         receipts: list[Receipt] = []
-        with self._lock, naming_accepted(receipts):
+        with self._lock, naming_jobs(receipts, ids, minted=job_ids is None):
             now = self._now()
             plan = self._admit(jobs, ids, now)
             for job, job_id, first in zip(jobs, ids, plan, strict=True):

@@ -13,7 +13,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError
 from redis.retry import Retry
 
-from hortator.producer.calls import Call, Calls, naming_accepted, refuse_unsuitable, script, translate
+from hortator.producer.calls import Call, Calls, naming_jobs, refuse_unsuitable, script, translate
 from hortator.producer.errors import ConfigError
 from hortator.producer.ids import Mint, new_secret
 from hortator.producer.names import Names
@@ -92,7 +92,7 @@ class RedisStore:
     def enqueue(self, jobs: Sequence[Job], *, job_ids: Sequence[str] | None = None) -> list[Receipt]:
         ids = self._new_ids(jobs) if job_ids is None else job_ids
         receipts: list[Receipt] = []
-        with naming_accepted(receipts):
+        with naming_jobs(receipts, ids, minted=job_ids is None):
             for call in self._calls.enqueue(jobs, ids):
                 accepted = self._run(call)
                 receipts += accepted
@@ -230,7 +230,7 @@ class AsyncRedisStore:
     async def enqueue(self, jobs: Sequence[Job], *, job_ids: Sequence[str] | None = None) -> list[Receipt]:
         ids = await self._new_ids(jobs) if job_ids is None else job_ids
         receipts: list[Receipt] = []
-        with naming_accepted(receipts):
+        with naming_jobs(receipts, ids, minted=job_ids is None):
             for call in self._calls.enqueue(jobs, ids):
                 accepted = await self._run(call)
                 receipts += accepted

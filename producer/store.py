@@ -161,7 +161,8 @@ class Store(Protocol):
         """Accept all jobs (one round trip per few hundred) or raise; order is kept.
 
         Raises QueueFull, UnknownModel, IdempotencyConflict, StoreUnavailable.  A call that raises wrote nothing of the
-        batch (round trip) that it concerns; `job_id` of the error names the first refused job.
+        batch (round trip) that it concerns; `index` of the error names the first refused job; `job_id` too, if
+        the caller gave the ids.
         """
 
     def cancel(self, job_ids: Sequence[str], *, tenant: str | None = None) -> list[State | None]:

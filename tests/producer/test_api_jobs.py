@@ -76,6 +76,7 @@ def test_the_same_key_with_another_body_is_a_conflict(api: Api) -> None:
     api.submit("1+1=", idempotency_key="k3")
     answer = api.http.post("/v1/jobs", json=job("2+2="), headers={"idempotency-key": "k3"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "idempotency_conflict")
+    assert "job_id" not in answer.json()["error"]  # the refused job has none
 
 
 def test_header_and_body_must_not_name_two_keys(api: Api) -> None:

@@ -45,7 +45,7 @@ def busy(rig: RedisRig) -> None:
     rig.enqueue("a", "b", idempotency_key=None, deadline_s=100, metadata={"k": "v"}, priority="batch")
     rig.enqueue("c", idempotency_key="key", priority="interactive")
     rig.enqueue("d")
-    rig.push(b"junk", step=9)
+    rig.push(b"junk" * 200, step=9)
     rig.push(foreign(), step=9)
     leases = [one.lease for one in rig.claim(4).jobs]
     rig.store.append([tokens(lease, 0, 1) for lease in leases])

@@ -54,7 +54,19 @@ def test_an_unknown_model_is_refused_and_the_known_ones_are_named(rig: Rig) -> N
     rig.beat("other")
     with pytest.raises(UnknownModel, match=r"'nope'.*other, tiny") as caught:
         rig.enqueue("x", model="nope")
-    assert caught.value.job_id is not None
+    assert (caught.value.job_id, caught.value.index) == (None, 0)
+
+
+def test_a_refused_job_is_named_by_its_index_and_by_its_id_only_if_the_caller_chose_that(rig: Rig) -> None:
+    rig.enqueue("first", idempotency_key="k")
+    jobs = [job("a"), job("b"), job("other", idempotency_key="k")]
+    with pytest.raises(IdempotencyConflict) as caught:
+        rig.store.enqueue(jobs)
+    assert (caught.value.job_id, caught.value.index) == (None, 2)
+    with pytest.raises(IdempotencyConflict) as caught:
+        rig.store.enqueue(jobs, job_ids=["id-a", "id-b", "id-c"])
+    assert (caught.value.job_id, caught.value.index) == ("id-c", 2)
+    assert rig.depth() == 1
 
 
 def test_a_model_that_was_only_ever_claimed_for_is_not_known(rig: Rig) -> None:
