@@ -348,7 +348,7 @@ def _refuse_full(reply: list[Any]) -> None:
 
 def unknown_model(model: str, known: Iterable[str], job_id: str) -> UnknownModel:
     names = ", ".join(sorted(known)) or "none yet: start a worker first"
-    return UnknownModel(f"no group has ever served model {model!r}; known models: {names}", job_id=job_id)
+    return UnknownModel(f"no group serves model {model!r}, nor did lately; known models: {names}", job_id=job_id)
 
 
 def idempotency_conflict(job_id: str) -> IdempotencyConflict:

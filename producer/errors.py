@@ -4,7 +4,7 @@
     ├── BadRequest                  the job can never run: fix it and send it again
     │   ├── PromptTooLong
     │   └── IdempotencyConflict     same key, other body
-    ├── UnknownModel                no group has ever served this model
+    ├── UnknownModel                no group serves this model, nor did lately
     ├── UnknownJob                  never issued, of another tenant, or expired (`gone` tells)
     ├── QueueFull                   try again after `retry_after_s`
     ├── StoreUnavailable            Redis is away, full or slow; nothing was written
@@ -54,7 +54,7 @@ class IdempotencyConflict(BadRequest):
 
 
 class UnknownModel(HortatorError):
-    """No group has ever served this model."""
+    """No group has served this model for as long as results live."""
 
     code = "unknown_model"
 

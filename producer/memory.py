@@ -81,7 +81,11 @@ class _Queue:
     dead: int = 0  # messages of jobs that ended while they were queued
     turn: int = 0
     holder: tuple[str, int] | None = None  # who drains itself for the next suspect, until when
-    known: bool = False
+    beaten: int = 0  # when a group last said that it is alive
+
+    @property
+    def known(self) -> bool:
+        return self.beaten > 0
 
     @property
     def depth(self) -> int:
@@ -440,7 +444,7 @@ class MemoryStore:
 
     def beat(self, beat: GroupBeat) -> None:
         with self._lock:
-            self._queue(beat.model).known = True
+            self._queue(beat.model).beaten = self._now()
             if beat.state == "gone":
                 self._groups.pop(beat.group, None)
             else:
@@ -463,7 +467,16 @@ class MemoryStore:
                 fate = self._crashed(job_id, record)
                 requeued += [job_id] if fate == "suspect" else []
                 poisoned += [job_id] if fate == "poison" else []
+            self._forget_models(now)
             return SweepReport(tuple(requeued), tuple(expired), tuple(poisoned), now)
+
+    def _forget_models(self, now: int) -> None:
+        busy = {record.model for record in self._records.values() if record.state is State.RUNNING}
+        silent = now - round(self.rules.result_ttl_s * 1000)
+        for model, queue in list(self._queues.items()):
+            waits = queue.suspects or any(queue.lists.values())
+            if queue.beaten < silent and model not in busy and not waits:
+                del self._queues[model]
 
     def _end_overdue(self, limit: int) -> list[str]:
         overdue = [job_id for job_id, record in self._records.items() if self._overdue(record)][:limit]

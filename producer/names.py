@@ -77,7 +77,12 @@ TABLE: tuple[Key, ...] = (
     ),
     Key("hortator:letter:{letter}", "string", "its message, if it is longer than the head", "with the letter"),
     Key("hortator:letters_bytes", "string", "how much of messages the letters keep", "never"),
-    Key("hortator:models", "hash", "model -> last beat of any of its groups, ms; 0: none ever", "never"),
+    Key(
+        "hortator:models",
+        "hash",
+        "model -> last beat of any of its groups, ms; 0: none ever",
+        "one that is empty: after result_ttl_s of silence",
+    ),
     Key("hortator:groups", "hash", "group -> its last beat as JSON", "a silent group: after an hour"),
     Key("hortator:secret", "string", "signs job ids, so that a gone id is told from a never-issued one", "never"),
 )

@@ -10,7 +10,7 @@ class Rules:
     result_ttl_s: float = 86_400.0  # records and results, from the job's end
     journal_ttl_s: float = 3_600.0  # streams, from the job's end; cut to result_ttl_s: none outlives its record
     idempotency_ttl_s: float = 86_400.0  # from acceptance
-    require_known_model: bool = True  # refuse models that no group has ever beaten for
+    require_known_model: bool = True  # refuse models that no group has beaten for in result_ttl_s
     max_queued_per_model: int = 1_000_000
     max_queued_per_tenant: int = 1_000_000  # of one model
     max_message_bytes: int = 16 * 2**20

@@ -1,8 +1,10 @@
--- sweep: take leases that ran out for crashes, and end jobs past their deadline.
+-- sweep: take leases that ran out for crashes, end jobs past their deadline, forget models that nobody serves.
 --
 -- | key                                 | type | here                                   |
 -- |-------------------------------------|------|----------------------------------------|
--- | models                              | hash | read: whose leases to look at          |
+-- | models                              | hash | read: whose leases to look at; one that is empty and silent for as long as results live is dropped |
+-- | {model}, {model}\6\22{step}, suspects:{model} | list | lengths                     |
+-- | depth:{model}, pace:{model}, turn:{model} | hash, string | dropped with the model  |
 -- | leases:{model}                      | zset | read: which ran out                    |
 -- | deadlines                           | zset | read: which have passed                |
 -- | groups                              | hash | groups silent for an hour are dropped  |
@@ -39,6 +41,21 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', own .. 'deadlines', '-inf', now,
   elseif overdue(job) then
     expired(id, job)
     ended[#ended + 1] = id
+  end
+end
+
+local function is_empty(model)
+  local waiting = redis.call('LLEN', own .. 'suspects:' .. model) + redis.call('ZCARD', own .. 'leases:' .. model)
+  for _, step in ipairs(STEPS) do waiting = waiting + redis.call('LLEN', queue(model, step)) end
+  return waiting == 0
+end
+
+local known = redis.call('HGETALL', own .. 'models')
+for i = 1, #known, 2 do
+  local model = known[i]
+  if now - tonumber(known[i + 1]) > RESULT_TTL_MS and is_empty(model) then
+    redis.call('HDEL', own .. 'models', model)
+    redis.call('DEL', own .. 'depth:' .. model, own .. 'pace:' .. model, own .. 'turn:' .. model)
   end
 end
 

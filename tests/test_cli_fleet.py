@@ -50,6 +50,10 @@ def test_an_empty_queue_with_a_full_group_does_not_wait() -> None:
     assert "jobs wait" not in page([queue(beat("a"), depth=0)])
 
 
+def test_an_empty_queue_that_nobody_serves_says_that_jobs_would_wait() -> None:
+    assert page([queue(depth=0)]).splitlines()[-1].startswith("llama: jobs would wait: no group is alive")
+
+
 def test_groups_of_another_version_are_shown_without_the_figures_that_they_do_not_give() -> None:
     bare = GroupBeat(group="old", model="llama", running=1, capacity=8, epoch=1, state="ready", info={"pids": [1, 2]})
     assert page([queue(bare)]).splitlines()[4].split() == ["old", "llama", "ready", "2", "1", "1/8", "-", "-", "-", "-"]

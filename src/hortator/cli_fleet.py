@@ -291,7 +291,7 @@ def why(queue: "QueueInfo") -> str | None:
     found = hindrance(queue)
     if found is None or (not queue.depth and found.why not in (Why.NO_GROUP, Why.NOT_READY, Why.DRAINING)):
         return None
-    return f"jobs wait: {found.text}"
+    return f"jobs {'wait' if queue.depth else 'would wait'}: {found.text}"
 
 
 def queue_json(queue: "QueueInfo") -> dict[str, Any]:

@@ -115,7 +115,7 @@ def test_a_group_that_is_down_says_why_and_its_jobs_run_elsewhere_within_five_se
         os.kill(rank, signal.SIGKILL)
     wait_for("both say that they are down", lambda: {b.state for g in two.workers if (b := g.beat())} == {"down"})
     shown = operate(capsys, "status")
-    assert "jobs wait: no group is ready: one is down: rank 0" in shown
+    assert "jobs would wait: no group is ready: one is down: rank 0" in shown
     assert "two: last failure: rank 0" in shown
     assert shown.count("SIGKILL") >= 2
 
