@@ -212,7 +212,7 @@ class Calls:
         return self._call("sweep", [limit, "" if expired_before_ms is None else expired_before_ms], _sweep_report)
 
     def ready(self) -> Call[None]:
-        return self._call("ready", [self.rules.memory_headroom], _refuse_full)
+        return self._call("ready", [self.rules.memory_headroom], _refuse_no_room)
 
     def queues(self) -> Call[list[QueueInfo]]:
         return self._call("queues", [_ms(self.rules.beat_ttl_s)], _queues)
@@ -272,10 +272,14 @@ def refuse_unsuitable(info: dict[str, Any]) -> None:
         raise StoreUnsuitable("this Redis is a replica and takes no writes: give the address of its master")
     policy = info.get("maxmemory_policy")
     if policy != "noeviction":
-        raise StoreUnsuitable(
-            f"this Redis evicts keys when it is full (maxmemory-policy {policy}), which loses jobs:"
-            " run CONFIG SET maxmemory-policy noeviction, and put it in redis.conf"
-        )
+        raise _evicts(str(policy))
+
+
+def _evicts(policy: str) -> StoreUnsuitable:
+    return StoreUnsuitable(
+        f"this Redis evicts keys when it is full (maxmemory-policy {policy}), which loses jobs:"
+        " run CONFIG SET maxmemory-policy noeviction, and put it in redis.conf"
+    )
 
 
 # Redis 6.2 wraps what a script met in an error of its own, so the code may stand anywhere
@@ -326,7 +330,7 @@ def _receipts(jobs: list[Job], job_ids: list[str], reply: list[Any]) -> list[Rec
     if kind == b"ok":
         known = {rest[i]: rest[i + 1].decode() for i in range(0, len(rest), 2)}
         return [Receipt(known.get(i, job_id), i in known) for i, job_id in enumerate(job_ids)]
-    _refuse_full(reply)
+    _refuse_no_room(reply)
     job, job_id = jobs[rest[0]], job_ids[rest[0]]
     if kind == b"unknown_model":
         raise unknown_model(job.model, [_text(name) for name in rest[1:]], job_id)
@@ -338,8 +342,10 @@ def _receipts(jobs: list[Job], job_ids: list[str], reply: list[Any]) -> list[Rec
     raise queue_full(whose, rest[1], rest[2] / 1000, job_id)
 
 
-def _refuse_full(reply: list[Any]) -> None:
+def _refuse_no_room(reply: list[Any]) -> None:
     kind, *rest = reply
+    if kind == b"evicts":
+        raise _evicts(_text(rest[0]))
     if kind == b"full_memory":
         raise StoreUnavailable(
             f"Redis is nearly full ({rest[0]} of {rest[1]} bytes): finished results will make room", retry_after_s=5.0

@@ -32,7 +32,7 @@ local function retry_after_ms(model, excess)
   return math.max(1000, math.min(60000, math.ceil(1000 * excess / rate)))
 end
 
-local full = nearly_full(HEADROOM)
+local full = no_room(HEADROOM)
 if full then return full end
 
 local models, tenants, by_key, taken, duplicates, fresh = {}, {}, {}, {}, {}, {}

@@ -6,4 +6,4 @@
 --
 -- args: headroom
 even_when_full()
-return nearly_full(tonumber(arg(1))) or {'ok'}
+return no_room(tonumber(arg(1))) or {'ok'}

@@ -40,9 +40,12 @@ end
 -- scripts except enqueue begin with a write that cannot grow it: what was accepted must be able to end even then.
 local function even_when_full() redis.call('DEL', own .. 'nothing') end
 
--- What a submit is answered while running jobs and results need the rest of the memory; nil while there is room.
-local function nearly_full(headroom)
+-- What a submit is answered where the job could be evicted, or while running jobs and results need the rest of the
+-- memory; nil while there is room.
+local function no_room(headroom)
   local memory = redis.call('INFO', 'memory')
+  local policy = memory:match('maxmemory_policy:(%S+)')
+  if policy ~= 'noeviction' then return {'evicts', tostring(policy)} end
   local used, most = tonumber(memory:match('used_memory:(%d+)')), tonumber(memory:match('maxmemory:(%d+)'))
   if most > 0 and used > most * (1 - headroom) then return {'full_memory', used, most} end
   return nil

@@ -160,9 +160,9 @@ class Store(Protocol):
     def enqueue(self, jobs: Sequence[Job], *, job_ids: Sequence[str] | None = None) -> list[Receipt]:
         """Accept all jobs (one round trip per few hundred) or raise; order is kept.
 
-        Raises QueueFull, UnknownModel, IdempotencyConflict, StoreUnavailable.  A call that raises wrote nothing of the
-        batch (round trip) that it concerns; `index` of the error names the first refused job; `job_id` too, if
-        the caller gave the ids.
+        Raises QueueFull, UnknownModel, IdempotencyConflict, StoreUnavailable, StoreUnsuitable.  A call that raises
+        wrote nothing of the batch (round trip) that it concerns; `index` of the error names the first refused job,
+        `job_id` too, if the caller gave the ids.
         """
 
     def cancel(self, job_ids: Sequence[str], *, tenant: str | None = None) -> list[State | None]:

@@ -473,6 +473,17 @@ def test_the_asyncio_store_fails_as_fast(own_redis: EmbeddedRedis) -> None:
     asyncio.run(scenario())
 
 
+def test_a_redis_that_evicts_takes_no_submits_and_says_what_to_set(own_redis: EmbeddedRedis) -> None:
+    raw: Any = redis.Redis.from_url(own_redis.url)
+    with raw, store_of(own_redis) as store:
+        raw.config_set("maxmemory-policy", "allkeys-lru")
+        with pytest.raises(StoreUnsuitable, match=r"allkeys-lru.*CONFIG SET maxmemory-policy noeviction"):
+            store.enqueue([job()])
+        assert [queue.depth for queue in store.queues()] == [0]
+        raw.config_set("maxmemory-policy", "noeviction")
+        assert store.enqueue([job()])
+
+
 @pytest.mark.parametrize("kind", ["string", "a longer journal"])
 def test_what_lies_under_a_job_s_keys_cannot_stop_its_end(redis_rig: RedisRig, kind: str) -> None:
     [queued, running] = redis_rig.enqueue("a", "b")
