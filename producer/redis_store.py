@@ -185,7 +185,7 @@ class RedisStore:
 
 
 class AsyncRedisStore:
-    """`RedisStore` with the same methods as coroutines.  It belongs to one event loop."""
+    """What producers and the API call of `RedisStore`, as coroutines.  It belongs to one event loop."""
 
     def __init__(
         self,
@@ -248,42 +248,14 @@ class AsyncRedisStore:
     async def chunks(self, job_id: str, *, after: int = 0) -> list[Chunk]:
         return await self._run(self._calls.chunks(job_id, after))
 
-    async def claim(self, model: str, *, owner: str, limit: int, lease_s: float, idle: bool) -> Claim:
-        return await self._run(self._calls.claim(model, owner, limit, lease_s, idle))
-
-    async def append(self, appends: Sequence[Append]) -> Signals:
-        return await self._run(self._calls.append(appends)) if appends else Signals()
-
-    async def renew(self, leases: Sequence[Lease], *, owner: str, lease_s: float) -> Signals:
-        return await self._run(self._calls.renew(leases, lease_s)) if leases else Signals()
-
-    async def commit(self, outcomes: Sequence[Outcome]) -> list[Verdict]:
-        return await self._run(self._calls.commit(outcomes)) if outcomes else []
-
-    async def release(self, leases: Sequence[Lease], *, reason: ReleaseReason) -> None:
-        if leases:
-            await self._run(self._calls.release(leases, reason))
-
-    async def clear(self, lease: Lease) -> None:
-        await self._run(self._calls.clear(lease))
-
-    async def beat(self, beat: GroupBeat) -> None:
-        await self._run(self._calls.beat(beat))
-
     async def sweep(self, *, limit: int = 1000, expired_before_ms: int | None = None) -> SweepReport:
         return await self._run(self._calls.sweep(limit, expired_before_ms))
 
     async def queues(self) -> list[QueueInfo]:
         return await self._run(self._calls.queues())
 
-    async def bury(self, model: str, message: bytes, *, reason: str, job_id: str | None = None) -> str:
-        return await self._run(self._calls.bury(model, message, reason, job_id))
-
     async def dead_letters(self, *, limit: int = 100, before: str | None = None) -> list[DeadLetter]:
         return await self._run(self._calls.dead_letters(limit, before))
-
-    async def replay(self, letter_ids: Sequence[str]) -> list[str]:
-        return await self._run(self._calls.replay(letter_ids)) if letter_ids else []
 
     async def check(self, *, for_submits: bool = False) -> None:
         async with self._translated():

@@ -283,8 +283,3 @@ class Chunk(Wire):
     logprobs: tuple[float, ...] | None = None
     top_logprobs: TopLogprobs | None = None
     choice: int | None = None
-
-
-def dump(model: BaseModel) -> dict[str, Any]:
-    """The JSON-ready dict that goes on the wire: unset optional fields left out."""
-    return model.model_dump(mode="json", exclude_none=True, exclude_defaults=False)

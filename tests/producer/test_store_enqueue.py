@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hortator.producer.errors import BadRequest, IdempotencyConflict, QueueFull, UnknownModel
-from hortator.producer.schema import Job, Priority, State, dump
+from hortator.producer.schema import Job, Priority, State
 from tests.producer.rig import MODEL, Rig, done, foreign, job, prompts_of
 
 
@@ -29,7 +29,7 @@ def test_the_message_is_celerys_and_its_kwargs_are_the_job(rig: Rig) -> None:
     import base64
 
     args, kwargs, embed = json.loads(base64.b64decode(message["body"]))
-    assert (args, kwargs) == ([], dump(one))
+    assert (args, kwargs) == ([], one.model_dump(mode="json", exclude_none=True))
     assert Job.model_validate(kwargs) == one
     assert embed == {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 
