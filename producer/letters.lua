@@ -10,6 +10,6 @@ local letters = {}
 local from = arg(2) == '' and '+' or '(' .. arg(2)
 for _, entry in ipairs(redis.call('XREVRANGE', own .. 'letters', from, '-', 'COUNT', arg(1))) do
   local f = letter_fields(entry)
-  letters[#letters + 1] = {entry[1], f.model, f.job, f.reason, f.head, f.at, f.size}
+  letters[#letters + 1] = {entry[1], f.model, f.job, f.reason, f.head:sub(1, LETTER_HEAD_BYTES), f.at, f.size}
 end
 return letters

@@ -78,6 +78,9 @@ end
 local function letter_fields(entry)
   local f = {}
   for i = 1, #entry[2], 2 do f[entry[2][i]] = entry[2][i + 1] end
+  f.head = f.head or f.message or '' -- earlier versions kept the message itself in the stream
+  f.size = f.size or tostring(#f.head)
+  f.kept = f.kept or f.size
   return f
 end
 

@@ -156,6 +156,18 @@ def test_all_letters_together_keep_within_a_budget_of_bytes(rig: Rig) -> None:
     assert len(rig.letters()) == 3
 
 
+def test_letters_of_an_earlier_version_are_read_dropped_and_replayed(redis_rig: RedisRig) -> None:
+    redis_rig.rule(max_letters=2)
+    old = {"model": MODEL, "job": "", "tenant": "default", "step": "0", "reason": "old", "message": b"x" * 600, "at": 1}
+    for _ in range(2):
+        redis_rig.redis.xadd(redis_rig.names.letters, old)
+    redis_rig.store.bury(MODEL, b"new", reason="test")
+    assert [len(letter.message) for letter in redis_rig.store.dead_letters()] == [3, 512]
+    assert [len(letter.message) for letter in redis_rig.letters()] == [3, 600]
+    assert redis_rig.store.replay([redis_rig.letters()[1].letter_id]) == [""]
+    assert redis_rig.depth() == 1
+
+
 def test_nothing_stays_of_a_letter_that_fell_out_or_was_replayed(redis_rig: RedisRig) -> None:
     redis_rig.rule(max_letters=1)
     for _ in range(2):
