@@ -154,10 +154,9 @@ class CudaRunner(Runner):
                 ids = self._do.greedy(logits)
         report = self._report(sampling, logits, ids)
         arrival = self._link.share(ids, len(sampling))
-        if self._link.staged or self._device.type != "cuda":
-            self._remember(sampling, arrival.tensor)
-            return Flight(self._link, arrival, report, None)
         self._remember(sampling, arrival.tensor)
+        if self._link.staged or self._device.type != "cuda":
+            return Flight(self._link, arrival, report, None)
         host = arrival.tensor.to("cpu", non_blocking=True)
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
