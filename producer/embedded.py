@@ -107,7 +107,10 @@ class EmbeddedRedis:
         """Start and wait until it answers (an append-only file is then loaded)."""
         if self.running:
             return self
-        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot keep Redis's files in {self.directory}: {error.strerror}") from None
         for left in reversed(range(PORT_ATTEMPTS)):
             self.port = self._wanted_port or _free_port()
             self.log.unlink(missing_ok=True)

@@ -191,3 +191,9 @@ def test_it_outlives_the_thread_that_started_it(executable: Path) -> None:
 def test_ctrl_c_on_our_group_does_not_reach_it(executable: Path) -> None:
     with EmbeddedRedis(executable=executable) as server:
         assert os.getpgid(server.pid) != os.getpgid(0)
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigError, match=r"cannot keep Redis's files in .*file/redis: Not a directory"):
+        EmbeddedRedis(tmp_path / "file" / "redis").start()
