@@ -295,7 +295,8 @@ def translate(error: Exception, where: str) -> HortatorError:
     if isinstance(error, broken.AuthenticationError | broken.NoPermissionError) or _FORBIDDEN.search(text):
         return StoreForbidden(f"Redis at {where} refuses our credentials: {text[:200]}", retry_after_s=5.0)
     if isinstance(error, broken.ConnectionError | broken.TimeoutError | OSError):
-        return StoreUnavailable(f"Redis at {where} does not answer: {text or type(error).__name__}")
+        problem = text.rstrip(".") or type(error).__name__
+        return StoreUnavailable(f"Redis at {where} does not answer: {problem}; does it run, and is the URL right?")
     if isinstance(error, broken.OutOfMemoryError | broken.ReadOnlyError) or _UNAVAILABLE.search(text):
         return StoreUnavailable(f"Redis at {where} takes no writes now: {text[:200]}")
     return StoreUnavailable(f"Redis at {where} refused a call: {text[:200] or type(error).__name__}")
