@@ -3,9 +3,9 @@
 if __name__ != "hortator.producer":
     raise ImportError(f"import this folder as hortator.producer, not as {__name__}")
 
-from hortator.producer.aio import AsyncClient, AsyncJobHandle
-from hortator.producer.client import Client, JobHandle
-from hortator.producer.errors import (
+from .aio import AsyncClient, AsyncJobHandle
+from .client import Client, JobHandle
+from .errors import (
     BadRequest,
     ConfigError,
     HortatorError,
@@ -20,7 +20,7 @@ from hortator.producer.errors import (
     UnknownJob,
     UnknownModel,
 )
-from hortator.producer.schema import (
+from .schema import (
     Chunk,
     Failure,
     FinishReason,

@@ -5,13 +5,13 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from itertools import islice
 from typing import Any, Protocol, Self
 
-from hortator.producer.client import MANY, settings_for
-from hortator.producer.errors import HortatorError, StoreUnavailable, UnknownJob
-from hortator.producer.job import Follower, Pace, Patience, new_job, outcome_of, result_of, unknown
-from hortator.producer.redis_store import AsyncRedisStore
-from hortator.producer.schema import Chunk, Job, Priority, Result, Sampling, State, Status
-from hortator.producer.settings import StoreSettings
-from hortator.producer.store import QueueInfo, Receipt
+from .client import MANY, settings_for
+from .errors import HortatorError, StoreUnavailable, UnknownJob
+from .job import Follower, Pace, Patience, new_job, outcome_of, result_of, unknown
+from .redis_store import AsyncRedisStore
+from .schema import Chunk, Job, Priority, Result, Sampling, State, Status
+from .settings import StoreSettings
+from .store import QueueInfo, Receipt
 
 
 class AsyncProducerStore(Protocol):

@@ -17,8 +17,8 @@ from typing import Any, Generic, TypeVar
 import redis.exceptions as broken
 from pydantic import ValidationError
 
-from hortator.producer import journal, message
-from hortator.producer.errors import (
+from . import journal, message
+from .errors import (
     BadRequest,
     HortatorError,
     IdempotencyConflict,
@@ -29,10 +29,10 @@ from hortator.producer.errors import (
     UnknownJob,
     UnknownModel,
 )
-from hortator.producer.names import STEP_OF, Names
-from hortator.producer.rules import Rules
-from hortator.producer.schema import SCHEMA_VERSION, Chunk, Failure, Job, Result, State, Status, Timings
-from hortator.producer.store import (
+from .names import STEP_OF, Names
+from .rules import Rules
+from .schema import SCHEMA_VERSION, Chunk, Failure, Job, Result, State, Status, Timings
+from .store import (
     Append,
     Claim,
     Claimed,

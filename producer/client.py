@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Self
 
-from hortator.producer.errors import HortatorError, StoreUnavailable, UnknownJob
-from hortator.producer.job import (
+from .errors import HortatorError, StoreUnavailable, UnknownJob
+from .job import (
     Follower,
     Pace,
     Patience,
@@ -15,10 +15,10 @@ from hortator.producer.job import (
     result_of,
     unknown,
 )
-from hortator.producer.redis_store import RedisStore
-from hortator.producer.schema import Chunk, Job, Priority, Result, Sampling, State, Status
-from hortator.producer.settings import StoreSettings
-from hortator.producer.store import QueueInfo, Store
+from .redis_store import RedisStore
+from .schema import Chunk, Job, Priority, Result, Sampling, State, Status
+from .settings import StoreSettings
+from .store import QueueInfo, Store
 
 MANY = 1000  # jobs taken off an iterable at a time
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from hortator.producer.errors import ConfigError
+from .errors import ConfigError
 
 START_TIMEOUT_S = 20.0
 PORT_ATTEMPTS = 5  # another process may take a free port between our look and redis-server's bind

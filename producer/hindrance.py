@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from hortator.producer.store import GroupBeat, QueueInfo
+from .store import GroupBeat, QueueInfo
 
 KV_FULL = 0.9
 MAX_SHOWN = 3

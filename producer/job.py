@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from hortator.producer.errors import (
+from .errors import (
     BadRequest,
     ConfigError,
     HortatorError,
@@ -15,7 +15,7 @@ from hortator.producer.errors import (
     JobFailed,
     UnknownJob,
 )
-from hortator.producer.schema import Choice, Chunk, Job, Priority, Result, Sampling, State, Status
+from .schema import Choice, Chunk, Job, Priority, Result, Sampling, State, Status
 
 MIN_POLL_S = 0.005
 MAX_POLL_S = 0.25

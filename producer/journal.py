@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from hortator.producer.schema import Chunk, TopLogprobs
+from .schema import Chunk, TopLogprobs
 
 
 def encode_chunk(chunk: Chunk) -> bytes:

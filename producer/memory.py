@@ -7,14 +7,14 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from hortator.producer import journal, message
-from hortator.producer.calls import cut_letter, idempotency_conflict, naming_jobs, queue_full, unknown_model
-from hortator.producer.errors import BadRequest, UnknownJob
-from hortator.producer.ids import Mint, new_secret
-from hortator.producer.names import STEP_OF, STEPS
-from hortator.producer.rules import Rules
-from hortator.producer.schema import SCHEMA_VERSION, Chunk, Failure, Job, Result, State, Status, Timings
-from hortator.producer.store import (
+from . import journal, message
+from .calls import cut_letter, idempotency_conflict, naming_jobs, queue_full, unknown_model
+from .errors import BadRequest, UnknownJob
+from .ids import Mint, new_secret
+from .names import STEP_OF, STEPS
+from .rules import Rules
+from .schema import SCHEMA_VERSION, Chunk, Failure, Job, Result, State, Status, Timings
+from .store import (
     LETTER_CUT_BYTES,
     LETTER_HEAD_BYTES,
     Append,

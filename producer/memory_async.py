@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from hortator.producer.memory import MemoryStore
-from hortator.producer.schema import Chunk, Job, State, Status
-from hortator.producer.store import (
+from .memory import MemoryStore
+from .schema import Chunk, Job, State, Status
+from .store import (
     DeadLetter,
     QueueInfo,
     Receipt,

@@ -9,9 +9,9 @@ import socket
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hortator.producer.errors import BadRequest
-from hortator.producer.names import STEP_OF
-from hortator.producer.schema import SCHEMA_VERSION, TASK_NAME, Job
+from .errors import BadRequest
+from .names import STEP_OF
+from .schema import SCHEMA_VERSION, TASK_NAME, Job
 
 MAX_ENVELOPE_BYTES = 65_536
 _EMBED = '{"callbacks": null, "errbacks": null, "chain": null, "chord": null}'

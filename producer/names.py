@@ -9,8 +9,8 @@ import hashlib
 import re
 from typing import NamedTuple
 
-from hortator.producer.errors import ConfigError
-from hortator.producer.schema import Priority
+from .errors import ConfigError
+from .schema import Priority
 
 STEP_SEPARATOR = "\x06\x16"  # kombu's, between a queue's name and its priority step
 STEPS = (0, 3, 6, 9)  # 0 is served most; 9 comes only from foreign Celery producers

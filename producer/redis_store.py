@@ -13,14 +13,14 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError
 from redis.retry import Retry
 
-from hortator.producer.calls import Call, Calls, naming_jobs, refuse_unsuitable, script, translate
-from hortator.producer.errors import ConfigError
-from hortator.producer.ids import Mint, new_secret
-from hortator.producer.names import Names
-from hortator.producer.rules import Rules
-from hortator.producer.schema import Chunk, Job, State, Status
-from hortator.producer.settings import CONNECT_TIMEOUT_S, TIMEOUT_S, StoreSettings
-from hortator.producer.store import (
+from .calls import Call, Calls, naming_jobs, refuse_unsuitable, script, translate
+from .errors import ConfigError
+from .ids import Mint, new_secret
+from .names import Names
+from .rules import Rules
+from .schema import Chunk, Job, State, Status
+from .settings import CONNECT_TIMEOUT_S, TIMEOUT_S, StoreSettings
+from .store import (
     Append,
     Claim,
     DeadLetter,

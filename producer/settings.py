@@ -5,8 +5,8 @@ from dataclasses import fields
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from hortator.producer.rules import Rules
-from hortator.producer.schema import MAX_DEADLINE_S
+from .rules import Rules
+from .schema import MAX_DEADLINE_S
 
 # A submit must fail within 300 ms when Redis is away: connecting and one answer together stay below that.
 CONNECT_TIMEOUT_S = 0.1

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
-from hortator.producer.schema import Chunk, Failure, Job, Result, State, Status
+from .schema import Chunk, Failure, Job, Result, State, Status
 
 
 @dataclass(frozen=True, slots=True)

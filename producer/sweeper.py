@@ -3,8 +3,8 @@
 import time
 from collections.abc import Callable
 
-from hortator.producer.errors import StoreUnavailable
-from hortator.producer.store import Store, SweepReport
+from .errors import StoreUnavailable
+from .store import Store, SweepReport
 
 GAP_S = 2.5  # ticks come about every second; a longer silence, on whichever side, breaks the contact
 

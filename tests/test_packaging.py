@@ -1,5 +1,6 @@
 """What gets installed, and what it drags in."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -117,3 +118,14 @@ def test_the_api_loads_neither_torch_nor_celery() -> None:
 def test_the_command_line_loads_nothing_heavy_before_a_command_runs() -> None:
     heavy = {*SERVER_SIDE, "fastapi", "redis", "pydantic", "httpx", "hortator.workers", "hortator.producer.schema"}
     assert modules_after("import hortator.cli").isdisjoint(heavy)
+
+
+def test_imports_inside_a_folder_are_relative() -> None:
+    """Across folders they are absolute; ruff sees to it that nobody climbs up with two dots."""
+    wrong = []
+    for folder in folders():
+        for path in (ROOT / folder).rglob("*.py"):
+            package = ".".join(("hortator", *path.relative_to(ROOT).parts[:-1]))
+            own = re.compile(rf"^\s*from {re.escape(package)}(\.\w+)* import", re.MULTILINE)
+            wrong += [f"{path.relative_to(ROOT)}: {match[0].strip()}" for match in own.finditer(path.read_text())]
+    assert not wrong

@@ -17,13 +17,15 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from hortator.producer.errors import ConfigError
 from hortator.producer.rules import Rules
 from hortator.producer.schema import TASK_NAME
-from hortator.workers import commands  # noqa: F401  # what leaders can be told over remote control
-from hortator.workers.settings import WorkerSettings
+
+from . import commands  # noqa: F401  # what leaders can be told over remote control
+from .settings import WorkerSettings
 
 if TYPE_CHECKING:
     from hortator.producer.redis_store import RedisStore
-    from hortator.workers.front import Front, Watcher
-    from hortator.workers.group import Group
+
+    from .front import Front, Watcher
+    from .group import Group
 
 
 TRANSPORT_ALIASES["hortator"] = "hortator.workers.transport:Transport"
@@ -66,7 +68,7 @@ class App(Celery):  # type: ignore[misc]
             raise ConfigError("; ".join(_line(problem) for problem in error.errors())) from None
 
     def make_group(self) -> "Group":
-        from hortator.workers.group import Group
+        from .group import Group
 
         return Group(self.settings)
 
@@ -81,7 +83,7 @@ class App(Celery):  # type: ignore[misc]
         )  # fmt: skip
 
     def make_front(self, group: "Group", *, watcher: "Watcher") -> "Front":
-        from hortator.workers.front import Front
+        from .front import Front
 
         settings = self.settings
         self.front = Front(self.make_store(), group, _text(settings), settings, watcher=watcher)
@@ -157,7 +159,7 @@ def _route(name: str, args: Any, kwargs: Any, options: Any, task: Any = None, **
 
 
 def _text(settings: WorkerSettings) -> Any:
-    from hortator.workers.text import ByteText, HFText, torch_hidden
+    from .text import ByteText, HFText, torch_hidden
 
     if settings.engine == "echo" or settings.model_path is None:
         return ByteText()

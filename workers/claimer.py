@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from hortator.producer.errors import StoreUnavailable
 from hortator.producer.store import Claim, ClaimMode, Lease, Store
-from hortator.workers.engine.step import EngineInfo, EngineStats
-from hortator.workers.link import Link
-from hortator.workers.settings import WorkerSettings
+
+from .engine.step import EngineInfo, EngineStats
+from .link import Link
+from .settings import WorkerSettings
 
 # How soon a queue is asked again that gave less than there was room for: while jobs arrive, a little later, idle.
 EAGER_POLL_S, BUSY_POLL_S, IDLE_POLL_S = 0.002, 0.005, 0.020

@@ -17,7 +17,7 @@ from celery.platforms import EX_OK
 from celery.worker import control
 from celery.worker import state as worker_state
 
-from hortator.workers.pool import EnginePool
+from .pool import EnginePool
 
 logger = logging.getLogger("hortator.front")
 

@@ -28,18 +28,19 @@ from hortator.producer.errors import (
 from hortator.producer.schema import Failure, FinishReason, Job, State
 from hortator.producer.store import Claimed, ClaimMode, GroupBeat, Lease, Outcome, ReleaseReason, Store, Verdict
 from hortator.producer.sweeper import Sweeper
-from hortator.workers.claimer import Claimer
-from hortator.workers.engine.step import EngineInfo, EngineStats, Finish, Request
-from hortator.workers.envelope import Envelope, job_of, open_envelope
-from hortator.workers.gauges import Gauges
-from hortator.workers.group import Event, Group, Ready, Stepped
-from hortator.workers.intake import prepare
-from hortator.workers.link import Link
-from hortator.workers.live import Live, Strand
-from hortator.workers.outbox import Delivery, Letter, Outbox
-from hortator.workers.settings import WorkerSettings
-from hortator.workers.supervisor import Down
-from hortator.workers.text import Text
+
+from .claimer import Claimer
+from .engine.step import EngineInfo, EngineStats, Finish, Request
+from .envelope import Envelope, job_of, open_envelope
+from .gauges import Gauges
+from .group import Event, Group, Ready, Stepped
+from .intake import prepare
+from .link import Link
+from .live import Live, Strand
+from .outbox import Delivery, Letter, Outbox
+from .settings import WorkerSettings
+from .supervisor import Down
+from .text import Text
 
 logger = logging.getLogger("hortator.front")
 

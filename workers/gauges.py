@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from hortator.workers.engine.step import EngineStats, StepOutput
-from hortator.workers.group import Group
+from .engine.step import EngineStats, StepOutput
+from .group import Group
 
 
 class Gauges:

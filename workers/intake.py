@@ -10,10 +10,11 @@ from hortator.producer import schema
 from hortator.producer.errors import BadRequest, PromptTooLong
 from hortator.producer.schema import Chunk, Job, Priority
 from hortator.producer.store import Claimed
-from hortator.workers.engine.step import EngineInfo, Request, SamplingParams, Structure, StructureKind
-from hortator.workers.live import Live, Strand
-from hortator.workers.output import Output
-from hortator.workers.text import Text
+
+from .engine.step import EngineInfo, Request, SamplingParams, Structure, StructureKind
+from .live import Live, Strand
+from .output import Output
+from .text import Text
 
 _CLASSES = tuple(Priority)  # interactive first
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 from hortator.producer.schema import Choice, Chunk, FinishReason, Result, Usage
 from hortator.producer.store import Lease
-from hortator.workers.output import Output
+
+from .output import Output
 
 
 @dataclass(slots=True, eq=False)

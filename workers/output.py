@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from hortator.producer.schema import Chunk, FinishReason
-from hortator.workers.text import Decoder
+
+from .text import Decoder
 
 Top = tuple[tuple[int, float], ...]
 

@@ -23,9 +23,10 @@ from hortator.producer.errors import HortatorError
 from hortator.producer.store import Claimed, Lease, Outcome, Verdict
 from hortator.topology.vitals import Vitals
 from hortator.variables import strange_to_worker
-from hortator.workers.request import PromptRequest
-from hortator.workers.settings import WorkerSettings
-from hortator.workers.transport import ClaimedMessage
+
+from .request import PromptRequest
+from .settings import WorkerSettings
+from .transport import ClaimedMessage
 
 logger = logging.getLogger("hortator.front")
 

@@ -18,8 +18,8 @@ from hortator.producer.schema import State
 from hortator.producer.store import Outcome, Verdict
 
 if TYPE_CHECKING:
-    from hortator.workers.pool import EnginePool
-    from hortator.workers.transport import ClaimedMessage
+    from .pool import EnginePool
+    from .transport import ClaimedMessage
 
 logger = get_logger("hortator.front")
 

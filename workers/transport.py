@@ -17,7 +17,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from hortator.producer.store import Claimed, Lease
-from hortator.workers.envelope import Envelope
+
+from .envelope import Envelope
 
 logger = logging.getLogger("hortator.front")
 

@@ -4,8 +4,8 @@ One request goes through these files: metrics -> keys -> body -> routes, and fro
 in `watch` and is sent by `stream`; whatever goes wrong is worded in `failures`.
 """
 
-from hortator.producer.api.app import create_app
-from hortator.producer.api.seam import AsyncStore
-from hortator.producer.api.settings import ApiSettings
+from .app import create_app
+from .seam import AsyncStore
+from .settings import ApiSettings
 
 __all__ = ["ApiSettings", "AsyncStore", "create_app"]

@@ -12,17 +12,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from hortator import __version__
-from hortator.producer.api.body import BodyLimit
-from hortator.producer.api.failures import BadField, describe, error_response, refusal
-from hortator.producer.api.fleet import FleetRoutes
-from hortator.producer.api.jobs import JobRoutes
-from hortator.producer.api.keys import KeyGate
-from hortator.producer.api.metrics import Meter, Metrics
-from hortator.producer.api.patience import PatientStore
-from hortator.producer.api.seam import AsyncStore
-from hortator.producer.api.settings import ApiSettings
-from hortator.producer.api.watch import Watcher
 from hortator.producer.errors import HortatorError, StoreUnavailable
+
+from .body import BodyLimit
+from .failures import BadField, describe, error_response, refusal
+from .fleet import FleetRoutes
+from .jobs import JobRoutes
+from .keys import KeyGate
+from .metrics import Meter, Metrics
+from .patience import PatientStore
+from .seam import AsyncStore
+from .settings import ApiSettings
+from .watch import Watcher
 
 log = logging.getLogger(__name__)
 

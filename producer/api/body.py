@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hortator.producer.api.failures import BodyTooLarge, BodyTooSlow, Malformed, refusal
+from .failures import BodyTooLarge, BodyTooSlow, Malformed, refusal
 
 # A whole JSON string, or an unterminated one to the end: so every byte is looked at once, whatever a client sends.
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)

@@ -7,16 +7,17 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 from starlette.responses import JSONResponse, Response
 
-from hortator.producer.api.failures import Forbidden, refusal
-from hortator.producer.api.jobs import caller_of, reply
-from hortator.producer.api.metrics import CONTENT_TYPE, Metrics
-from hortator.producer.api.seam import AsyncStore
-from hortator.producer.api.settings import ApiSettings
-from hortator.producer.api.shapes import Group, Hindrance, Letter, Letters, Queue, Queues, error_docs
-from hortator.producer.api.watch import Watcher
 from hortator.producer.errors import HortatorError, StoreUnavailable
 from hortator.producer.hindrance import hindrance
 from hortator.producer.store import DeadLetter, QueueInfo
+
+from .failures import Forbidden, refusal
+from .jobs import caller_of, reply
+from .metrics import CONTENT_TYPE, Metrics
+from .seam import AsyncStore
+from .settings import ApiSettings
+from .shapes import Group, Hindrance, Letter, Letters, Queue, Queues, error_docs
+from .watch import Watcher
 
 
 class FleetRoutes:

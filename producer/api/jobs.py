@@ -8,17 +8,18 @@ from fastapi import APIRouter, Header, Path, Query, Request
 from pydantic import BaseModel, ValidationError
 from starlette.responses import Response
 
-from hortator.producer.api.body import parse_object
-from hortator.producer.api.failures import BadField, Forbidden, Malformed, NotJson, describe
-from hortator.producer.api.keys import Caller
-from hortator.producer.api.patience import unless_disconnected
-from hortator.producer.api.seam import AsyncStore
-from hortator.producer.api.settings import ApiSettings
-from hortator.producer.api.shapes import Accepted, CancelReply, Ids, Statuses, error_docs, json_body
-from hortator.producer.api.stream import EventStream, position, token_events
-from hortator.producer.api.watch import Watcher
 from hortator.producer.errors import UnknownJob
 from hortator.producer.schema import Job, Sampling, State, Status
+
+from .body import parse_object
+from .failures import BadField, Forbidden, Malformed, NotJson, describe
+from .keys import Caller
+from .patience import unless_disconnected
+from .seam import AsyncStore
+from .settings import ApiSettings
+from .shapes import Accepted, CancelReply, Ids, Statuses, error_docs, json_body
+from .stream import EventStream, position, token_events
+from .watch import Watcher
 
 M = TypeVar("M", bound=BaseModel)
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")

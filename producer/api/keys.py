@@ -17,9 +17,10 @@ from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hortator.producer.api.failures import Unauthorized, refusal
 from hortator.producer.errors import ConfigError
 from hortator.producer.schema import Tenant
+
+from .failures import Unauthorized, refusal
 
 ALWAYS_OPEN = frozenset({"/healthz", "/readyz"})
 _TENANT: TypeAdapter[str] = TypeAdapter(Tenant)

@@ -8,10 +8,11 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from hortator.producer.api.seam import AsyncStore
 from hortator.producer.errors import StoreUnavailable
 from hortator.producer.schema import Chunk, Job, State, Status
 from hortator.producer.store import DeadLetter, QueueInfo, Receipt, SweepReport
+
+from .seam import AsyncStore
 
 T = TypeVar("T")
 

@@ -8,8 +8,9 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from hortator.producer.api.settings import ApiSettings
 from hortator.producer.errors import ConfigError
+
+from .settings import ApiSettings
 
 BACKLOG = 2048
 

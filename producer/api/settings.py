@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from hortator.producer.api.keys import KeyRing
+from .keys import KeyRing
 
 
 class ApiSettings(BaseSettings):

@@ -13,12 +13,13 @@ from contextlib import aclosing
 from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from hortator.producer.api.failures import Malformed
-from hortator.producer.api.seam import AsyncStore
-from hortator.producer.api.watch import Watch, Watcher
 from hortator.producer.errors import StoreUnavailable, UnknownJob
 from hortator.producer.job import Follower
 from hortator.producer.schema import Chunk, Status
+
+from .failures import Malformed
+from .seam import AsyncStore
+from .watch import Watch, Watcher
 
 DONE_ID = "done"  # a browser that comes back with it has read everything
 RETRY_MS = 1000  # what browsers wait before they come back

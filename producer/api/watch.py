@@ -6,11 +6,12 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Self
 
-from hortator.producer.api.failures import TooManyWaiters
-from hortator.producer.api.patience import bounded
-from hortator.producer.api.seam import AsyncStore
 from hortator.producer.errors import StoreUnavailable, UnknownJob
 from hortator.producer.schema import Status
+
+from .failures import TooManyWaiters
+from .patience import bounded
+from .seam import AsyncStore
 
 log = logging.getLogger(__name__)
 

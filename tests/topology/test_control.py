@@ -1,5 +1,6 @@
 """Control connections over real sockets; the ranks are threads of this process."""
 
+import contextlib
 import pickle
 import socket
 import threading
@@ -35,6 +36,7 @@ class Front:
         self._clients: list[ControlClient] = []
         self._strangers: list[socket.socket] = []
         self.polling = threading.Event()
+        self._turn = threading.Lock()
         self.polling.set()
         self._over = False
         self._thread = threading.Thread(target=self._run)
@@ -43,9 +45,18 @@ class Front:
     def _run(self) -> None:
         while not self._over:
             if self.polling.is_set():
-                self.troubles += self.server.poll(0.05)
+                with self._turn:
+                    self.troubles += self.server.poll(0.05)
             else:
                 time.sleep(0.01)
+
+    @contextlib.contextmanager
+    def at_rest(self) -> Iterator[ControlServer]:
+        """The server while nobody polls it: it belongs to one thread at a time."""
+        self.polling.clear()
+        with self._turn:
+            yield self.server
+        self.polling.set()
 
     def rank(self, number: int, *, key: bytes = KEY, epoch: int = EPOCH, **hello: Any) -> ControlClient:
         client = ControlClient(
@@ -269,7 +280,8 @@ def test_nobody_is_blamed_when_the_whole_machine_was_paused(front: Front, monkey
 def test_stop_ends_every_rank(front: Front) -> None:
     front.rank(0)
     front.rank(1).wait_welcome(5)
-    front.server.stop()
+    with front.at_rest() as server:
+        server.stop()
     front.wait(lambda: len(front.ended) == 2)
     assert {code for _, code, _ in front.ended} == {EXIT_STOPPED}
 
@@ -279,7 +291,8 @@ def test_a_new_epoch_drops_the_ranks_of_the_old_one(front: Front) -> None:
     front.rank(1).wait_welcome(5)
     front.polling.clear()
     time.sleep(0.2)
-    front.server.begin(epoch=EPOCH + 1, key=KEY, world_size=2)
+    with front.at_rest() as server:
+        server.begin(epoch=EPOCH + 1, key=KEY, world_size=2)
     front.polling.set()
     front.wait(lambda: len(front.ended) == 2)
     assert front.troubles == []

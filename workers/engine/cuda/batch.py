@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..scheduler import Row
+from hortator.workers.engine.scheduler import Row
 
 Ints = NDArray[np.int32]
 

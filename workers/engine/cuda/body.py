@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import linear
 
-from ..model import LoadedModel
+from hortator.workers.engine.model import LoadedModel
+
 from .batch import Attended
 
 FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")

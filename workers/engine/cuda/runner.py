@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..engine import Limits
-from ..model import LoadedModel
-from ..parallel import Ranks
-from ..pipeline import Arrival
-from ..runner import Flight, Runner, draws_of
-from ..scheduler import Batch, Row
-from ..structure import Grammars
+from hortator.workers.engine.engine import Limits
+from hortator.workers.engine.model import LoadedModel
+from hortator.workers.engine.parallel import Ranks
+from hortator.workers.engine.pipeline import Arrival
+from hortator.workers.engine.runner import Flight, Runner, draws_of
+from hortator.workers.engine.scheduler import Batch, Row
+from hortator.workers.engine.structure import Grammars
+
 from .batch import Attended, Chunks, Decodes, aligned, chunk_arrays, decode_arrays, to_device
 from .body import FusedBody, Operations
 
