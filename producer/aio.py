@@ -23,6 +23,8 @@ class AsyncProducerStore(Protocol):
 
     async def statuses(self, job_ids: Sequence[str], *, tenant: str | None = None) -> list[Status | None]: ...
 
+    async def ended(self, job_ids: Sequence[str], *, tenant: str | None = None) -> list[str]: ...
+
     async def issued(self, job_id: str, *, tenant: str) -> bool: ...
 
     async def chunks(self, job_id: str, *, after: int = 0) -> list[Chunk]: ...
@@ -238,10 +240,10 @@ class AsyncClient:
     async def _finished(self, handles: list[AsyncJobHandle]) -> list[AsyncJobHandle]:
         done: list[AsyncJobHandle] = []
         for tenant in {handle.tenant for handle in handles}:
-            asked = [handle for handle in handles if handle.tenant == tenant]
-            statuses = await self.store.statuses([handle.id for handle in asked], tenant=tenant)
-            for handle, status in zip(asked, statuses, strict=True):
-                if status is None or status.state.terminal:
+            asked = {handle.id: handle for handle in handles if handle.tenant == tenant}
+            if ended := await self.store.ended(list(asked), tenant=tenant):
+                statuses = await self.store.statuses(ended, tenant=tenant)
+                for handle, status in zip(map(asked.__getitem__, ended), statuses, strict=True):
                     handle.finish(await self.unknown(handle) if status is None else status)
                     done.append(handle)
         return done

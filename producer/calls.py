@@ -142,13 +142,22 @@ class Calls:
     def statuses(self, job_ids: Sequence[str], tenant: str | None) -> Iterator[Call[list[Status | None]]]:
         return self._by_ids("statuses", job_ids, tenant, _status)
 
+    def ended(self, job_ids: Sequence[str], tenant: str | None) -> Iterator[Call[list[str]]]:
+        return self._by_some("ended", job_ids, tenant, lambda ids, reply: [ids[place] for place in reply])
+
     def _by_ids(
         self, name: str, job_ids: Sequence[str], tenant: str | None, one: Callable[[str, Any], T]
     ) -> Iterator[Call[list[T | None]]]:
+        return self._by_some(name, job_ids, tenant, lambda ids, reply: _each(ids, one, reply))
+
+    def _by_some(
+        self, name: str, job_ids: Sequence[str], tenant: str | None, read: Callable[[Sequence[str], Any], T]
+    ) -> Iterator[Call[T]]:
         """Calls of a few hundred ids.  Something that is no id at all is asked as '' and found nowhere."""
         for start in range(0, len(job_ids), MAX_IDS_PER_CALL):
-            ids = [job_id if message.is_job_id(job_id) else "" for job_id in job_ids[start : start + MAX_IDS_PER_CALL]]
-            yield self._call(name, [tenant or "", *ids], functools.partial(_each, ids, one))
+            some = job_ids[start : start + MAX_IDS_PER_CALL]
+            ids = [job_id if message.is_job_id(job_id) else "" for job_id in some]
+            yield self._call(name, [tenant or "", *ids], functools.partial(read, some))
 
     def chunks(self, job_id: str, after: int) -> Call[list[Chunk]]:
         job_id = job_id if message.is_job_id(job_id) else ""
@@ -322,7 +331,7 @@ def _int(raw: bytes | int | None) -> int | None:
     return None if raw is None or raw == b"" else int(raw)
 
 
-def _each(ids: list[str], one: Callable[[str, Any], T], reply: list[Any]) -> list[T | None]:
+def _each(ids: Sequence[str], one: Callable[[str, Any], T], reply: list[Any]) -> list[T | None]:
     return [None if row == b"" else one(job_id, row) for job_id, row in zip(ids, reply, strict=True)]
 
 

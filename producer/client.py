@@ -227,10 +227,10 @@ class Client:
     def _finished(self, handles: list[JobHandle]) -> list[JobHandle]:
         done: list[JobHandle] = []
         for tenant in {handle.tenant for handle in handles}:
-            asked = [handle for handle in handles if handle.tenant == tenant]
-            statuses = self.store.statuses([handle.id for handle in asked], tenant=tenant)
-            for handle, status in zip(asked, statuses, strict=True):
-                if status is None or status.state.terminal:
+            asked = {handle.id: handle for handle in handles if handle.tenant == tenant}
+            if ended := self.store.ended(list(asked), tenant=tenant):
+                statuses = self.store.statuses(ended, tenant=tenant)
+                for handle, status in zip(map(asked.__getitem__, ended), statuses, strict=True):
                     handle.finish(self.unknown(handle) if status is None else status)
                     done.append(handle)
         return done

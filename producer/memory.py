@@ -207,6 +207,12 @@ class MemoryStore:
         with self._lock:
             return [self._status(job_id, self._visible(job_id, tenant)) for job_id in job_ids]
 
+    def ended(self, job_ids: Sequence[str], *, tenant: str | None = None) -> list[str]:
+        statuses = self.statuses(job_ids, tenant=tenant)
+        return [
+            job_id for job_id, status in zip(job_ids, statuses, strict=True) if status is None or status.state.terminal
+        ]
+
     def _status(self, job_id: str, record: _Record | None) -> Status | None:
         if record is None:
             return None

@@ -27,6 +27,9 @@ class AsyncMemoryStore:
     async def statuses(self, job_ids: Sequence[str], *, tenant: str | None = None) -> list[Status | None]:
         return self.sync.statuses(job_ids, tenant=tenant)
 
+    async def ended(self, job_ids: Sequence[str], *, tenant: str | None = None) -> list[str]:
+        return self.sync.ended(job_ids, tenant=tenant)
+
     async def issued(self, job_id: str, *, tenant: str) -> bool:
         return self.sync.issued(job_id, tenant=tenant)
 

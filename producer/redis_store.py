@@ -104,6 +104,9 @@ class RedisStore:
     def statuses(self, job_ids: Sequence[str], *, tenant: str | None = None) -> list[Status | None]:
         return [status for call in self._calls.statuses(job_ids, tenant) for status in self._run(call)]
 
+    def ended(self, job_ids: Sequence[str], *, tenant: str | None = None) -> list[str]:
+        return [job_id for call in self._calls.ended(job_ids, tenant) for job_id in self._run(call)]
+
     def issued(self, job_id: str, *, tenant: str) -> bool:
         return self._minted().issued(job_id, tenant)
 
@@ -241,6 +244,9 @@ class AsyncRedisStore:
 
     async def statuses(self, job_ids: Sequence[str], *, tenant: str | None = None) -> list[Status | None]:
         return [status for call in self._calls.statuses(job_ids, tenant) for status in await self._run(call)]
+
+    async def ended(self, job_ids: Sequence[str], *, tenant: str | None = None) -> list[str]:
+        return [job_id for call in self._calls.ended(job_ids, tenant) for job_id in await self._run(call)]
 
     async def issued(self, job_id: str, *, tenant: str) -> bool:
         return (await self._minted()).issued(job_id, tenant)

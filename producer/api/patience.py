@@ -68,6 +68,9 @@ class PatientStore:
     async def statuses(self, job_ids: Sequence[str], *, tenant: str | None = None) -> list[Status | None]:
         return await self._in_turn(lambda: self._store.statuses(job_ids, tenant=tenant))
 
+    async def ended(self, job_ids: Sequence[str], *, tenant: str | None = None) -> list[str]:
+        return await self._in_turn(lambda: self._store.ended(job_ids, tenant=tenant))
+
     async def issued(self, job_id: str, *, tenant: str) -> bool:
         return await self._in_turn(lambda: self._store.issued(job_id, tenant=tenant))
 

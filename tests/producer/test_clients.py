@@ -234,13 +234,13 @@ def test_watching_many_jobs_takes_one_question_at_a_time(rig: Rig, monkeypatch: 
     client = Client(rig.store)
     handles = client.enqueue_many(job() for _ in range(300))
     asked: list[int] = []
-    statuses = rig.store.statuses
+    ended = rig.store.ended
 
     def counted(job_ids: list[str], *, tenant: str | None = None) -> Any:
         asked.append(len(job_ids))
-        return statuses(job_ids, tenant=tenant)
+        return ended(job_ids, tenant=tenant)
 
-    monkeypatch.setattr(rig.store, "statuses", counted)
+    monkeypatch.setattr(rig.store, "ended", counted)
     with pytest.raises(TimeoutError):
         list(client.as_completed(handles, timeout_s=0.6))
     assert set(asked) == {300}

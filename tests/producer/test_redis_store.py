@@ -441,6 +441,7 @@ def test_the_asyncio_store_keeps_the_same_promises(redis_rig: RedisRig) -> None:
                 "cancelled",
                 "queued",
             ]
+            assert await store.ended(ids) == [ids[2]]
             assert len(await store.chunks(ids[0], after=1)) == 1
             assert (await store.queues())[0].depth == 597
             letter_id = redis_rig.store.bury(MODEL, b"x", reason="test")

@@ -154,6 +154,21 @@ def test_statuses_come_in_the_order_asked_and_unknown_ones_are_none(rig: Rig) ->
     assert statuses[1200:] == [None] * 5
 
 
+def test_ended_names_what_need_not_be_waited_for(rig: Rig) -> None:
+    queued, running, over = rig.enqueue("a"), rig.enqueue("b"), rig.enqueue("c")
+    late = rig.enqueue("d", deadline_s=0.05)
+    rig.store.cancel(over)
+    rig.wait(0.1)
+    asked = ["never", *queued, *late, *running, *over, "no id"]
+    assert rig.store.ended(asked) == ["never", *late, *over, "no id"]
+    assert rig.state(late[0]) is State.EXPIRED
+    assert rig.store.ended([*queued, *running], tenant="other") == [*queued, *running]
+    many = rig.enqueue(*map(str, range(1200)))
+    rig.store.cancel(many[::7])
+    assert rig.store.ended(many) == many[::7]
+    assert rig.store.ended([]) == []
+
+
 def test_another_tenants_job_answers_as_one_that_never_was(rig: Rig) -> None:
     [receipt] = rig.store.enqueue([job(tenant="acme")])
     job_id = receipt.job_id

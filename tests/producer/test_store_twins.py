@@ -154,6 +154,7 @@ class Twins(RuleBasedStateMachine):
             ]
 
         self.both(lambda rig: [shown(status) for status in rig.store.statuses(ids)])
+        self.both(lambda rig: rig.store.ended(ids))
         self.both(lambda rig: [rig.store.chunks(job_id) for job_id in ids])
         self.both(lambda rig: [(q.model, q.depth, q.running, q.suspects) for q in rig.store.queues()])
         self.both(lambda rig: [(one.model, one.job_id, one.reason, one.message) for one in rig.store.dead_letters()])
