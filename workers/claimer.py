@@ -37,7 +37,8 @@ class Claimer:
         self._alone: _Alone | None = None
         self._waits_for_idle = False  # a suspect needs an empty group
         self._redis_minus_clock_ms = 0.0
-        self._last_step, self._stepped_at, self._step_s = 0, clock(), 0.0
+        self.step_s = 0.0  # how long the engine takes for a step
+        self._last_step, self._stepped_at = 0, clock()
 
     def room(self, num_live: int, info: EngineInfo, stats: EngineStats | None) -> int:
         """How many jobs to claim now."""
@@ -46,7 +47,10 @@ class Claimer:
         spare = max(1, int(info.max_num_seqs * OVERCLAIM))
         if stats and stats.waiting >= spare:
             return 0  # rows are free, but not the KV blocks to fill them
-        return max(0, info.max_num_seqs + spare - num_live)
+        free = info.max_num_seqs + spare - num_live
+        if free < (spare + 1) // 2:
+            return 0  # enough jobs wait in the engine: fewer, larger claims
+        return free
 
     def claim(self, room: int, *, idle: bool, crowded: bool) -> Claim | None:
         """Up to `room` jobs; None if it is too early to ask, or Redis is away.  `crowded`: better many than soon."""
@@ -68,7 +72,7 @@ class Claimer:
         """The engine has reported this step: a job can only enter between two of them."""
         now = self._clock()
         if step > self._last_step:
-            self._step_s = (now - self._stepped_at) / (step - self._last_step)
+            self.step_s = (now - self._stepped_at) / (step - self._last_step)
         self._last_step, self._stepped_at = step, now
 
     def clock_of(self, redis_ms: int) -> float:
@@ -100,4 +104,4 @@ class Claimer:
             return IDLE_POLL_S
         if since_job_s < EAGER_FOR_S and not crowded:
             return EAGER_POLL_S
-        return BUSY_POLL_S if idle else min(max(BUSY_POLL_S, self._step_s / 2), IDLE_POLL_S)
+        return BUSY_POLL_S if idle else min(max(BUSY_POLL_S, self.step_s / 2), IDLE_POLL_S)

@@ -44,10 +44,10 @@ from .text import Text
 
 logger = logging.getLogger("hortator.front")
 
-JOURNAL_EVERY_S, LONGEST_JOURNAL_S = 0.03, 0.1
-JOURNAL_ENTRIES_PER_S = 500  # a chunk costs Redis, the front and every reader the same, however many tokens it holds
+JOURNAL_EVERY_S, LONGEST_JOURNAL_S = 0.03, 0.25
+JOURNAL_ENTRIES_PER_S = 250  # a chunk costs Redis, the front and every reader the same, however many tokens it holds
 BEAT_EVERY_S = 1.0
-CROWDED_DELIVERY_S = 0.004  # a well filled group tells Redis of its results at most this often
+CROWDED_DELIVERY_S, LONGEST_DELIVERY_S = 0.004, 0.02  # a well filled group tells Redis of results at most this often
 MIN_DEADLINES = 64  # that are kept before those of ended jobs are thrown out
 LONGEST_SLEEP_S = 0.05  # a revoke or a rejection by Celery comes between two turns, and waits no longer than this
 
@@ -97,7 +97,7 @@ class Front:
         self._taken: dict[str, Claimed] = {}  # claimed, not admitted yet
         self._live: dict[str, Live] = {}  # the engine has them
         self._by_handle: dict[int, tuple[Live, Strand]] = {}  # the strands that the engine works on
-        self._unjournalled: dict[str, Live] = {}
+        self._unjournalled: set[Live] = set()
         self._admits: list[Request] = []
         self._cancels: list[int] = []
         self._deadlines: list[tuple[float, int, Outcome]] = []  # (when, tie breaker, how it ends)
@@ -105,7 +105,8 @@ class Front:
         self._draining = False
         self._journal_every_s = journal_every_s
         self._renew_every_s = min(settings.lease_s / 3, 1.0)
-        self._claimed_at = self._beat_at = self._renew_at = self._journal_at = self._deliver_at = clock()
+        self._claimed_at = self._beat_at = self._renew_at = self._deliver_at = clock()
+        self._journal_at = self._first_tokens_at = self._beat_at
 
     # ---- what others may know
 
@@ -293,7 +294,7 @@ class Front:
             if found is None:
                 continue  # cancelled, or ended by a stop string, a step or two ago
             live, strand = found
-            unjournalled[live.lease.job_id] = live
+            unjournalled.add(live)
             if strand.output.feed(token.token_id, token.logprob, token.top):
                 self._leave_engine(strand)
                 self._finish(live, strand, FinishReason.STOP)
@@ -364,7 +365,7 @@ class Front:
 
     def _forget(self, live: Live) -> None:
         del self._live[live.lease.job_id]
-        self._unjournalled.pop(live.lease.job_id, None)
+        self._unjournalled.discard(live)
         self._claimer.let_join(live.lease)
         for strand in live.strands:
             self._leave_engine(strand)
@@ -439,7 +440,12 @@ class Front:
             at = min(at, self._deadlines[0][0])
         if self.room() > 0:
             at = min(at, self._claimer.at)
-        return max(at - now, LONGEST_SLEEP_S if self._link.away else 0.001)
+        return max(at - now, LONGEST_SLEEP_S if self._link.away else self._shortest_sleep_s)
+
+    @property
+    def _shortest_sleep_s(self) -> float:
+        """Of a well filled group every step brings a turn, which does what is due by then: no need for turns between."""
+        return LONGEST_DELIVERY_S if self._crowded else 0.001
 
     def _check(self, _now: float) -> None:
         """Refuse a Redis that would lose jobs, before the first claim."""
@@ -514,14 +520,26 @@ class Front:
         """Tell the engine, then the store."""
         self.submit()
         now = self._clock()
-        if self._unjournalled and (now >= self._journal_at or self._draining):
-            for live in self._unjournalled.values():
-                self._journal(live)
-            self._unjournalled.clear()
-            self._journal_at = now + self._journal_pause_s()
+        for live in self._to_journal(now):
+            self._journal(live)
         if self._outbox and (now >= self._deliver_at or self._draining):
             self._deliver()
-            self._deliver_at = now + (CROWDED_DELIVERY_S if self._crowded else 0.0)
+            self._deliver_at = now + self._delivery_pause_s()
+
+    def _to_journal(self, now: float) -> list[Live]:
+        """Everything that Redis lacks, now and then; the first tokens of a job soon, for somebody may wait for them."""
+        if not self._unjournalled:
+            return []
+        if now >= self._journal_at or self._draining:
+            due = list(self._unjournalled)
+            self._journal_at = now + self._journal_pause_s()
+        elif now >= self._first_tokens_at:
+            due = [live for live in self._unjournalled if live.unheard]
+        else:
+            return []
+        self._first_tokens_at = now + self._journal_every_s
+        self._unjournalled.difference_update(due)
+        return due
 
     def _journal(self, live: Live) -> None:
         for chunk in live.take():
@@ -530,6 +548,12 @@ class Front:
     def _journal_pause_s(self) -> float:
         wanted_s = len(self._live) / JOURNAL_ENTRIES_PER_S
         return max(self._journal_every_s, min(wanted_s, LONGEST_JOURNAL_S))
+
+    def _delivery_pause_s(self) -> float:
+        """A row that is free is filled at the next step at the earliest; every other one is soon enough."""
+        if not self._crowded:
+            return 0.0
+        return min(max(CROWDED_DELIVERY_S, 2 * self._claimer.step_s), LONGEST_DELIVERY_S)
 
     def submit(self) -> None:
         """Tell the engine.  What a group that is gone never had cannot have brought it down: it goes back uncharged."""

@@ -41,6 +41,11 @@ class Live:
     def num_tokens(self) -> int:
         return sum(len(strand.output.token_ids) for strand in self.strands)
 
+    @property
+    def unheard(self) -> bool:
+        """The journal has no token of this attempt."""
+        return self._num_journalled == self.num_inherited
+
     def end_what_is_complete(self) -> None:
         """Strands that an earlier attempt had finished when it died."""
         for strand in self.strands:

@@ -192,10 +192,10 @@ def report(step: int, output: StepOutput, stats: EngineStats, *, idle: bool) -> 
         "idle": idle,
     }
     if output.tokens:
-        message["tokens"] = [
-            (t.handle, t.token_id, t.logprob, t.top) if t.top or t.logprob is not None else (t.handle, t.token_id)
-            for t in output.tokens
-        ]
+        handles, token_ids, logprobs, tops = zip(*output.tokens, strict=True)
+        message["tokens"] = [handles, token_ids]
+        if any(tops) or any(logprob is not None for logprob in logprobs):
+            message["tokens"] += [logprobs, tops]
     if output.finished:
         message["finished"] = output.finished
     if output.faults:
@@ -206,12 +206,16 @@ def report(step: int, output: StepOutput, stats: EngineStats, *, idle: bool) -> 
 def read_report(message: Message) -> tuple[int, StepOutput, EngineStats, bool]:
     """The inverse of `report`."""
     output = StepOutput(
-        tokens=tuple(Token(*item) if len(item) == 2 else _scored(*item) for item in message.get("tokens", ())),
+        tokens=_tokens(*message.get("tokens", ((), ()))),
         finished=tuple((handle, Finish(finish)) for handle, finish in message.get("finished", ())),
         faults=tuple(Fault(*item) for item in message.get("faults", ())),
     )
     return message["step"], output, EngineStats(*message["stats"]), message["idle"]
 
 
-def _scored(handle: int, token_id: int, logprob: float | None, top: Sequence[Sequence[Any]]) -> Token:
-    return Token(handle, token_id, logprob, _pairs(top))
+def _tokens(handles: Sequence[int], token_ids: Sequence[int], *scores: Sequence[Any]) -> tuple[Token, ...]:
+    """Column by column: most tokens have no scores."""
+    if not scores:
+        return tuple(map(Token, handles, token_ids))
+    logprobs, tops = scores
+    return tuple(map(Token, handles, token_ids, logprobs, map(_pairs, tops)))

@@ -6,7 +6,7 @@ inputs (admissions, cancels), never decisions that ranks can derive.
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 _GREEDY_BELOW = 1e-5
 
@@ -94,8 +94,7 @@ class StepPlan:
     cancel: tuple[int, ...] = ()  # handles: cancelled, past deadline, lost, or ended by a stop string
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """One accepted token; `logprob` (natural log, of the unmodified distribution) only if the request asked for it, and
     `top` as many of the likeliest tokens, with theirs, as it asked for, the likeliest first."""
 
