@@ -198,7 +198,7 @@ class Client:
                 del waiting[handle.id]
                 yield handle
             if waiting:
-                self._wait(pace, progress=bool(done), waiting_for=f"{len(waiting)} jobs")
+                self._wait(pace, progress=bool(done), jobs=len(waiting), waiting_for=f"{len(waiting)} jobs")
 
     def stream(self, handle: JobHandle, *, after: int, timeout_s: float | None) -> Iterator[Chunk]:
         """What JobHandle.stream says."""
@@ -236,8 +236,8 @@ class Client:
         return done
 
     @staticmethod
-    def _wait(pace: Pace, *, progress: bool, waiting_for: str) -> None:
-        delay = pace.delay(progress=progress)
+    def _wait(pace: Pace, *, progress: bool, jobs: int = 1, waiting_for: str) -> None:
+        delay = pace.delay(progress=progress, jobs=jobs)
         if delay is None:
             raise TimeoutError(f"time is up, still waiting for {waiting_for}")
         time.sleep(delay)

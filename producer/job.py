@@ -19,6 +19,7 @@ from .schema import Choice, Chunk, Job, Priority, Result, Sampling, State, Statu
 
 MIN_POLL_S = 0.005
 MAX_POLL_S = 0.25
+POLL_PER_JOB_S = 0.0001  # who watches many jobs hears of one every few milliseconds anyway
 POLL_SHARE = 0.05  # at most this share of the time goes into asking
 
 
@@ -107,10 +108,11 @@ class Pace:
     def asking(self) -> None:
         self._asked = time.monotonic()
 
-    def delay(self, *, progress: bool) -> float | None:
-        """Seconds to wait before asking again; None when the time is up."""
+    def delay(self, *, progress: bool, jobs: int = 1) -> float | None:
+        """Seconds to wait before asking again about so many jobs; None when the time is up."""
         now = time.monotonic()
-        self._delay = MIN_POLL_S if progress else min(self._delay * 1.5, MAX_POLL_S)
+        shortest = MIN_POLL_S + jobs * POLL_PER_JOB_S
+        self._delay = min(max(shortest, 0.0 if progress else self._delay * 1.5), MAX_POLL_S)
         delay = max(self._delay, (now - self._asked) * (1 / POLL_SHARE - 1))
         if self._give_up is None:
             return delay

@@ -444,7 +444,7 @@ class Front:
 
     @property
     def _shortest_sleep_s(self) -> float:
-        """Of a well filled group every step brings a turn, which does what is due by then: no need for turns between."""
+        """Steps of a well filled group bring turns, which do what is due by then: no need for turns between."""
         return LONGEST_DELIVERY_S if self._crowded else 0.001
 
     def _check(self, _now: float) -> None:

@@ -121,6 +121,10 @@ class StepOutput:
     finished: tuple[tuple[int, Finish], ...] = ()
     faults: tuple[Fault, ...] = ()
 
+    def __add__(self, later: "StepOutput") -> "StepOutput":
+        """What both steps accepted, in order."""
+        return StepOutput(self.tokens + later.tokens, self.finished + later.finished, self.faults + later.faults)
+
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
