@@ -71,8 +71,8 @@ class FakeControl:
 class Recorder(EchoEngine):
     """Keeps the plans that it was given."""
 
-    def __init__(self) -> None:
-        super().__init__(tokens_per_step=1)
+    def __init__(self, max_num_seqs: int) -> None:
+        super().__init__(max_num_seqs=max_num_seqs, tokens_per_step=1)
         self.plans: list[StepPlan] = []
 
     def apply(self, plan: StepPlan) -> int:
@@ -83,11 +83,11 @@ class Recorder(EchoEngine):
 class Ranks:
     """A leader and a peer, each a thread, and the front's end of the pipe."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_num_seqs: int = 64) -> None:
         ours, theirs = socket.socketpair()
         self.front, self.pipe = Pipe(ours), Pipe(theirs)
         channel = InProcessChannel()
-        self.engines = [Recorder(), Recorder()]
+        self.engines = [Recorder(max_num_seqs), Recorder(max_num_seqs)]
         self.peer_control = FakeControl()
         self.control = FakeControl(self.peer_control)
         self.errors: list[Exception] = []
@@ -108,8 +108,8 @@ class Ranks:
 
         return guarded
 
-    def submit(self, *prompts: bytes, cancel: tuple[int, ...] = ()) -> None:
-        params = SamplingParams(max_tokens=3)
+    def submit(self, *prompts: bytes, cancel: tuple[int, ...] = (), max_tokens: int = 3) -> None:
+        params = SamplingParams(max_tokens=max_tokens)
         for message in submissions([Request(n, tuple(prompt), params) for n, prompt in enumerate(prompts)], cancel):
             self.front.send(message)
 
@@ -122,14 +122,25 @@ class Ranks:
             time.sleep(0.001)
         return messages
 
+    def close(self) -> None:
+        self.front.close()
+        self.leader_thread.join(5)
+        self.pipe.close()
+
 
 @pytest.fixture
 def ranks() -> Iterator[Ranks]:
     ranks = Ranks()
     yield ranks
-    ranks.front.close()
-    ranks.leader_thread.join(5)
-    ranks.pipe.close()
+    ranks.close()
+
+
+@pytest.fixture
+def full_ranks() -> Iterator[Ranks]:
+    """Two jobs fill them."""
+    ranks = Ranks(max_num_seqs=2)
+    yield ranks
+    ranks.close()
 
 
 def test_all_ranks_apply_the_same_plans_and_the_leader_reports(ranks: Ranks) -> None:
@@ -143,6 +154,16 @@ def test_all_ranks_apply_the_same_plans_and_the_leader_reports(ranks: Ranks) -> 
     time.sleep(0.05)
     assert ranks.engines[0].plans == ranks.engines[1].plans
     assert ranks.errors == []
+
+
+def test_a_full_group_tells_of_several_steps_at_once_and_loses_none(full_ranks: Ranks) -> None:
+    full_ranks.submit(b"abc", b"xyz", max_tokens=50)
+    outputs = [read_report(message)[1] for message in full_ranks.until_idle()]
+    for handle, prompt in ((0, b"abc"), (1, b"xyz")):
+        said = bytes(t.token_id for output in outputs for t in output.tokens if t.handle == handle)
+        assert said == (prompt * 17)[:50]
+    assert len(outputs) < 25
+    assert sum(len(output.finished) for output in outputs) == 2
 
 
 def test_an_idle_group_parks_and_is_woken_by_the_next_submission(ranks: Ranks) -> None:
