@@ -6,6 +6,8 @@ import psutil
 import torch
 
 from hortator.producer.errors import ConfigError
+from hortator.topology.modelshape import model_shape
+from hortator.topology.workspace import CUDA_SLACK_BYTES, step_bytes
 
 from .engine import Limits, PagedEngine
 from .kvcache import CacheShape
@@ -15,7 +17,6 @@ from .runner import Runner, TorchRunner
 from .structure import Grammars
 
 _CPU_FRACTION = 0.2  # of the host's available memory, shared by the ranks of this host
-_CUDA_SLACK_BYTES = 1 << 30  # CUDA's own, libraries' workspaces, fragmentation
 
 
 def build_engine(
@@ -107,8 +108,9 @@ def _spare_bytes(ranks: Ranks, gpu_memory_utilization: float, work_bytes: int) -
 
 
 def _work_bytes(config: ModelConfig, ranks: Ranks, *, num_tokens: int, num_rows: int) -> int:
-    """What a step needs beside weights and cache: activations of the widest layer, logits and their sampling."""
-    hf = config.hf
-    per_token: int = 4 * hf.hidden_size + 3 * hf.intermediate_size // ranks.tp_size
-    per_row = config.vocab_size * (config.dtype.itemsize + 20)  # sampling takes float32 and float64 copies of some
-    return int(num_tokens * per_token * config.dtype.itemsize) + num_rows * per_row + _CUDA_SLACK_BYTES
+    """What the largest step needs beside weights and cache, and some slack: as `hortator plan` counts it."""
+    raw = config.hf.to_dict() | {"architectures": [config.architecture]}
+    shape = model_shape(raw, source=str(config.path))
+    item = config.dtype.itemsize
+    needed = step_bytes(shape, item=item, tp_size=ranks.tp_size, num_tokens=num_tokens, num_rows=num_rows)
+    return needed + CUDA_SLACK_BYTES
