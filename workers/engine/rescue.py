@@ -32,8 +32,8 @@ class Lost:
         return Fault(
             row.sequence.handle,
             "out_of_memory",
-            f"the device has no memory for {row.count} tokens of this request behind {row.start} others, even alone and "
-            f"with all caches freed ({self.lack}): shorten the prompt, or lower the group's {settings}",
+            f"the device has no memory for {row.count} tokens of this request behind {row.start} others, even alone "
+            f"and with all caches freed ({self.lack}): shorten the prompt, or lower the group's {settings}",
         )
 
 
@@ -67,7 +67,9 @@ def rescue(batch: Batch, runner: Runner, scheduler: Scheduler) -> Iterator[tuple
             void.update(_written(rows[0]))
             yield Lost(rows[0], lack)
     if num_lost > 1 and not computed:
-        raise OutOfMemory(f"no memory for any of {num_lost} requests, even alone ({lack}): what else is on this device?")
+        raise OutOfMemory(
+            f"no memory for any of {num_lost} requests, even alone ({lack}): what else is on this device?"
+        )
 
 
 def _halves(rows: Sequence[Row]) -> list[tuple[Row, ...]]:
