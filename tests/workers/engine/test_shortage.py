@@ -36,7 +36,9 @@ def said(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
     root = Path(__file__).resolve().parents[3]
     done = subprocess.run(
         [sys.executable, cramped.__file__, wide, colossus],
-        env=os.environ | {"PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}", "OMP_NUM_THREADS": "1"},
+        env=os.environ
+        | {"PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}", "OMP_NUM_THREADS": "1"}
+        | {"MALLOC_MMAP_THRESHOLD_": "65536"},  # what is freed does not stay with the process
         capture_output=True,
         check=False,
         text=True,
