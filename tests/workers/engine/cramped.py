@@ -42,6 +42,8 @@ SIZES: dict[str, Any] = {"max_num_seqs": 32, "max_model_len": 4096, "max_num_bat
 NUM_TOKENS = 6000  # of the KV pool
 ROOM_MIB = 48
 GIANT = 99
+# What is freed goes back at once, and no thread has address space in reserve.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 SAMPLING = SamplingParams(max_tokens=4, ignore_eos=True)
 
 

@@ -19,7 +19,7 @@ from hortator.workers.engine.shortage import OutOfMemory, lacking, memory_for
 from hortator.workers.engine.step import Request, SamplingParams
 from tests.workers.engine import cramped
 from tests.workers.engine.checkpoints import make_checkpoint
-from tests.workers.engine.cramped import COLOSSAL, ENGINES, GIANT, GIANT_REQUEST, SCENES, WIDE
+from tests.workers.engine.cramped import COLOSSAL, ENGINES, ENVIRONMENT, GIANT, GIANT_REQUEST, SCENES, WIDE
 from tests.workers.engine.drive import run
 
 
@@ -36,9 +36,7 @@ def said(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
     root = Path(__file__).resolve().parents[3]
     done = subprocess.run(
         [sys.executable, cramped.__file__, wide, colossus],
-        env=os.environ
-        | {"PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}", "OMP_NUM_THREADS": "1"}
-        | {"MALLOC_MMAP_THRESHOLD_": "65536"},  # what is freed does not stay with the process
+        env=os.environ | {"PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}"} | ENVIRONMENT,
         capture_output=True,
         check=False,
         text=True,
