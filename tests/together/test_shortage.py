@@ -1,5 +1,6 @@
 """Ranks that may have no more memory, through the whole line: Redis, a Celery worker, real allocations that fail."""
 
+import re
 import resource
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from tests.workers.engine.cramped import (
 )
 from tests.workers.engine.drive import run
 
-MAX_TOKENS = 250
+MAX_TOKENS = 100
 GIANT = GIANT_REQUEST.prompt
 PROMPTS = [prompt(20 + n, n) for n in range(6)]
 
@@ -76,7 +77,7 @@ def test_one_rank_fails_the_job_that_is_too_large_alone_and_nobody_else(
     [rank] = leader.ranks()
     confine(rank, ROOM_MIB)
     others = enqueue(fleet, *PROMPTS)
-    fleet.progressed(others, 10)
+    fleet.progressed(others, 3)
     [giant] = enqueue(fleet, GIANT)
     failure = fleet.finished([giant])[giant].failure
     assert failure is not None
@@ -95,14 +96,16 @@ def test_one_of_two_ranks_ends_the_group_by_name_and_the_next_life_finishes_ever
     leader = leader_of(fleet, wide, ranks=2)
     confine(leader.ranks()[1], ROOM_MIB // 2)
     others = enqueue(fleet, *PROMPTS)
-    fleet.progressed(others, 10)
+    fleet.progressed(others, 3)
     [giant] = enqueue(fleet, GIANT)
     assert tokens_of(fleet, [*others, giant]) == expected
     beat = leader.ready(after_epoch=1).beat()
     assert beat is not None
     reason = beat.info["last_failure"]
     assert reason.startswith("rank 1 (")
-    assert "out of memory for a step of 7 rows and 1206 tokens (" in reason
+    assert re.search(
+        r"out of memory for a step of \d rows and 120\d tokens \(\d+ bytes could not be allocated\)", reason
+    )
     assert reason.endswith("lower max_num_batched_tokens, max_num_seqs, kv_cache_bytes or gpu_memory_utilization")
     done = fleet.finished([giant])[giant]
     assert (done.state, done.attempt) == (State.SUCCEEDED, 2)
