@@ -1,5 +1,6 @@
 """Ranks that may have no more memory, through the whole line: Redis, a Celery worker, real allocations that fail."""
 
+import os
 import re
 import resource
 from pathlib import Path
@@ -47,10 +48,17 @@ def expected(wide: Path) -> list[tuple[int, ...]]:
 
 
 def leader_of(fleet: Fleet, path: Path, ranks: int) -> Worker:
+    """Each rank computes with one thread: two would wait for each other where other processes want the cores."""
     options = {**SIZES, "kv_cache_bytes": NUM_TOKENS * 1024 // ranks, "tensor_parallel_size": ranks}
-    return fleet.worker(
-        engine="paged", model="wide", model_path=path, dtype="float32", environment=ENVIRONMENT, **options
-    ).ready()
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(cores)[:ranks])
+    try:
+        leader = fleet.worker(
+            engine="paged", model="wide", model_path=path, dtype="float32", environment=ENVIRONMENT, **options
+        )
+    finally:
+        os.sched_setaffinity(0, cores)
+    return leader.ready()
 
 
 def enqueue(fleet: Fleet, *prompts: tuple[int, ...]) -> list[str]:
