@@ -58,7 +58,7 @@ def leader_of(fleet: Fleet, path: Path, ranks: int) -> Worker:
         )
     finally:
         os.sched_setaffinity(0, cores)
-    return leader.ready()
+    return leader.ready(timeout_s=90)
 
 
 def enqueue(fleet: Fleet, *prompts: tuple[int, ...]) -> list[str]:
@@ -107,7 +107,7 @@ def test_one_of_two_ranks_ends_the_group_by_name_and_the_next_life_finishes_ever
     fleet.progressed(others, 3)
     [giant] = enqueue(fleet, GIANT)
     assert tokens_of(fleet, [*others, giant]) == expected
-    beat = leader.ready(after_epoch=1).beat()
+    beat = leader.ready(after_epoch=1, timeout_s=90).beat()
     assert beat is not None
     reason = beat.info["last_failure"]
     assert reason.startswith("rank 1 (")
