@@ -5,7 +5,8 @@
                 that samples (tied: the embedding serves, or a copy of it where that is on another stage)
     KV cache    blocks of `block_size` tokens and one spare, as many on every rank as the poorest can afford, and no
                 more than max_num_seqs sequences of max_model_len could use
-    workspace   what the engine sets aside for a step, see `_workspace`; on GPUs also the CUDA context, an estimate
+    workspace   what the engine sets aside for a step (workspace.py); on GPUs also a slack, and the CUDA context, an
+                estimate
 
 `gpu_memory_utilization` of a GPU's memory may be used.  Pure.
 """
@@ -17,8 +18,8 @@ from .errors import BadModel, DoesNotFit, TooManyStages
 from .fleet import ModelSpec
 from .modelshape import DTYPE_BYTES, ModelShape
 from .stages import stage_layers
+from .workspace import CUDA_SLACK_BYTES, step_bytes
 
-CUDA_SLACK_BYTES = 1 << 30  # libraries' workspaces, fragmentation
 CUDA_CONTEXT_BYTES = 600 << 20  # what a process has of a GPU before it allocates anything
 _MAX_TENSOR_RANKS = 64
 
@@ -171,14 +172,15 @@ def _elements(shape: ModelShape, layers: range, *, tp_rank: int, tp_size: int, p
 
 
 def _workspace(shape: ModelShape, spec: ModelSpec) -> int:
-    """What the engine sets aside for a step of max_num_batched_tokens beside weights and cache: the activations of the
-    widest layer, the logits of max_num_seqs rows with their copies in float32 and float64, and on GPUs a slack and
-    the CUDA context."""
-    item = DTYPE_BYTES[dtype_of(shape, spec)]
-    per_token = 4 * shape.hidden_size + 3 * shape.intermediate_size // spec.tensor_parallel_size
-    per_row = shape.vocab_size * (item + 20)
-    slack = 0 if spec.device == "cpu" else CUDA_SLACK_BYTES + CUDA_CONTEXT_BYTES
-    return spec.max_num_batched_tokens * per_token * item + spec.max_num_seqs * per_row + slack
+    """Beside weights and cache, for the largest step."""
+    needed = step_bytes(
+        shape,
+        item=DTYPE_BYTES[dtype_of(shape, spec)],
+        tp_size=spec.tensor_parallel_size,
+        num_tokens=spec.max_num_batched_tokens,
+        num_rows=spec.max_num_seqs,
+    )
+    return needed + (0 if spec.device == "cpu" else CUDA_SLACK_BYTES + CUDA_CONTEXT_BYTES)
 
 
 def _check_divides(shape: ModelShape, spec: ModelSpec) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import BadModel
+from .workspace import Feed
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 Shapes = Mapping[str, tuple[int, ...]]
@@ -38,7 +39,7 @@ class ModelShape:
     vocab_size: int
     max_model_len: int
     kv_width: int  # keys and values of one token in one layer, over all KV heads
-    intermediate_size: int
+    feeds: tuple[Feed, ...]  # the kinds of feed-forward that its layers have
     final_norm: int
     tied: bool
     exact: bool = True
@@ -63,6 +64,7 @@ class Family:
     qkv_bias: str = ""  # the config key that says, or "always"
     output_bias: str = ""
     mlp_bias: str = ""
+    fused: bool = False  # gate and up are one matrix
     experts: Callable[["Config", int], tuple[int, int]] | None = None
     """Of a layer: number of experts, and width of each; (0, 0) where it is dense."""
 
@@ -118,14 +120,17 @@ FAMILIES: Mapping[str, Family] = {
     "Gemma3ForCausalLM": Family(
         defaults=_GEMMA, norms=4, head_norms=True, qkv_bias="attention_bias", output_bias="attention_bias"
     ),
-    "Phi3ForCausalLM": Family(),
-    "MixtralForCausalLM": Family(defaults={"num_key_value_heads": 8, "num_local_experts": 8}, experts=_mixtral_experts),
+    "Phi3ForCausalLM": Family(fused=True),
+    "MixtralForCausalLM": Family(
+        defaults={"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2}, experts=_mixtral_experts
+    ),
     "Qwen3MoeForCausalLM": Family(
         defaults={
             "num_key_value_heads": 4,
             "decoder_sparse_step": 1,
             "moe_intermediate_size": 768,
             "num_experts": 128,
+            "num_experts_per_tok": 8,
             "intermediate_size": 6144,
         },
         head_norms=True,
@@ -171,17 +176,17 @@ def _from_config(config: Config, family: Family, architecture: str, source: str)
     feeds = [
         _feed_forward(config, family, hidden, layer) for layer in range(config.size("num_hidden_layers", limit=10_000))
     ]
-    widths = {"num_attention_heads": heads, "num_key_value_heads": kv_heads} | dict(width for _, width in feeds)
+    widths = {"num_attention_heads": heads, "num_key_value_heads": kv_heads} | {key: f.width for _, key, f in feeds}
     return ModelShape(
         source=source,
         architecture=architecture,
         dtype=_dtype(config),
-        layers=tuple(_sum(attention, feed, norms=family.norms * hidden) for feed, _ in feeds),
+        layers=tuple(_sum(attention, layer, norms=family.norms * hidden) for layer, _, _ in feeds),
         hidden_size=hidden,
         vocab_size=config.size("vocab_size"),
         max_model_len=config.size("max_position_embeddings"),
         kv_width=2 * kv_heads * head_dim,
-        intermediate_size=config.size("intermediate_size"),
+        feeds=tuple({feed: None for _, _, feed in feeds}),
         final_norm=hidden,
         tied=config.flag("tie_word_embeddings"),
         divisible=widths,
@@ -196,18 +201,18 @@ def _attention(config: Config, family: Family, *, hidden: int, heads: int, kv_he
     return LayerShape(matrices + bias, whole + (2 * head_dim if family.head_norms else 0), matrices)
 
 
-def _feed_forward(config: Config, family: Family, hidden: int, layer: int) -> tuple[LayerShape, tuple[str, int]]:
-    """The layer's part, and its width with that width's config key."""
+def _feed_forward(config: Config, family: Family, hidden: int, layer: int) -> tuple[LayerShape, str, Feed]:
+    """The layer's part, and the config key of its width."""
     count, width = family.experts(config, layer) if family.experts else (0, 0)
     if not count:
         width = config.size("intermediate_size")
         matrices = 3 * hidden * width
         bias = config.flag(family.mlp_bias)
         shape = LayerShape(matrices + (2 * width if bias else 0), hidden if bias else 0, matrices)
-        return shape, ("intermediate_size", width)
+        return shape, "intermediate_size", Feed(width, fused=family.fused)
     matrices = 3 * hidden * width * count
     key = "moe_intermediate_size" if config.has("moe_intermediate_size") else "intermediate_size"
-    return LayerShape(matrices, count * hidden, matrices), (key, width)
+    return LayerShape(matrices, count * hidden, matrices), key, Feed(width, config.size("num_experts_per_tok"))
 
 
 def _sum(attention: LayerShape, feed: LayerShape, *, norms: int) -> LayerShape:
@@ -255,7 +260,7 @@ def _from_tensors(config: Config, tensors: Shapes, architecture: str, source: st
         vocab_size=vocab,
         max_model_len=config.size("max_position_embeddings"),
         kv_width=2 * kv_heads * head_dim,
-        intermediate_size=config.size("intermediate_size") if config.has("intermediate_size") else 4 * hidden,
+        feeds=(Feed(config.size("intermediate_size") if config.has("intermediate_size") else 4 * hidden),),
         final_norm=max(0, outside - (1 if outside < 2 * embedding else 2) * embedding),
         tied=outside < 2 * embedding,
         exact=False,

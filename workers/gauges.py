@@ -40,6 +40,7 @@ class Gauges:
             "prefix_found": round(found, 3),  # share of the prompts' tokens that was cached, since the group's start
             "waiting": stats.waiting if stats else 0,
             "preemptions": stats.preemptions if stats else 0,
+            "shortages": stats.shortages if stats else 0,  # steps computed in parts, for lack of memory
             "pids": list(self._group.pids.values()),
             "ranks": len(self._group.members),
             "last_failure": str(failure) if failure else None,

@@ -4,7 +4,6 @@ It lends the front Celery's event loop, mirrors what becomes of every job in Cel
 task queue (transport.Claims).
 """
 
-import gc
 import logging
 import math
 import os
@@ -24,22 +23,15 @@ from hortator.producer.store import Claimed, Lease, Outcome, Verdict
 from hortator.topology.vitals import Vitals
 from hortator.variables import strange_to_worker
 
+from .collector import spare_what_is_loaded
 from .request import PromptRequest
 from .settings import WorkerSettings
 from .transport import ClaimedMessage
 
 logger = logging.getLogger("hortator.front")
 
-GC_THRESHOLD = 10_000  # objects: hundreds of jobs in flight are no garbage
 HAND_IN = 16  # jobs that the engine gets at a time
 LAST_WORDS_S = 3.0  # at the end of the grace: time to tell the store what goes back
-
-
-def _spare_the_collector() -> None:
-    """Everything that is loaded by now stays: walking over it again would stop the front for 60 ms and more."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(GC_THRESHOLD)
 
 
 class EnginePool(BasePool):  # type: ignore[misc]
@@ -87,7 +79,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
     def register_with_event_loop(self, loop: Any) -> None:
         """Called again after every reconnect of the broker."""
         if self._hub is None:
-            _spare_the_collector()
+            spare_what_is_loaded()
         self._hub = loop
         loop.add_reader(self._group.fileno(), self._on_readable)
         self._on_timer()

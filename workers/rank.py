@@ -4,7 +4,6 @@ The order of a rank's life: read the configuration, prove to the front that it i
 the other ranks, load the engine, then step in lock-step (stroke.py) until the front says STOP or is gone.
 """
 
-import gc
 import importlib
 import os
 import socket
@@ -26,6 +25,7 @@ from hortator.topology.launch import PARENT_VARIABLE
 from hortator.topology.tether import EXIT_LEADER_LOST, ControlClient, exit_process
 from hortator.topology.tied import die_with
 
+from .collector import spare_what_is_loaded
 from .engine.echo import DEFAULT_MODEL_LEN, EchoEngine
 from .engine.step import Engine, EngineInfo
 from .lockstep import Channel, CollectiveFailed, DistributedChannel, Follower, InProcessChannel, LockstepError
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from hortator.topology.mesh import Mesh
 
 CONFIG_VARIABLE = "HORTATOR_RANK_CONFIG"
-GC_THRESHOLD = 10_000  # objects: what hundreds of requests in flight hold is no garbage
 
 
 class Exit(IntEnum):
@@ -218,9 +217,7 @@ def serve(config: RankConfig, control: ControlClient, listener: socket.socket | 
     channel: Channel = InProcessChannel()
     if mesh is not None and mesh.world_group is not None:
         channel = DistributedChannel(mesh.world_group, mesh.device)
-    gc.collect()
-    gc.freeze()  # what is loaded now stays: no collection should walk over it between two steps
-    gc.set_threshold(GC_THRESHOLD)
+    spare_what_is_loaded()
     control.progress = lambda: getattr(engine, "progress", 0)
     control.ready(describe(engine.info))
     if config.rank == 0:

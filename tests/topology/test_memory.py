@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,12 @@ import transformers
 from hortator.topology import advice
 from hortator.topology.errors import BadModel, DoesNotFit
 from hortator.topology.fleet import ModelSpec
-from hortator.topology.memory import CUDA_CONTEXT_BYTES, fit, human, rank_memories
+from hortator.topology.memory import fit, human, rank_memories
 from hortator.topology.modelshape import DTYPE_BYTES, FAMILIES, ModelShape, model_shape
-from hortator.workers.engine import build
 from hortator.workers.engine import model as engine_model
 from hortator.workers.engine.architectures import ARCHITECTURES as SERVED
 from hortator.workers.engine.architectures import divided_sizes
-from hortator.workers.engine.build import build_engine
 from hortator.workers.engine.kvcache import PagedCache
-from hortator.workers.engine.parallel import SingleRank
-from hortator.workers.engine.step import Request, SamplingParams, StepPlan
 from tests.workers.engine.checkpoints import ARCHITECTURES, make_checkpoint
 from tests.workers.engine.meshes import Stage
 
@@ -162,42 +157,6 @@ def test_the_pool_takes_as_many_bytes_as_the_engines_cache(tiny: dict[str, Path]
     cache_shape = config.cache_shape(Stage(0, 1))
     cache = PagedCache(cache_shape, num_blocks=found.num_blocks, block_size=16, device=torch.device("cpu"))
     assert found.kv_bytes(found.ranks[0]) == cache._storage.nbytes
-
-
-def allocated_by(work: Callable[[], object], folder: Path) -> int:
-    """The most bytes of tensors that were there at once besides those before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    profile.export_chrome_trace(str(folder / "trace.json"))
-    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
-    sizes = [e["args"]["Bytes"] for e in sorted(events, key=lambda e: e.get("ts", 0)) if e.get("name") == "[memory]"]
-    return int(max(itertools.accumulate(sizes, initial=0)))
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
-def test_a_full_step_takes_about_the_workspace_that_is_set_aside(name: str, tmp_path: Path) -> None:
-    """In float32 a little more, for which there is the slack."""
-    sizes = {"hidden_size": 256, "intermediate_size": 688, "head_dim": 32, "vocab_size": 300}
-    path = make_checkpoint(name, tmp_path / name, **sizes).path
-    limits = {"max_num_seqs": 4, "max_num_batched_tokens": 512, "max_model_len": 512}
-    engine = build_engine(model_path=path, mesh=SingleRank(), kv_cache_bytes=64 << 20, **limits)  # type: ignore[arg-type]
-    prompts = [tuple(range(n + 1, n + 129)) for n in (0, 40, 80, 120)]
-    requests = (Request(n, prompt, SamplingParams(max_tokens=2)) for n, prompt in enumerate(prompts))
-    engine.apply(StepPlan(0, tuple(requests)))
-    allocated = allocated_by(engine.execute, tmp_path)
-    shape = model_shape(json.loads((path / "config.json").read_text()), source=name)
-    (rank,) = rank_memories(shape, spec(device="cpu", **limits))
-    assert 0.6 < allocated / rank.workspace_bytes < 1.25
-
-
-@pytest.mark.parametrize("tp_size", [1, 2])
-def test_the_workspace_is_what_the_engine_sets_aside(tiny: dict[str, Path], tp_size: int) -> None:
-    for name, path in tiny.items():
-        shape = model_shape(json.loads((path / "config.json").read_text()), source=name)
-        sizes = spec(tensor_parallel_size=tp_size, max_num_batched_tokens=777, max_num_seqs=5)
-        ranks = Stage(0, 1, tp_size=tp_size)
-        aside = build._work_bytes(engine_model.read_config(path), ranks, num_tokens=777, num_rows=5)
-        assert rank_memories(shape, sizes)[0].workspace_bytes == aside + CUDA_CONTEXT_BYTES
 
 
 def test_stages_share_out_the_layers_and_the_ends_hold_the_vocabulary() -> None:

@@ -4,6 +4,7 @@ apply    plan -> admission -> scheduler -> batch (and its digest)
 execute  batch -> tensors -> layers -> logits and tokens on the first rank -> tokens on all -> scheduler
 """
 
+import logging
 from collections import deque
 from dataclasses import dataclass
 
@@ -11,10 +12,16 @@ from . import admission, sampler
 from .blocks import BlockPool
 from .model import ModelConfig
 from .parallel import Ranks
+from .rescue import Lost, rescue
 from .runner import Flight, Runner
 from .sampler import Score
 from .scheduler import Batch, Row, Scheduler
+from .shortage import lacking, memory_for
 from .step import EngineInfo, EngineStats, Fault, Finish, Request, StepOutput, StepPlan, Token
+
+_REMEDY = "lower max_num_batched_tokens, max_num_seqs, kv_cache_bytes or gpu_memory_utilization"
+
+log = logging.getLogger("hortator.engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +45,7 @@ class PagedEngine:
 
     def __init__(self, config: ModelConfig, runner: Runner, *, ranks: Ranks, limits: Limits) -> None:
         self._runner = runner
+        self._alone = ranks.world_size == 1
         self._depth = ranks.pp_size - 1 or int(runner.speculates)
         self._scheduler = Scheduler(
             BlockPool(limits.num_blocks, block_size=limits.block_size),
@@ -62,6 +70,7 @@ class PagedEngine:
         self._flying: deque[tuple[Batch, Flight]] = deque()
         self._batch = Batch()
         self._digest = 0
+        self._shortages = 0
         self._ended: list[tuple[int, Finish]] = []  # by apply, reported by execute
         self._faults: list[Fault] = []
 
@@ -88,6 +97,7 @@ class PagedEngine:
             preemptions=scheduler.preemptions,
             prompt_tokens=scheduler.num_prompt_tokens,
             cached_tokens=scheduler.num_cached_tokens,
+            shortages=self._shortages,
         )
 
     def apply(self, plan: StepPlan) -> int:
@@ -103,13 +113,15 @@ class PagedEngine:
 
     def execute(self) -> StepOutput:
         """Launch the scheduled rows and report a step that is done: the same one, or where steps are in flight an
-        earlier one.  Also reports what `apply` refused or found complete."""
+        earlier one.  Also reports what `apply` refused or found complete.
+
+        A single rank that lacks memory computes the step in parts (rescue.py); one of several raises OutOfMemory.
+        """
         batch, self._batch = self._batch, Batch()
-        if batch.rows:
-            self._flying.append((batch, self._runner.launch(batch)))
-        tokens: list[Token] = []
-        if len(self._flying) > self._depth or (self._flying and not batch.rows):
-            tokens = self._land()
+        with memory_for(f"a step of {len(batch.rows)} rows and {batch.num_tokens} tokens", _REMEDY):
+            tokens = self._launch(batch) if batch.rows else []
+            if len(self._flying) > self._depth or (self._flying and not batch.rows):
+                tokens += self._land()
         output = StepOutput(tuple(tokens), tuple(self._ended), tuple(self._faults))
         self._ended, self._faults = [], []
         if self.idle:
@@ -130,6 +142,31 @@ class PagedEngine:
         limit = admission.length_limit(request, self._info)
         if finish := self._scheduler.add(request, limit=limit, stops=stops):
             self._ended.append((request.handle, finish))
+
+    def _launch(self, batch: Batch) -> list[Token]:
+        """What had to be landed on the way: nothing, as long as there is memory."""
+        try:
+            self._flying.append((batch, self._runner.launch(batch)))
+            return []
+        except Exception as error:
+            if not self._alone or lacking(error) is None:
+                raise
+        return self._rescue(batch)  # only here the error and all that its frames held is gone
+
+    def _rescue(self, batch: Batch) -> list[Token]:
+        self._shortages += 1
+        if self._shortages & (self._shortages - 1) == 0:  # the first, second, fourth, ...
+            log.warning("step no. %d that lacks memory is tried again in parts: %s", self._shortages, _REMEDY)
+        tokens = []
+        while self._flying:
+            tokens += self._land()
+        for outcome in rescue(batch, self._runner, self._scheduler):
+            if isinstance(outcome, Lost):
+                self._fail(outcome.row, outcome.fault)
+            else:
+                self._flying.append(outcome)
+                tokens += self._land()
+        return tokens
 
     def _land(self) -> list[Token]:
         """Take the outcome of the oldest step in flight, and tell the scheduler."""

@@ -53,6 +53,10 @@ class PagedCache:
         keys.index_copy_(0, slots, key)
         values.index_copy_(0, slots, value)
 
+    def shrink(self) -> None:
+        """Let go of the workspace; the next gather makes another."""
+        self._workspace = self._workspace.new_empty((2, 0, self._workspace.shape[2]))
+
     def gather(self, layer: int, blocks: torch.Tensor, *, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of `blocks` [rows * width] as [rows, kv heads, width * block_size, head_dim].
 
@@ -61,6 +65,7 @@ class PagedCache:
         """
         count = blocks.shape[0]
         if self._workspace.shape[1] < count:
+            self.shrink()  # before the larger one is there, not after
             self._workspace = self._workspace.new_empty((2, count + count // 4, self._workspace.shape[2]))
         keys, values = self._workspace[0, :count], self._workspace[1, :count]
         torch.index_select(self._blocks[layer][0], 0, blocks, out=keys)

@@ -5,7 +5,7 @@ reads its own slices from the shards, straight to its device.
 """
 
 import copy
-from collections.abc import Container
+from collections.abc import Container, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -214,9 +214,11 @@ def _fill(model: torch.nn.Module, config: ModelConfig, stage: range, ranks: Rank
 
 
 def _fill_randomly(model: torch.nn.Module, config: ModelConfig, stage: range, ranks: Ranks) -> None:
-    """Norms are ones, biases zeros, all else is small; a parameter's name is its seed."""
+    """Norms are ones, biases zeros, all else is small; a parameter's name is its seed, so that a tied head on a stage
+    of its own is the embedding again."""
     generator = torch.Generator(ranks.device)
-    for name, placement in _placements(model, config, stage, ranks, _Everything()).items():
+    names = _EverythingBut({HEAD} if config.hf.tie_word_embeddings else set())
+    for name, placement in _placements(model, config, stage, ranks, names).items():
         dtype = model.get_parameter(name).dtype
         tensor = torch.ones(placement.shape, dtype=dtype, device=ranks.device)
         if name.endswith("bias"):
@@ -227,11 +229,14 @@ def _fill_randomly(model: torch.nn.Module, config: ModelConfig, stage: range, ra
     _tie(model, config)
 
 
-class _Everything:
-    """A checkpoint that has every name."""
+@dataclass(frozen=True, slots=True)
+class _EverythingBut:
+    """A checkpoint that has every other name."""
+
+    missing: Set[str]
 
     def __contains__(self, name: object) -> bool:
-        return True
+        return name not in self.missing
 
 
 def _placements(

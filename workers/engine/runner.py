@@ -4,6 +4,7 @@
 when `launch` returns.
 """
 
+import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -77,6 +78,12 @@ class Runner:
         """Compute the rows and choose the tokens of those that sample."""
         raise NotImplementedError
 
+    def free(self) -> None:
+        """Give back the memory that is kept for steps to come, after one that had too little."""
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def begin_step(self) -> None:
         """Every step counts the same on every rank; within it, a rank is as far as its layers are in the model."""
         steps = self.pulse.count // self._progress_per_step + 1
@@ -120,6 +127,10 @@ class TorchRunner(Runner):
         hidden = self._model.hidden(inputs, positions, self._paged(rows))
         self._link.send(hidden)
         return self._choose(hidden, rows, [row for row in batch.rows if row.samples])
+
+    def free(self) -> None:
+        self._cache.shrink()
+        super().free()
 
     def _choose(self, hidden: torch.Tensor, rows: list[Row], sampling: list[Row]) -> Flight:
         """One rank chooses; the others take its word, for their logits need not be equal bit by bit."""

@@ -257,6 +257,16 @@ class Scheduler:
         if sequence.blocks:
             sequence.num_computed -= 1
 
+    def recall(self, row: Row) -> None:
+        """A row that was scheduled is not computed after all, nor may its sequence keep the blocks that it has: it is
+        prefilled again, before all that wait.  No later row of it is in flight."""
+        sequence = row.sequence
+        sequence.num_pending -= row.samples
+        self.pool.retract(sequence.blocks)
+        self.running.remove(sequence)
+        self._release(sequence)
+        self._returning.append(sequence)
+
     def _row(self, sequence: Sequence, count: int) -> Row:
         """Count the row as computed: whatever is scheduled later runs later."""
         start = sequence.num_computed

@@ -137,6 +137,7 @@ class EngineStats:
     preemptions: int  # since start
     prompt_tokens: int = 0  # admitted since start, a preempted request's again
     cached_tokens: int = 0  # of these, found in the prefix cache
+    shortages: int = 0  # steps, since start, that the device had no memory for and that were tried again in parts
 
 
 @dataclass(frozen=True, slots=True)

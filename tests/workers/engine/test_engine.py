@@ -141,6 +141,30 @@ def test_the_largest_request_that_fits_the_pool_finishes(llama: Checkpoint) -> N
     assert len(outcome.tokens[1]) == len(outcome.tokens[2]) == 60
 
 
+def test_long_contexts_and_many_rows_that_fill_the_pool_are_preempted_and_end_as_in_a_large_one(
+    llama: Checkpoint,
+) -> None:
+    """Two of them end where the model's context does; the pool holds no more than those."""
+    requests = [
+        Request(
+            handle,
+            tuple((7 * handle + 3 * n) % 250 + 1 for n in range(100 + 9 * handle)),
+            replace(SEEDED if handle % 3 else GREEDY, seed=handle, max_tokens=120 if handle < 18 else 999),
+        )
+        for handle in range(20)
+    ]
+    large, small = (
+        build(llama.path, kv_cache_bytes=size * MAX_MODEL_LEN * 512, max_num_batched_tokens=256) for size in (20, 2)
+    )
+    unbounded, outcome = run(large, requests), run(small, requests)
+    assert large.stats().preemptions == 0
+    assert small.stats().preemptions > 5
+    assert outcome.tokens == unbounded.tokens
+    assert outcome.finished == dict.fromkeys(range(20), Finish.LENGTH)
+    assert len(outcome.tokens[19]) == MAX_MODEL_LEN - len(requests[19].prompt)
+    assert small.stats().free_blocks == small.stats().total_blocks
+
+
 def test_a_handle_admitted_twice_fails_that_handle_only(llama: Checkpoint) -> None:
     engine, outcome = build(llama.path), Outcome()
     step(engine, outcome, admit=[Request(1, PROMPT, GREEDY), Request(2, PROMPT, GREEDY)])

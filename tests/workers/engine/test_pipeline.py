@@ -10,7 +10,7 @@ from hortator.producer.errors import ConfigError
 from hortator.workers.engine import model as model_module
 from hortator.workers.engine.attention import Paged, Pulse
 from hortator.workers.engine.kvcache import PagedCache
-from hortator.workers.engine.model import LoadedModel, load_model, read_config
+from hortator.workers.engine.model import LoadedModel, LoadFormat, load_model, read_config
 from hortator.workers.engine.parallel import SingleRank
 from hortator.workers.engine.scheduler import Row, Sequence
 from hortator.workers.engine.step import Request, SamplingParams
@@ -24,8 +24,8 @@ BLOCK_SIZE = 4
 class Part:
     """A loaded stage and its cache."""
 
-    def __init__(self, path: Path, place: Stage | SingleRank) -> None:
-        self.model: LoadedModel = load_model(read_config(path), place)
+    def __init__(self, path: Path, place: Stage | SingleRank, load_format: LoadFormat = "safetensors") -> None:
+        self.model: LoadedModel = load_model(read_config(path), place, load_format=load_format)
         shape = self.model.config.cache_shape(place)
         self.cache = PagedCache(shape, num_blocks=80, block_size=BLOCK_SIZE, device=place.device)
 
@@ -89,6 +89,15 @@ def test_stages_in_a_row_give_the_whole_models_numbers(name: str, pp_size: int, 
             states = part(states, rows)
         assert states.equal(expected)
         assert parts[-1].model.logits(states).equal(whole.model.logits(expected))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mixtral"])  # an own head, a tied one, stacked experts
+def test_random_weights_are_the_same_in_any_number_of_stages(name: str, deep: dict[str, Checkpoint]) -> None:
+    path, rows = deep[name].path, steps()[0]
+    whole = Part(path, SingleRank(), "dummy")
+    first, last = (Part(path, Stage(rank, 2), "dummy") for rank in range(2))
+    expected = whole.model.logits(whole(tokens_of(rows), rows))
+    assert last.model.logits(last(first(tokens_of(rows), rows), rows)).equal(expected)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

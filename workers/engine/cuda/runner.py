@@ -17,6 +17,7 @@ from hortator.workers.engine.parallel import Ranks
 from hortator.workers.engine.pipeline import Arrival
 from hortator.workers.engine.runner import Flight, Runner, draws_of
 from hortator.workers.engine.scheduler import Batch, Row
+from hortator.workers.engine.shortage import memory_for
 from hortator.workers.engine.structure import Grammars
 
 from .batch import Attended, Chunks, Decodes, aligned, chunk_arrays, decode_arrays, to_device
@@ -62,7 +63,9 @@ class CudaRunner(Runner):
         self._index: dict[int, int] = {}  # handle -> its place in `newest`
         self._graphs: dict[int, Graph] = {}
         if ranks.device.type == "cuda":
-            self._graphs = self._capture(limits.max_num_seqs, math.ceil(limits.max_model_len / block_size))
+            smaller = f"lower max_num_seqs={limits.max_num_seqs}, or kv_cache_bytes or gpu_memory_utilization"
+            with memory_for("the CUDA graphs of decode steps", smaller):
+                self._graphs = self._capture(limits.max_num_seqs, math.ceil(limits.max_model_len / block_size))
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Flight:
