@@ -286,7 +286,7 @@ class Front:
 
     def _stepped(self, event: Stepped) -> None:
         output, self._stats = event.output, event.stats
-        self._gauges.count(output)
+        self._gauges.count(event.step, output)
         self._claimer.stepped(event.step)
         by_handle, unjournalled = self._by_handle, self._unjournalled
         for token in output.tokens:

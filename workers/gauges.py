@@ -14,11 +14,13 @@ class Gauges:
         self._group = group
         self._clock = clock
         self._since = clock()
-        self._num_steps = self._num_tokens = 0
+        self._last_step = self._num_steps = self._num_tokens = 0
         self._steps_per_s = self._tokens_per_s = 0.0
 
-    def count(self, output: StepOutput) -> None:
-        self._num_steps += 1
+    def count(self, step: int, output: StepOutput) -> None:
+        """Take a report: of this step, and of those since the last report."""
+        self._num_steps += step - self._last_step if step > self._last_step else 1  # a new life begins with step 1
+        self._last_step = step
         self._num_tokens += len(output.tokens)
 
     def turn_over(self) -> None:

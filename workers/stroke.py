@@ -18,6 +18,7 @@ LINGER_S = 0.02
 REPORT_EVERY_S = 0.02
 """Steps of a well filled group that gave nothing but tokens are told together this often: each message wakes the
 front, which costs the engine time where they share a processor."""
+MOST_UNTOLD_STEPS = 4  # less than a suspect's probation: where a group died must be known better than that
 
 _NOTHING = StepOutput()
 
@@ -35,6 +36,7 @@ class Leader:
         self._step = 1
         self._untold = _NOTHING
         self._told_at = 0.0
+        self._told_step = 0
         self._poller = select.poll()
 
     def run(self) -> None:
@@ -60,21 +62,22 @@ class Leader:
     def _report(self, plan: StepPlan, output: StepOutput) -> None:
         """Steps in which nothing happened are not worth a message."""
         idle = self._engine.idle and not self._inbox
-        can_wait = not (idle or plan.admit or plan.cancel) and self._can_wait(output)
+        can_wait = not (idle or plan.admit or plan.cancel) and self._can_wait(plan.step, output)
         self._untold = self._untold + output
         if can_wait:
             if self._pipe.unsent:
                 self._pipe.flush()
             return
         self._pipe.send(report(plan.step, self._untold, self._engine.stats(), idle=idle))
-        self._untold, self._told_at = _NOTHING, time.monotonic()
+        self._untold, self._told_at, self._told_step = _NOTHING, time.monotonic(), plan.step
 
-    def _can_wait(self, output: StepOutput) -> bool:
+    def _can_wait(self, step: int, output: StepOutput) -> bool:
         if output == _NOTHING:
             return self._untold == _NOTHING
         many = 2 * len(output.tokens) >= self._engine.info.max_num_seqs
         only_tokens = not output.finished and not output.faults
-        return many and only_tokens and time.monotonic() - self._told_at < REPORT_EVERY_S
+        recent = step - self._told_step < MOST_UNTOLD_STEPS and time.monotonic() - self._told_at < REPORT_EVERY_S
+        return many and only_tokens and recent
 
     def _park(self) -> None:
         """Wait for the front while the peers wait for WAKE."""
