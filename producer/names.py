@@ -67,7 +67,12 @@ TABLE: tuple[Key, ...] = (
     Key("hortator:pace:{model}", "hash", "since count rate: claims per second lately, for retry_after_s", "never"),
     # everything
     Key("hortator:deadlines", "zset", "job -> its deadline, ms", "never"),
-    Key("hortator:claimed:{owner}", "string", "the owner's last claim, told again if the reply was lost", "15 s or lease_s"),
+    Key(
+        "hortator:claimed:{owner}",
+        "string",
+        "the owner's last claim, told again if the reply was lost",
+        "15 s or lease_s",
+    ),
     Key("hortator:idempotency:{tenant}:{hash}", "string", "digest of the body, id of the job", "idempotency_ttl_s"),
     Key(
         "hortator:letters",

@@ -13,8 +13,8 @@ from .settings import WorkerSettings
 # How soon a queue is asked again that gave less than there was room for: while jobs arrive, a little later, idle.
 EAGER_POLL_S, BUSY_POLL_S, IDLE_POLL_S = 0.002, 0.005, 0.020
 EAGER_FOR_S, BUSY_FOR_S = 0.05, 2.0
-# A group without room asks as well, whether it must make room for a suspect; and how long it goes on hoping that another
-# group takes the suspect, or that its own jobs end.
+# How often a group without room asks whether it must make room for a suspect, and how long it goes on hoping that
+# another group takes the suspect, or that its own jobs end.
 LOOK_S, GIVE_WAY_S = 0.2, 0.4
 OVERCLAIM = 0.25  # jobs beyond max_num_seqs that may wait inside the engine, so that a freed row is refilled at once
 
