@@ -128,14 +128,14 @@ def prefill(work: Work, scale: int) -> None:
 
 def decode(work: Work, scale: int) -> None:
     """All jobs are in the middle of their answers."""
-    work.ask(4 * scale, prompt=20, answer=300)
+    work.ask(4 * scale, prompt=20, answer=200)
     work.fleet.progressed(work.ids, 60)
 
 
 def load(work: Work, scale: int) -> None:
     """Jobs come one after the other: some are read, some answered, some wait."""
     for number in range(8 * scale):
-        work.ask(1, prompt=(40, 300)[number % 2], answer=(200, 60)[number % 2])
+        work.ask(1, prompt=(40, 300)[number % 2], answer=(150, 60)[number % 2])
         time.sleep(0.1 / scale)
 
 

@@ -4,6 +4,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,7 +39,8 @@ def ask(fleet: Fleet, number: int, max_tokens: int) -> dict[str, str]:
 
 def holders(fleet: Fleet, asked: dict[str, str]) -> dict[str, str]:
     """Which group's leader has each job now."""
-    redis, names = fleet.store._redis, fleet.store.names
+    redis: Any = fleet.store._redis
+    names = fleet.store.names
     owners = {job_id: redis.hget(names.job(job_id), "owner") for job_id in asked}
     return {job_id: owner.decode().partition("#")[0] for job_id, owner in owners.items() if owner}
 
