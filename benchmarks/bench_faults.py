@@ -129,7 +129,7 @@ def prefill(work: Work, scale: int) -> None:
 def decode(work: Work, scale: int) -> None:
     """All jobs are in the middle of their answers."""
     work.ask(4 * scale, prompt=20, answer=200)
-    work.fleet.progressed(work.ids, 60)
+    wait_for("the middle of the answers", lambda: work.computed > 4 * scale * 80)
 
 
 def load(work: Work, scale: int) -> None:
@@ -207,7 +207,7 @@ def run_takeovers(left: list[tuple[str, str]], until: float) -> Iterator[Trial]:
 
         def start() -> Worker:
             return fleet.worker(
-                f"group-{next(names)}", tensor_parallel_size=1, max_num_seqs=8,
+                f"group-{next(names)}", tensor_parallel_size=1, max_num_seqs=4,
                 environment={METER: str(work.meter), "OMP_NUM_THREADS": "1"}, **SETTINGS
             )  # fmt: skip
 
