@@ -1,6 +1,7 @@
 """Engines that misbehave on purpose; tests plug them in as `engine = "tests.together.engines:slow_echo"`."""
 
 import os
+import signal
 import time
 from typing import Any
 
@@ -11,10 +12,12 @@ from hortator.workers.rank import RankConfig, load_engine
 STEP_S = 0.02
 POISON = tuple(b"!poison!")
 HANG = tuple(b"!hang!")
+LEADER = tuple(b"!leader!")
 
 
 class SlowEcho(EchoEngine):
-    """One token per job and step, 20 ms a step.  On the last rank a prompt with POISON aborts, one with HANG loops."""
+    """One token per job and step, 20 ms a step.  On the last rank a prompt with POISON aborts, one with HANG loops, and
+    one with LEADER takes the process away that started the rank, as a lack of memory does."""
 
     def __init__(self, *, misbehaves: bool, **options: Any) -> None:
         super().__init__(tokens_per_step=1, **options)
@@ -25,6 +28,8 @@ class SlowEcho(EchoEngine):
         for request in plan.admit if self._misbehaves else ():
             if contains(request.prompt, POISON):
                 os.abort()
+            if contains(request.prompt, LEADER):
+                os.kill(os.getppid(), signal.SIGKILL)
             while contains(request.prompt, HANG):
                 time.sleep(0.1)
         return digest
