@@ -116,26 +116,29 @@ class Work:
         return sum(map(int, self.meter.read_text().split())) if self.meter.exists() else 0
 
 
+# What a group does when it is struck.  `scale`: groups that share the work.
+
+
 def idle(_work: Work, _scale: int) -> None:
     time.sleep(0.5)
 
 
 def prefill(work: Work, scale: int) -> None:
     """In the middle of prompts: no job has a token."""
-    work.ask(4 * scale, prompt=400, answer=40)
-    wait_for("half of the prompts", lambda: work.computed > 700 * scale)
+    work.ask(4 * scale, prompt=200 * scale, answer=20 * scale)
+    wait_for("half of the prompts", lambda: work.computed > 350 * scale**2)
 
 
 def decode(work: Work, scale: int) -> None:
     """All jobs are in the middle of their answers."""
-    work.ask(4 * scale, prompt=20, answer=200)
-    wait_for("the middle of the answers", lambda: work.computed > 4 * scale * 80)
+    work.ask(4 * scale, prompt=20, answer=100 * scale)
+    wait_for("the middle of the answers", lambda: work.computed > 4 * scale * (20 + 30 * scale))
 
 
 def load(work: Work, scale: int) -> None:
     """Jobs come one after the other: some are read, some answered, some wait."""
     for number in range(8 * scale):
-        work.ask(1, prompt=(40, 300)[number % 2], answer=(150, 60)[number % 2])
+        work.ask(1, prompt=(20, 150)[number % 2] * scale, answer=(75, 30)[number % 2] * scale)
         time.sleep(0.1 / scale)
 
 
