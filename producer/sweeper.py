@@ -6,7 +6,7 @@ from collections.abc import Callable
 from .errors import StoreUnavailable
 from .store import Store, SweepReport
 
-GAP_S = 1.0  # ticks come four times a second; a longer silence, on whichever side, breaks the contact
+GAP_S = 1.5  # a longer silence, on whichever side, breaks the contact; a shorter one leaves leaders the time to renew
 
 
 class Sweeper:
