@@ -31,7 +31,7 @@ def groups(fleet: Fleet) -> list[Worker]:
     several = [
         fleet.worker(name, tensor_parallel_size=1, max_num_seqs=4, lease_s=DEFAULT_LEASE_S) for name in ("one", "two")
     ]
-    return [group.ready() for group in several]
+    return [group.ready(timeout_s=90) for group in several]
 
 
 def ask(fleet: Fleet, number: int, max_tokens: int) -> dict[str, str]:
@@ -49,10 +49,10 @@ def holders(fleet: Fleet, asked: dict[str, str]) -> dict[str, str]:
 
 def test_a_job_that_kills_its_leader_is_convicted_by_the_second_that_dies(fleet: Fleet) -> None:
     short: dict[str, Any] = {"tensor_parallel_size": 1, "lease_s": 1.0}
-    first = fleet.worker("first", **short).ready()
+    first = fleet.worker("first", **short).ready(timeout_s=90)
     [poison, innocent] = fleet.enqueue(["!leader!", "innocent;"], max_tokens=100)
-    first.wait(10)
-    assert fleet.worker("second", **short).wait(20) == -signal.SIGKILL
+    first.wait(30)
+    assert fleet.worker("second", **short).wait(60) == -signal.SIGKILL
     time.sleep(1.5)
     with RedisStore(fleet.redis.url, rules=Rules(conviction_grace_s=0)) as store:
         assert store.sweep().poisoned == (poison,)
