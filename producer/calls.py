@@ -218,7 +218,8 @@ class Calls:
     # anybody
 
     def sweep(self, limit: int, expired_before_ms: int | None) -> Call[SweepReport]:
-        return self._call("sweep", [limit, "" if expired_before_ms is None else expired_before_ms], _sweep_report)
+        before = "" if expired_before_ms is None else expired_before_ms
+        return self._call("sweep", [limit, before, _ms(self.rules.conviction_grace_s)], _sweep_report)
 
     def ready(self) -> Call[None]:
         return self._call("ready", [self.rules.memory_headroom], _refuse_no_room)

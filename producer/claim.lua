@@ -4,7 +4,7 @@
 -- |------------------------------|--------|----------------------------------------------------------|
 -- | {model}, {model}\6\22{step}  | list   | RPOP; LPUSH of messages for newer workers                |
 -- | suspects:{model}             | list   | RPOP of one, for an idle group                           |
--- | alone:{model}                | string | who drains itself for the next suspect                   |
+-- | alone:{model}                | string | who makes room for suspects, or deals with the last few  |
 -- | turn:{model}                 | string | the round of priority classes goes on where it stood     |
 -- | job:{id}                     | hash   | becomes running; made for foreign messages               |
 -- | message:{id}                 | string | the message while it is in no list                       |
@@ -28,6 +28,8 @@ local version = tonumber(arg(8))
 local ROUND = {1, 2, 1, 3, 1, 2, 1, 4, 1, 2, 1, 3, 1, 2, 1} -- eight, four, two and one turn for the four steps
 local MAX_ENVELOPE_BYTES = 65536
 local MAX_ESCAPES = 100000
+local FEW = 8 -- suspects that the group which tries them gets through in a second or two, without another one's help
+local REMEMBER_MS = 15000 -- a reply that was lost in an outage is told again after it
 local MAX_REFUSED = 256 -- bad, dead or duplicate messages thrown out in one call
 
 even_when_full()
@@ -80,7 +82,7 @@ end
 local function remember(mode, full)
   if #leased == 0 then return end
   redis.call('SET', claimed_key, token .. ' ' .. mode .. ' ' .. (full and 1 or 0) .. ' ' .. table.concat(leased, ' '),
-    'PX', lease_ms)
+    'PX', math.max(lease_ms, REMEMBER_MS))
   redis.call('HSETNX', own .. 'models', model, 0)
   local pace_key = own .. 'pace:' .. model
   local pace = redis.call('HMGET', pace_key, 'since', 'count')
@@ -92,7 +94,8 @@ local function remember(mode, full)
   end
 end
 
--- One suspect for a group that runs nothing; a busy group may reserve the turn and run dry.
+-- One suspect for a group that runs nothing.  A busy group, one at a time, is asked to make room, unless the one that
+-- tries suspects will soon have no more of them.
 local function suspect_first()
   while redis.call('LLEN', suspects) > 0 do
     if not idle then
@@ -108,7 +111,12 @@ local function suspect_first()
         redis.call('RPUSH', suspects, id)
         expired(id, job)
       else
-        if redis.call('GET', alone_key) == owner then redis.call('DEL', alone_key) end
+        local num_left = redis.call('LLEN', suspects)
+        if num_left > 0 and num_left <= FEW then
+          redis.call('SET', alone_key, owner, 'PX', lease_ms)
+        elseif redis.call('GET', alone_key) == owner then
+          redis.call('DEL', alone_key)
+        end
         count_queued(model, job.tenant, -1)
         local full = job.suspicion >= 2
         lease(id, job, redis.call('GET', own .. 'message:' .. id), job.step, true)

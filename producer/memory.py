@@ -35,6 +35,7 @@ from .store import (
 
 ROUND = (0, 3, 0, 6, 0, 3, 0, 9, 0, 3, 0, 6, 0, 3, 0)  # as in claim.lua
 MAX_REFUSED = 256
+FEW = 8  # likewise
 RETRY_AFTER_S = 5.0
 
 
@@ -80,7 +81,7 @@ class _Queue:
     queued: Counter[str] = field(default_factory=Counter)  # by tenant; foreign messages belong to none yet
     dead: int = 0  # messages of jobs that ended while they were queued
     turn: int = 0
-    holder: tuple[str, int] | None = None  # who drains itself for the next suspect, until when
+    holder: tuple[str, int] | None = None  # who makes room for suspects, or tries the last few; until when
     beaten: int = 0  # when a group last said that it is alive
 
     @property
@@ -272,7 +273,9 @@ class MemoryStore:
                 continue
             queue.suspects.pop()
             queue.queued[record.tenant] -= 1
-            if queue.holder and queue.holder[0] == owner:
+            if 0 < len(queue.suspects) <= FEW:
+                queue.holder = (owner, lease_ends)
+            elif queue.holder and queue.holder[0] == owner:
                 queue.holder = None
             assert record.message is not None
             claimed = self._lease(job_id, record, record.message, lease_ends, alone=True)
@@ -462,12 +465,13 @@ class MemoryStore:
         with self._lock:
             now = self._now()
             before = now if expired_before_ms is None else min(now, expired_before_ms)
+            grace = round(self.rules.conviction_grace_s * 1000)
             requeued, poisoned = [], []
             expired = self._end_overdue(limit)
             ended = [
                 (job_id, record)
                 for job_id, record in self._records.items()
-                if record.state is State.RUNNING and record.lease_ends < before
+                if record.state is State.RUNNING and record.lease_ends < before - (grace if record.alone else 0)
             ]
             for job_id, record in sorted(ended, key=lambda one: one[1].lease_ends)[:limit]:
                 fate = self._crashed(job_id, record)

@@ -59,7 +59,7 @@ TABLE: tuple[Key, ...] = (
     # one model's queue
     Key("hortator:leases:{model}", "zset", "running job -> its lease's end, ms", "never"),
     Key("hortator:suspects:{model}", "list", "jobs that were running when a group died, RPOP next", "never"),
-    Key("hortator:alone:{model}", "string", "the owner that drains itself to take the next suspect", "lease_s"),
+    Key("hortator:alone:{model}", "string", "the owner that makes room for suspects, or tries the last few", "lease_s"),
     Key("hortator:turn:{model}", "string", "where the round of priority classes stands", "never"),
     Key(
         "hortator:depth:{model}", "hash", "tenant -> queued jobs; !dead -> messages of jobs that ended queued", "never"
@@ -67,7 +67,12 @@ TABLE: tuple[Key, ...] = (
     Key("hortator:pace:{model}", "hash", "since count rate: claims per second lately, for retry_after_s", "never"),
     # everything
     Key("hortator:deadlines", "zset", "job -> its deadline, ms", "never"),
-    Key("hortator:claimed:{owner}", "string", "the owner's last claim, told again if the reply was lost", "lease_s"),
+    Key(
+        "hortator:claimed:{owner}",
+        "string",
+        "the owner's last claim, told again if the reply was lost",
+        "15 s or lease_s",
+    ),
     Key("hortator:idempotency:{tenant}:{hash}", "string", "digest of the body, id of the job", "idempotency_ttl_s"),
     Key(
         "hortator:letters",

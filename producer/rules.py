@@ -20,6 +20,7 @@ class Rules:
     default_deadline_s: float = 7 * 86_400.0  # of a job that names none, so that it ends even if no worker ever comes
     deadline_grace_s: float = 5.0  # how long a leader may take to end a running job that is past its deadline
     beat_ttl_s: float = 5.0  # a group silent for longer is not alive
+    conviction_grace_s: float = 12.0  # beyond its lease, for a leader that is silent while it runs a suspect alone
     memory_headroom: float = 0.1  # share of maxmemory that submits leave to running jobs and results
 
     def __post_init__(self) -> None:

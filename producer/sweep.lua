@@ -10,23 +10,28 @@
 -- | groups                              | hash | groups silent for an hour are dropped  |
 -- | all of record.lua's crashed, finish |      |                                        |
 --
--- args: limit, expired_before ('' for now): leases that ended before it are dead
+-- args: limit, expired_before ('' for now): leases that ended before it are dead; conviction_grace_ms
+-- A leader that was only stopped for a while comes back and is fenced.  What it ran has lost a few steps then, and a
+-- suspect that it ran alone would have lost everything: for that one it must have been silent for much longer.
 -- reply: now, requeued ids, expired ids, poisoned ids
 local limit = tonumber(arg(1))
 local before = arg(2) == '' and now or math.min(now, tonumber(arg(2)))
+local convict_before = before - tonumber(arg(3))
 local requeued, ended, poisoned = {}, {}, {}
 even_when_full()
 
 for _, model in ipairs(redis.call('HKEYS', own .. 'models')) do
   local key = own .. 'leases:' .. model
-  for _, id in ipairs(redis.call('ZRANGEBYSCORE', key, '-inf', '(' .. before, 'LIMIT', 0, limit)) do
+  local ended_leases = redis.call('ZRANGEBYSCORE', key, '-inf', '(' .. before, 'WITHSCORES', 'LIMIT', 0, limit)
+  for i = 1, #ended_leases, 2 do
+    local id = ended_leases[i]
     local job = read(id)
     if not job or job.state ~= 'running' then
       redis.call('ZREM', key, id)
     elseif overdue(job) then
       expired(id, job)
       ended[#ended + 1] = id
-    else
+    elseif not job.alone or tonumber(ended_leases[i + 1]) < convict_before then
       local fate = crashed(id, job)
       if fate == 'suspect' then requeued[#requeued + 1] = id end
       if fate == 'poison' then poisoned[#poisoned + 1] = id end

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from .errors import StoreUnavailable
 from .store import Store, SweepReport
 
-GAP_S = 2.5  # ticks come about every second; a longer silence, on whichever side, breaks the contact
+GAP_S = 1.5  # a longer silence, on whichever side, breaks the contact; a shorter one leaves leaders the time to renew
 
 
 class Sweeper:
@@ -14,7 +14,7 @@ class Sweeper:
 
     While Redis is away nobody can renew, so after an outage all leases look expired.  Two rules prevent the take-over:
     leases count as expired only after this sweeper has been in unbroken contact for longer than a lease, and only if
-    they had run out by its previous contact already.  Call `tick` about every second.
+    they had run out by its previous contact already.  Call `tick` a few times a second.
     """
 
     def __init__(self, store: Store, lease_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:

@@ -13,6 +13,9 @@ from .settings import WorkerSettings
 # How soon a queue is asked again that gave less than there was room for: while jobs arrive, a little later, idle.
 EAGER_POLL_S, BUSY_POLL_S, IDLE_POLL_S = 0.002, 0.005, 0.020
 EAGER_FOR_S, BUSY_FOR_S = 0.05, 2.0
+# How often a group without room asks whether it must make room for a suspect, and how long it goes on hoping that
+# another group takes the suspect, or that its own jobs end.
+LOOK_S, GIVE_WAY_S = 0.2, 0.4
 OVERCLAIM = 0.25  # jobs beyond max_num_seqs that may wait inside the engine, so that a freed row is refilled at once
 
 
@@ -28,21 +31,26 @@ class Claimer:
     """Asks the store for jobs of one queue."""
 
     def __init__(self, store: Store, link: Link, settings: WorkerSettings, *, clock: Callable[[], float]) -> None:
-        self.at = clock()  # not to be asked before
+        self.at = self._look_at = clock()  # not to be asked before, with room and without
         self._store = store
         self._link = link
         self._settings = settings
         self._clock = clock
         self._last_job_at = float("-inf")
         self._alone: _Alone | None = None
-        self._waits_for_idle = False  # a suspect needs an empty group
+        self._asked_at: float | None = None  # since when a suspect has been waiting for this group to be empty
         self._redis_minus_clock_ms = 0.0
         self.step_s = 0.0  # how long the engine takes for a step
         self._last_step, self._stepped_at = 0, clock()
 
+    @property
+    def must_give_way(self) -> bool:
+        """A suspect has waited long enough for what runs here to end."""
+        return self._asked_at is not None and self._clock() - self._asked_at >= GIVE_WAY_S
+
     def room(self, num_live: int, info: EngineInfo, stats: EngineStats | None) -> int:
         """How many jobs to claim now."""
-        if self._alone or (self._waits_for_idle and num_live):
+        if self._alone or (self._asked_at is not None and num_live):
             return 0
         spare = max(1, int(info.max_num_seqs * OVERCLAIM))
         if stats and stats.waiting >= spare:
@@ -53,10 +61,13 @@ class Claimer:
         return free
 
     def claim(self, room: int, *, idle: bool, crowded: bool) -> Claim | None:
-        """Up to `room` jobs; None if it is too early to ask, or Redis is away.  `crowded`: better many than soon."""
+        """Up to `room` jobs; None if it is too early to ask, or Redis is away.  `crowded`: better many than soon.
+
+        Without room it asks now and then all the same: a suspect may be waiting for room to be made."""
         now = self._clock()
-        if room <= 0 or now < self.at:
+        if self._alone or now < (self.at if room > 0 else self._look_at):
             return None
+        self._look_at = now + LOOK_S
         try:
             claim = self._ask(room, idle=idle)
         except StoreUnavailable:
@@ -94,7 +105,7 @@ class Claimer:
             self._store.claim, settings.queue, owner=settings.group, limit=room, lease_s=settings.lease_s, idle=idle
         )
         self._redis_minus_clock_ms = claim.now_ms - self._clock() * 1000
-        self._waits_for_idle = claim.mode is ClaimMode.DRAIN
+        self._asked_at = (self._asked_at or self._clock()) if claim.mode is ClaimMode.DRAIN else None
         if claim.mode is ClaimMode.ALONE:
             self._alone = _Alone(claim.jobs[0].lease, claim.full_run_alone)
         return claim

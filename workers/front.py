@@ -47,6 +47,7 @@ logger = logging.getLogger("hortator.front")
 JOURNAL_EVERY_S, LONGEST_JOURNAL_S = 0.03, 0.25
 JOURNAL_ENTRIES_PER_S = 250  # a chunk costs Redis, the front and every reader the same, however many tokens it holds
 BEAT_EVERY_S = 1.0
+RENEW_EVERY_S, SWEEP_EVERY_S = 0.5, 0.25  # what a dead leader ran goes on elsewhere a lease and two sweeps later
 CROWDED_DELIVERY_S, LONGEST_DELIVERY_S = 0.004, 0.02  # a well filled group tells Redis of results at most this often
 MIN_DEADLINES = 64  # that are kept before those of ended jobs are thrown out
 LONGEST_SLEEP_S = 0.05  # a revoke or a rejection by Celery comes between two turns, and waits no longer than this
@@ -104,8 +105,8 @@ class Front:
         self._checked = False
         self._draining = False
         self._journal_every_s = journal_every_s
-        self._renew_every_s = min(settings.lease_s / 3, 1.0)
-        self._claimed_at = self._beat_at = self._renew_at = self._deliver_at = clock()
+        self._renew_every_s = min(settings.lease_s / 3, RENEW_EVERY_S)
+        self._claimed_at = self._beat_at = self._sweep_at = self._renew_at = self._deliver_at = clock()
         self._journal_at = self._first_tokens_at = self._beat_at
 
     # ---- what others may know
@@ -154,14 +155,19 @@ class Front:
 
     # ---- from the store to the engine
 
+    def _may_claim(self) -> bool:
+        return self._info is not None and not self._draining and self._checked and self._group.steady
+
     def room(self) -> int:
         """How many jobs to claim now."""
-        if self._info is None or self._draining or not self._checked or not self._group.steady:
+        if self._info is None or not self._may_claim():
             return 0
         return self._claimer.room(len(self._by_handle) + len(self._taken), self._info, self._stats)
 
     def take(self) -> Sequence[Claimed]:
         """Claim what there is room for, if it is time to ask."""
+        if not self._may_claim():
+            return ()
         before, idle = self._clock(), not self._live
         claim = self._claimer.claim(self.room(), idle=idle, crowded=self._crowded)
         if claim is None:
@@ -177,9 +183,16 @@ class Front:
         return claim.jobs
 
     def _step_aside(self) -> None:
-        """The next suspect waits for an empty group: those that have just been cleared go on after it, not before."""
-        if self._live and all(live.cleared for live in self._live.values()):
+        """The next suspect waits for an empty group: those that have just been cleared go on after it, not before.
+
+        Others have a moment to end by themselves, and then go on after it too, here or elsewhere."""
+        if not self._live:
+            return
+        if all(live.cleared for live in self._live.values()):
             self.hand_back(reason="cleared; the next suspect waits")
+        elif self._claimer.must_give_way:
+            logger.info("%d jobs go back for a while: jobs of a dead group must run alone first", len(self._live))
+            self.hand_back(reason="it makes room for a suspect")
 
     def open(self, claimed: Claimed) -> Envelope | None:
         """The message's envelope; None if it is not one of ours, and then it is buried and its job has failed."""
@@ -422,7 +435,7 @@ class Front:
         """Everything that is due."""
         now = self._clock()
         self._expire(now)
-        for due in (self._check, self._keep_leases, self._beat):
+        for due in (self._check, self._keep_leases, self._beat, self._sweep):
             with contextlib.suppress(StoreUnavailable):
                 due(now)
 
@@ -483,14 +496,15 @@ class Front:
         self._obey(signals.cancelled, signals.lost)
 
     def _cut_off(self, now: float) -> None:
-        """Stop what we have no right to run any more; somebody else may be running it already.
+        """Stop what we have had no right to run for long; somebody else may be running it already.
 
         If nobody is, because Redis was away for everybody, the hand-back arrives before any sweeper may call us dead
         (sweeper.py), and the job goes on uncharged: nothing crashed.  Otherwise the store fences it.
         """
-        late = [live for live in self._live.values() if now - live.leased_at > self._settings.lease_s]
+        outage_s = self._settings.outage_s
+        late = [live for live in self._live.values() if now - live.leased_at > outage_s]
         if late:
-            logger.warning("%d leases could not be renewed for %g s: stopping", len(late), self._settings.lease_s)
+            logger.warning("%d leases could not be renewed for %g s: stopping", len(late), outage_s)
             self._return(late, ReleaseReason.DRAINED, "its lease could not be renewed")
 
     def _obey(self, cancelled: frozenset[str], lost: frozenset[str]) -> None:
@@ -506,13 +520,18 @@ class Front:
         self._watcher.gone(live.lease, why)
 
     def _beat(self, now: float) -> None:
-        """Tell the fleet that this group lives, and sweep after those that do not."""
+        """Tell the fleet that this group lives."""
         if now < self._beat_at:
             return
         self._beat_at = now + BEAT_EVERY_S
         self._gauges.turn_over()
         self._link.call(self._store.beat, self.beat())
-        self._sweeper.tick()
+
+    def _sweep(self, now: float) -> None:
+        """After leaders that live no more."""
+        if now >= self._sweep_at and not self._link.away:
+            self._sweep_at = now + SWEEP_EVERY_S
+            self._sweeper.tick()
 
     # ---- out
 

@@ -92,7 +92,10 @@ class WorkerSettings(RuleSettings):
     collective_timeout_s: float = Field(default=1800.0, gt=0)
 
     # the queue
-    lease_s: float = Field(default=15.0, ge=1.0)
+    lease_s: float = Field(default=3.0, ge=1.0)
+    outage_s: float = Field(
+        default=15.0, ge=1.0, description="a leader that cannot renew its leases goes on computing for so long"
+    )
     grace_s: float = Field(default=30.0, ge=0, description="SIGTERM: time to finish what runs")
     probation_tokens: int = Field(default=8, ge=1, description="a suspect that gets this far is batched again")
 

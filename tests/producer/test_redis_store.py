@@ -184,6 +184,17 @@ def test_scripts_recognise_a_repetition_whose_first_reply_was_lost(redis_rig: Re
     assert store.claim(MODEL, owner="a", limit=5, lease_s=60, idle=True).jobs == ()
 
 
+def test_a_reply_that_an_outage_of_some_leases_swallowed_is_told_after_it(redis_rig: RedisRig) -> None:
+    [job_id] = redis_rig.enqueue("a")
+    store = redis_rig.another()
+    call = store._calls.claim(MODEL, "a", 2, 0.02, True)
+    redis_rig.redis.eval(script("claim").text.decode(), 0, *call.args)
+    redis_rig.wait(0.1)
+    [claimed] = store.claim(MODEL, owner="a", limit=5, lease_s=60, idle=True).jobs
+    assert claimed.lease == Lease(job_id, 1)
+    assert store.sweep().requeued == ()
+
+
 def test_a_lost_reply_is_not_told_to_a_restarted_leader_of_the_same_name(redis_rig: RedisRig) -> None:
     redis_rig.enqueue("a")
     call = redis_rig.another()._calls.claim(MODEL, "a", 2, 60, True)

@@ -210,6 +210,17 @@ def test_renewed_leases_are_not_swept(rig: Rig) -> None:
     assert rig.state(job_id) is State.RUNNING
 
 
+def test_a_leader_does_not_keep_the_jobs_of_a_dead_one_of_the_same_name(rig: Rig) -> None:
+    dead, living = rig.enqueue("a", "b")
+    rig.claim_one(owner="g", lease_s=0.05)
+    lease = rig.claim_one(owner="g", lease_s=0.05)
+    rig.beat()
+    rig.store.renew([lease], owner="g", lease_s=60)
+    rig.wait(0.1)
+    assert rig.store.sweep().requeued == (dead,)
+    assert rig.state(living) is State.RUNNING
+
+
 def test_an_expired_lease_is_requeued_with_its_journal(rig: Rig) -> None:
     [job_id] = rig.enqueue("x")
     lease = rig.claim_one(lease_s=0.03)

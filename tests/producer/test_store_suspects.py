@@ -3,7 +3,7 @@
 import pytest
 
 from hortator.producer.schema import State
-from hortator.producer.store import ClaimMode, Lease, ReleaseReason
+from hortator.producer.store import ClaimMode, Lease, ReleaseReason, Signals
 from tests.producer.rig import Rig, done, prompts_of, tokens
 
 
@@ -105,7 +105,44 @@ def test_a_cleared_suspect_that_crashes_again_is_a_suspect_again(rig: Rig) -> No
     assert rig.state(job_id) is State.FAILED
 
 
+def test_the_last_few_suspects_are_left_to_the_group_that_tries_them(rig: Rig) -> None:
+    suspects(rig, *map(str, range(12)))
+    assert rig.claim(1, owner="busy", idle=False).mode is ClaimMode.DRAIN
+    for _ in range(4):
+        rig.store.commit([done(rig.claim_one(owner="tester", lease_s=0.2))])
+    assert rig.claim(1, owner="busy", idle=False).mode is ClaimMode.TOGETHER
+    assert rig.claim(1, owner="tester", idle=False).mode is ClaimMode.DRAIN, "it makes room for the next itself"
+    rig.claim_one(owner="tester", lease_s=0.05)
+    rig.wait(0.1)
+    assert rig.claim(1, owner="busy", idle=False).mode is ClaimMode.DRAIN, "the tester is dead or slow"
+
+
+def test_a_group_without_room_hears_that_a_suspect_waits(rig: Rig) -> None:
+    suspects(rig, "a")
+    claim = rig.claim(0, idle=False)
+    assert (claim.mode, claim.jobs) == (ClaimMode.DRAIN, ())
+
+
+def test_a_suspect_is_convicted_of_a_silence_only_when_its_leader_is_dead_beyond_doubt(rig: Rig) -> None:
+    rig.rule(conviction_grace_s=0.3)
+    [job_id] = suspects(rig, "a")
+    lease = rig.claim_one(lease_s=0.02)
+    rig.wait(0.05)
+    assert rig.store.sweep().poisoned == ()
+    assert rig.store.renew([lease], owner="a", lease_s=0.02) == Signals(), "it was only stopped for a while"
+    rig.wait(0.4)
+    assert rig.store.sweep().poisoned == (job_id,)
+
+
+def test_a_cleared_suspect_of_a_silent_leader_goes_on_elsewhere_at_once(rig: Rig) -> None:
+    [job_id] = suspects(rig, "a")
+    rig.store.clear(rig.claim_one(lease_s=0.02))
+    rig.wait(0.05)
+    assert rig.store.sweep().requeued == (job_id,)
+
+
 def test_a_swept_lease_counts_as_a_crash(rig: Rig) -> None:
+    rig.rule(conviction_grace_s=0)
     [job_id] = rig.enqueue("a")
     rig.claim_one(lease_s=0.02)
     rig.wait(0.05)

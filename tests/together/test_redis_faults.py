@@ -1,7 +1,5 @@
 """Redis dies, fills up, stalls or cuts everybody off, under load: nothing exits, is lost or runs twice."""
 
-import os
-import signal
 import time
 
 import redis as redis_py
@@ -67,21 +65,8 @@ def test_results_wait_for_a_full_redis_to_heal(fleet: Fleet) -> None:
     assert_all_right(fleet.finished(list(asked), timeout_s=90), asked, TOKENS)
 
 
-def test_a_stall_shorter_than_the_lease_takes_nothing_over(fleet: Fleet) -> None:
-    fleet.worker("one", lease_s=6).ready()
-    fleet.worker("two", lease_s=6).ready()
-    asked = ask(fleet)
-    fleet.progressed(list(asked))
-    os.kill(fleet.redis.pid, signal.SIGSTOP)
-    time.sleep(3)
-    os.kill(fleet.redis.pid, signal.SIGCONT)
-    done = fleet.finished(list(asked))
-    assert_all_right(done, asked, TOKENS)
-    assert {status.attempt for status in done.values()} == {1}
-
-
 def test_writes_refused_for_longer_than_the_lease_charge_nobody(fleet: Fleet) -> None:
-    leader = fleet.worker("one", lease_s=1.5).ready()
+    leader = fleet.worker("one", lease_s=1.5, outage_s=1.5).ready()
     asked = ask(fleet)
     fleet.progressed(list(asked))
     admin = redis_py.Redis.from_url(fleet.redis.url)

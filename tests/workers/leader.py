@@ -91,6 +91,7 @@ class Leader:
             "engine": "echo",
             "max_num_seqs": 4,
             "lease_s": 6.0,
+            "outage_s": 6.0,
             "group": "g",
         } | settings
         self.settings = WorkerSettings(**chosen)

@@ -641,6 +641,48 @@ def test_a_suspect_that_takes_its_group_down_alone_is_poison_and_the_innocent_su
     assert states == {State.FAILED, State.SUCCEEDED}
 
 
+def suspect_elsewhere(leader: Leader, job_id: str = "suspect") -> None:
+    """Another group took this job, and died."""
+    leader.enqueue(job_id=job_id)
+    claims = leader.store.claim(MODEL, owner="another", limit=1, lease_s=60, idle=True)
+    assert [one.lease.job_id for one in claims.jobs] == [job_id]
+    leader.store.release([claims.jobs[0].lease], reason=ReleaseReason.CRASHED)
+
+
+def test_a_full_group_makes_room_for_a_suspect_within_a_second_and_then_goes_on() -> None:
+    leader = Leader(max_num_seqs=4, probation_tokens=2)
+    for number in range(5):
+        leader.run(job_id=f"id-{number}", max_tokens=50)
+    leader.step("abc", of=leader.group.admitted[0].handle)
+    suspect_elsewhere(leader)
+    for _ in range(20):
+        leader.turn(after_s=0.05)
+    assert leader.status("suspect").state is State.RUNNING
+    assert leader.front.num_live == 1
+    assert len(leader.group.cancelled) == 5
+    leader.step("xy", finish=Finish.LENGTH)
+    for _ in range(5):
+        leader.turn(after_s=0.05)
+    assert leader.front.num_live == 5
+    assert {leader.status(f"id-{number}").attempt for number in range(5)} == {1}, "making room is not charged"
+    (first,) = [request for request in leader.group.admitted[6:] if request.generated]
+    assert first.generated == tuple(b"abc")
+
+
+def test_a_busy_group_is_left_alone_when_another_takes_the_suspect() -> None:
+    leader = Leader()
+    leader.run()
+    suspect_elsewhere(leader)
+    for _ in range(6):
+        leader.turn(after_s=0.05)
+    assert leader.store.claim(MODEL, owner="another", limit=1, lease_s=60, idle=True).jobs
+    for _ in range(20):
+        leader.turn(after_s=0.05)
+    assert leader.gone_ == []
+    leader.run(job_id="next")
+    assert leader.status("next").state is State.RUNNING
+
+
 def test_a_refused_suspect_does_not_keep_the_group_waiting() -> None:
     leader = Leader(probation_tokens=100)
     crashed_batch(leader, jobs=1)
@@ -679,6 +721,20 @@ def test_an_absence_shorter_than_the_lease_costs_nothing() -> None:
     leader.step("e", finish=Finish.LENGTH, after_s=1.1)
     assert leader.gone_ == []
     assert leader.journal() == "abcde"
+    assert leader.status().attempt == 1
+
+
+def test_an_outage_of_some_leases_stops_nothing() -> None:
+    leader = Leader(lease_s=3.0, outage_s=15.0)
+    leader.run(max_tokens=20)
+    leader.redis.away = True
+    for _ in range(10):
+        leader.step("a", after_s=1.0)
+    leader.redis.away = False
+    for _ in range(30):
+        leader.turn(after_s=0.25)
+    assert leader.gone_ == []
+    assert leader.journal() == "a" * 10
     assert leader.status().attempt == 1
 
 
@@ -880,7 +936,16 @@ def test_a_group_says_every_second_that_it_lives() -> None:
     for _ in range(10):
         leader.turn(after_s=0.5)
     assert 4 <= leader.redis.calls.count("beat") <= 6
-    assert leader.redis.calls.count("sweep") == leader.redis.calls.count("beat")
+
+
+def test_a_leader_sweeps_four_times_a_second_and_renews_twice() -> None:
+    leader = Leader()
+    leader.run()
+    leader.redis.calls.clear()
+    for _ in range(100):
+        leader.turn(after_s=0.05)
+    assert 17 <= leader.redis.calls.count("sweep") <= 20
+    assert 9 <= leader.redis.calls.count("renew") <= 10
 
 
 def test_deadlines_of_jobs_that_ended_are_forgotten() -> None:
