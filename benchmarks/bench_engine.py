@@ -1,10 +1,11 @@
-"""Decode step of the paged engine against transformers' DynamicCache batch and its continuous batching.
+"""The paged engine against transformers' DynamicCache batches, its generate() and its continuous batching.
 
-All three arms run in the same process on the same weights, the first two step by step in turn, in interleaved rounds;
-the figure is the median over all steps of all rounds.  The engine's step is a whole one (schedule, forward, choose,
-account); the DynamicCache step is the bare forward of equally long rows without a mask, and an argmax: its best case.
+    python benchmarks/bench_engine.py [--parts decode mix] [--batch 1 8 32 64] [--rounds 3] [--json FILE]
 
-    python benchmarks/bench_engine.py [--batch 1 8 32 64] [--rounds 3] [--json FILE]
+decode: one step with all rows running.  All three arms run in the same process on the same weights, the first two step
+by step in turn, in interleaved rounds; the figure is the median over all steps of all rounds.  The engine's step is a
+whole one (schedule, forward, choose, account); the DynamicCache step is the bare forward of equally long rows without a
+mask, and an argmax: its best case.  mix: requests of many lengths, see mixed_load.py.
 """
 
 import argparse
@@ -17,9 +18,11 @@ import warnings
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from mixed_load import draw, measure_mix, print_mix
 from rich.console import Console
 from rich.table import Table
 
@@ -93,21 +96,39 @@ def continuous_steps(model: transformers.PreTrainedModel, batch: int, args: argp
     return [b - a for a, b in pairwise(stamps[1:])]
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, float]]:
+def measure(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each part."""
     with tempfile.TemporaryDirectory() as name:
         make_model(Path(name), args)
         engine = build_engine(
             model_path=Path(name),
             mesh=SingleRank(),
             dtype="float32",
-            max_num_seqs=max(args.batch),
-            max_model_len=args.context + args.steps + 64,
+            max_num_seqs=max(*args.batch, args.mix_requests),
+            max_model_len=max(args.context + args.steps + 64, args.mix_prompts[1] + args.mix_outputs[1]),
             max_num_batched_tokens=max(2048, max(args.batch) * args.context),
         )
         model = transformers.LlamaForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation="sdpa")
         model.eval()
-        measure_pair(engine, model, 1, args)  # warm-up
-        return [measure_batch(engine, model, batch, args) for batch in args.batch]
+        found = {}
+        if "decode" in args.parts:
+            measure_pair(engine, model, 1, args)  # warm-up
+            found["decode"] = [measure_batch(engine, model, batch, args) for batch in args.batch]
+        if "mix" in args.parts:
+            found["mix"] = measure_mix(
+                engine,
+                model,
+                rounds=args.mix_rounds,
+                static_batches=args.static_batches,
+                load=lambda seed: draw(
+                    seed,
+                    count=args.mix_requests,
+                    vocabulary=VOCAB,
+                    prompts=tuple(args.mix_prompts),
+                    outputs=tuple(args.mix_outputs),
+                ),
+            )
+        return found
 
 
 def measure_pair(
@@ -158,12 +179,18 @@ def print_table(rows: list[dict[str, float]], args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 64])
+    parser.add_argument("--parts", nargs="+", choices=["decode", "mix"], default=["decode", "mix"])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--context", type=int, default=128, help="prompt tokens of every row")
     parser.add_argument("--steps", type=int, default=24, help="decode steps per round")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--cb-steps", type=int, default=6, help="decode steps per round of continuous batching")
     parser.add_argument("--cb-rounds", type=int, default=1, help="0: leave continuous batching out")
+    parser.add_argument("--mix-requests", type=int, default=64)
+    parser.add_argument("--mix-prompts", type=int, nargs=2, default=[8, 256], help="tokens, uniform from and to")
+    parser.add_argument("--mix-outputs", type=int, nargs=2, default=[8, 128])
+    parser.add_argument("--mix-rounds", type=int, default=3)
+    parser.add_argument("--static-batches", type=int, nargs="+", default=[64, 16], help="of generate() in the mix")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -174,10 +201,13 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    rows = measure(args)
-    print_table(rows, args)
+    found = measure(args)
+    if "decode" in found:
+        print_table(found["decode"], args)
+    if "mix" in found:
+        print_mix(found["mix"], f"{args.mix_requests} requests at once, median of {args.mix_rounds} interleaved rounds")
     if args.json:
-        args.json.write_text(json.dumps({"settings": vars(args) | {"json": str(args.json)}, "rows": rows}, indent=2))
+        args.json.write_text(json.dumps({"settings": vars(args) | {"json": str(args.json)}} | found, indent=2))
 
 
 if __name__ == "__main__":
