@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from crew import Caller, settle
 from rich.console import Console
 from rich.table import Table
 
 from hortator.workers.engine.build import build_engine
 from hortator.workers.engine.engine import PagedEngine
 from hortator.workers.engine.parallel import SingleRank
-from hortator.workers.engine.step import Request, SamplingParams, StepPlan
+from hortator.workers.engine.step import Request, SamplingParams
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -65,36 +66,34 @@ def load(args: argparse.Namespace) -> PagedEngine:
         return engine
 
 
-def request(handle: int, rng: random.Random, prompt: int, output: int) -> Request:
-    tokens = tuple(rng.choices(range(1000, 100_000), k=prompt))
+def words(vocab_size: int) -> range:
+    """Token ids to draw prompts from."""
+    return range(min(1000, vocab_size // 2), min(100_000, vocab_size))
+
+
+def request(handle: int, rng: random.Random, prompt: int, output: int, vocab_size: int) -> Request:
+    tokens = tuple(rng.choices(words(vocab_size), k=prompt))
     return Request(handle, tokens, SamplingParams(max_tokens=output, ignore_eos=True))
 
 
-class Driver:
-    """Steps an engine as a leader does, and keeps the time."""
-
-    def __init__(self, engine: PagedEngine) -> None:
-        self.engine = engine
-        self.num_steps = 0
-
-    def step(self, admit: tuple[Request, ...] = ()) -> int:
-        """How many tokens came."""
-        self.num_steps += 1
-        self.engine.apply(StepPlan(self.num_steps, admit))
-        return len(self.engine.execute().tokens)
-
-    def drain(self) -> int:
-        tokens = 0
-        while not self.engine.idle:
-            tokens += self.step()
-        return tokens
+def draw_mix(
+    seed: int,
+    vocab_size: int,
+    *,
+    count: int = 256,
+    prompts: tuple[int, int] = (128, 1024),
+    outputs: tuple[int, int] = (64, 512),
+) -> tuple[Request, ...]:
+    """Uniform lengths, both ends included.  `seed` must be new: what was asked before is in the prefix cache."""
+    rng = random.Random(seed)
+    return tuple(request(i, rng, rng.randint(*prompts), rng.randint(*outputs), vocab_size) for i in range(count))
 
 
-def decode_ms(driver: Driver, batch: int, rounds: int) -> float:
+def decode_ms(driver: Caller, batch: int, rounds: int) -> float:
     times: list[float] = []
     for round_ in range(rounds):
         rng = random.Random(batch + 1000 * round_)
-        driver.step(tuple(request(i, rng, 512, 128) for i in range(batch)))
+        driver.step(tuple(request(i, rng, 512, 128, driver.engine.info.vocab_size) for i in range(batch)))
         seen, last = 0, time.perf_counter()
         while not driver.engine.idle:
             tokens = driver.step()
@@ -105,11 +104,11 @@ def decode_ms(driver: Driver, batch: int, rounds: int) -> float:
     return 1e3 * statistics.median(times)
 
 
-def first_token_ms(driver: Driver, rounds: int) -> float:
+def first_token_ms(driver: Caller, rounds: int, device: torch.device) -> float:
     times = []
     for round_ in range(rounds):
-        torch.cuda.synchronize()
-        asked = request(round_, random.Random(7 * round_), 512, 4)
+        settle(device)
+        asked = request(round_, random.Random(7 * round_), 512, 4, driver.engine.info.vocab_size)
         started = time.perf_counter()
         driver.step((asked,))
         while not driver.step():
@@ -119,11 +118,9 @@ def first_token_ms(driver: Driver, rounds: int) -> float:
     return 1e3 * statistics.median(times)
 
 
-def mix(driver: Driver, seed: int) -> dict[str, Any]:
-    """`seed` must be new: what was asked before is in the prefix cache."""
-    rng = random.Random(seed)
-    requests = tuple(request(i, rng, rng.randint(128, 1024), rng.randint(64, 512)) for i in range(256))
-    torch.cuda.synchronize()
+def mix(driver: Caller, requests: tuple[Request, ...], device: torch.device) -> dict[str, Any]:
+    """All of them at once, until the last has ended."""
+    settle(device)
     started, steps = time.perf_counter(), driver.num_steps
     tokens, trace, last = driver.step(requests), [], started
     while not driver.engine.idle:
@@ -145,16 +142,16 @@ def mix(driver: Driver, seed: int) -> dict[str, Any]:
     }
 
 
-def edge(driver: Driver) -> dict[str, float]:
+def edge(driver: Caller) -> dict[str, float]:
     """The longest prompt that the model's length allows, then more sequences than the KV pool holds at a time."""
     info, rng = driver.engine.info, random.Random(5)
     started = time.perf_counter()
-    driver.step((request(0, rng, info.max_model_len - 33, 32),))
+    driver.step((request(0, rng, info.max_model_len - 33, 32, info.vocab_size),))
     longest = driver.drain()
     seconds = time.perf_counter() - started
     share = info.kv_tokens // info.max_num_seqs
     prompt, output = int(0.9 * share), int(0.4 * share)  # they fit when they begin, and no longer when they end
-    crowd = tuple(request(i, rng, prompt, output) for i in range(info.max_num_seqs))
+    crowd = tuple(request(i, rng, prompt, output, info.vocab_size) for i in range(info.max_num_seqs))
     before = driver.engine.stats().preemptions
     tokens = driver.step(crowd) + driver.drain()
     assert longest == 32
@@ -168,10 +165,10 @@ def edge(driver: Driver) -> dict[str, float]:
     }
 
 
-def profile(driver: Driver, batch: int) -> None:
+def profile(driver: Caller, batch: int) -> None:
     """Where the time of ten decode steps goes, kernel by kernel; batch 0: of ten steps full of prompts instead."""
     rng = random.Random(batch)
-    driver.step(tuple(request(i, rng, 512, 64) for i in range(batch or 256)))
+    driver.step(tuple(request(i, rng, 512, 64, driver.engine.info.vocab_size) for i in range(batch or 256)))
     for _ in range(12 if batch else 2):
         driver.step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
@@ -201,18 +198,20 @@ def main() -> None:
     parser.add_argument("--profile", type=int, nargs="*", default=[])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    driver = Driver(load(args))
-    mix(driver, seed=99)  # warm-up
-    found: dict[str, Any] = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "args": vars(args)}
+    device = torch.device(args.device)
+    driver = Caller(load(args), SingleRank(device))
+    vocab_size = driver.engine.info.vocab_size
+    mix(driver, draw_mix(99, vocab_size), device)  # warm-up
+    found: dict[str, Any] = {"card": torch.cuda.get_device_name(device), "torch": torch.__version__, "args": vars(args)}
     if "decode" in args.parts:
         found["decode_ms"] = {batch: decode_ms(driver, batch, args.rounds) for batch in args.batch}
     if "first" in args.parts:
-        found["first_token_ms"] = first_token_ms(driver, 3 * args.rounds)
+        found["first_token_ms"] = first_token_ms(driver, 3 * args.rounds, device)
     if "mix" in args.parts:
         found["mix"] = {}
         for budget in args.budgets or [args.max_num_batched_tokens]:
             driver.engine._scheduler.max_num_batched_tokens = budget
-            runs = [mix(driver, 1000 * budget + round_) for round_ in range(args.rounds)]
+            runs = [mix(driver, draw_mix(1000 * budget + i, vocab_size), device) for i in range(args.rounds)]
             found["mix"][budget] = sorted(runs, key=lambda run: run["output_per_s"])[len(runs) // 2]
         driver.engine._scheduler.max_num_batched_tokens = args.max_num_batched_tokens
     if "edge" in args.parts:

@@ -1,9 +1,10 @@
-"""Through the queue against the bare engine, on one GPU: what front, Redis and lock-step cost.
+"""Through the queue against the bare engine, on one GPU or several: what front, Redis and client cost.
 
-    python benchmarks/gpu_line.py [--repeats 2] [--json FILE]
+    python benchmarks/gpu_line.py [--layout 2x1] [--repeats 2] [--json FILE]
+    python benchmarks/gpu_line.py --device cpu --shape '{"num_hidden_layers": 2, …}' --jobs 16   without a GPU
 
 The mix of gpu_engine.py (256 requests at once, random bf16 weights of Llama-3.1-8B's shape).  Arms, interleaved:
-- bare: a child process admits all requests in one plan and steps until all have ended.
+- bare: ranks without a front; the first admits all requests in one plan and calls steps until all have ended.
 - line: a private Redis, a real `celery worker` with the same engine behind it, and a client that enqueues the same
   requests as jobs and waits for all results.  Seconds count from the first enqueue to the last result.
 """
@@ -11,9 +12,7 @@ The mix of gpu_engine.py (256 requests at once, random bf16 weights of Llama-3.1
 import argparse
 import json
 import os
-import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,54 +21,64 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from crew import ENVIRONMENT, Caller, Layout, follow, own_seat, pull, quieten, row
+from gpu_engine import LLAMA_8B, draw_mix
 from rich.console import Console
 from rich.table import Table
 
-HERE = Path(__file__).resolve().parent
+from hortator.topology.mesh import Mesh
+from hortator.workers.engine.build import build_engine
+from hortator.workers.engine.step import Request, SamplingParams
+
 SEATS = 256
 
 
-def workload(seed: int, jobs: int) -> list[tuple[list[int], int]]:
+def workload(seed: int, args: argparse.Namespace) -> list[tuple[list[int], int]]:
     """Token ids and output lengths, as gpu_engine's mix draws them."""
-    rng = random.Random(seed)
-    drawn = []
-    for _ in range(jobs):
-        prompt, output = rng.randint(128, 1024), rng.randint(64, 512)
-        drawn.append((rng.choices(range(1000, 100_000), k=prompt), output))
-    return drawn
+    shape = LLAMA_8B | args.shape
+    requests = draw_mix(seed, int(shape["vocab_size"]), count=args.jobs, prompts=args.prompts, outputs=args.outputs)
+    return [(list(request.prompt), request.sampling.max_tokens) for request in requests]
 
 
-def make_model(folder: Path, args: argparse.Namespace) -> None:
-    """A configuration, and a tokenizer of that vocabulary: every id is a word."""
+def make_model(folder: Path, shape: dict[str, Any]) -> None:
+    """A configuration, and a tokenizer of that vocabulary: every id is a word.  `shape` is over Llama-3.1-8B's."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    sys.path.insert(0, str(HERE))
-    from gpu_engine import LLAMA_8B
-
-    (folder / "config.json").write_text(json.dumps(LLAMA_8B | args.shape))
-    words = {f"w{i}": i for i in range(int(str(LLAMA_8B["vocab_size"])))}
+    config = LLAMA_8B | shape
+    (folder / "config.json").write_text(json.dumps(config))
+    words = {f"w{i}": i for i in range(int(config["vocab_size"]))}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.decoder = decoders.Fuse()
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def run_bare(args: argparse.Namespace) -> dict[str, Any]:
-    sys.path.insert(0, str(HERE))
-    from gpu_engine import Driver, load
-
-    from hortator.workers.engine.step import Request, SamplingParams
-
-    driver = Driver(load(args))
-    found = {}
+def row_bare(mesh: Mesh, task: dict[str, Any]) -> dict[str, Any] | None:
+    """One rank of the control arm; the first one's figures."""
+    args = argparse.Namespace(**task)
+    engine = build_engine(
+        model_path=Path(args.folder),
+        mesh=mesh,
+        load_format="dummy",
+        max_num_seqs=args.max_num_seqs,
+        max_model_len=args.max_model_len,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        kv_cache_bytes=args.kv_cache_bytes,
+    )
+    quieten()
+    if mesh.rank:
+        follow(engine, mesh)
+        return None
+    caller, found = Caller(engine, mesh), {}
     for seed in (99, 0):  # the first is the warm-up
         requests = tuple(
             Request(i, tuple(prompt), SamplingParams(max_tokens=output, ignore_eos=True))
-            for i, (prompt, output) in enumerate(workload(seed, args.jobs))
+            for i, (prompt, output) in enumerate(workload(seed, args))
         )
         started = time.perf_counter()
-        tokens = driver.step(requests) + driver.drain()
+        tokens = caller.step(requests) + caller.drain()
         found = {"tokens": tokens, "seconds": time.perf_counter() - started, "cpu": {}}
+    caller.dismiss()
     return found
 
 
@@ -80,7 +89,7 @@ def run_line(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     def jobs(seed: int) -> list[Job]:
         return [
             Job(model="bench", token_ids=tuple(p), sampling=Sampling(max_tokens=n, ignore_eos=True))
-            for p, n in workload(seed, args.jobs)
+            for p, n in workload(seed, args)
         ]
 
     with ExitStack() as stack:
@@ -89,9 +98,11 @@ def run_line(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         settings = {
             "redis_url": redis.url, "model": "bench", "model_path": folder, "load_format": "dummy",
             "device": args.device, "max_num_seqs": args.max_num_seqs, "max_model_len": args.max_model_len,
-            "max_num_batched_tokens": args.max_num_batched_tokens,
+            "max_num_batched_tokens": args.max_num_batched_tokens, "kv_cache_bytes": args.kv_cache_bytes,
+            "tensor_parallel_size": args.layout.tp, "pipeline_parallel_size": args.layout.pp,
         }  # fmt: skip
-        env = os.environ | {f"HORTATOR_{name.upper()}": str(value) for name, value in settings.items()}
+        chosen = {f"HORTATOR_{name.upper()}": str(value) for name, value in settings.items() if value is not None}
+        env = ENVIRONMENT | os.environ | chosen
         argv = [sys.executable, "-m", "celery", "-A", "hortator.workers", "worker", "-Q", "bench", "-l", "WARNING"]
         log = stack.enter_context((directory / "log").open("wb"))
         front = psutil.Popen(argv, env=env, stdout=log, stderr=log)
@@ -102,8 +113,8 @@ def run_line(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             if front.poll() is not None:
                 raise RuntimeError((directory / "log").read_text()[-3000:])
             time.sleep(0.05)
-        [rank] = front.children()
-        watched = {"front": front, "rank": rank, "redis": psutil.Process(redis.pid), "client": psutil.Process()}
+        ranks = {f"rank {i}": rank for i, rank in enumerate(front.children())}
+        watched = {"front": front, **ranks, "redis": psutil.Process(redis.pid), "client": psutil.Process()}
         found: dict[str, Any] = {}
         for seed in (99, 0):
             wanted = jobs(seed)
@@ -133,21 +144,22 @@ def main() -> None:
     parser.add_argument("--kv-cache-bytes", type=int)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shape", type=json.loads, default={}, help="JSON over Llama-3.1-8B's config")
+    parser.add_argument("--layout", type=Layout.read, default=Layout(1, 1), help="tensor x pipeline parallel ranks")
+    parser.add_argument("--prompts", type=int, nargs=2, default=[128, 1024], help="tokens, uniform from and to")
+    parser.add_argument("--outputs", type=int, nargs=2, default=[64, 512])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--bare", action="store_true", help="run the control arm in this process and print JSON")
     args = parser.parse_args()
-    if args.bare:
-        print(json.dumps(run_bare(args)))
-        return
+    if (seat := own_seat()) is not None:
+        row(seat, row_bare)
     runs: dict[str, list[dict[str, Any]]] = {"bare engine": [], "whole line": []}
     with tempfile.TemporaryDirectory() as name:
-        make_model(Path(name), args)
+        make_model(Path(name), args.shape)
+        task = {key: value for key, value in vars(args).items() if key not in ("layout", "json")} | {"folder": name}
         for _ in range(args.repeats):
-            child = [sys.executable, __file__, "--bare", *sys.argv[1:]]
-            runs["bare engine"].append(json.loads(subprocess.check_output(child).splitlines()[-1]))
+            runs["bare engine"].append(pull(args.layout, device=args.device, task=task)[0])
             runs["whole line"].append(run_line(args, Path(name)))
     rates = {arm: statistics.median(run["tokens"] / run["seconds"] for run in of) for arm, of in runs.items()}
-    table = Table(title=f"{args.jobs} jobs at once, median of {args.repeats} interleaved runs")
+    table = Table(title=f"{args.jobs} jobs at once, {args.layout}, median of {args.repeats} interleaved runs")
     for column in ("arm", "tokens/s", "of bare", "seconds", "CPU us per token"):
         table.add_column(column, justify="left" if column == "arm" else "right")
     for arm, of in runs.items():
