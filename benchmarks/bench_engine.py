@@ -110,7 +110,7 @@ def measure(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
         )
         model = transformers.LlamaForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation="sdpa")
         model.eval()
-        found = {}
+        found: dict[str, list[dict[str, Any]]] = {}
         if "decode" in args.parts:
             measure_pair(engine, model, 1, args)  # warm-up
             found["decode"] = [measure_batch(engine, model, batch, args) for batch in args.batch]
@@ -140,7 +140,7 @@ def measure_pair(
 
 def measure_batch(
     engine: PagedEngine, model: transformers.PreTrainedModel, batch: int, args: argparse.Namespace
-) -> dict[str, float]:
+) -> dict[str, Any]:
     pairs: list[tuple[float, float]] = []
     continuous: list[float] = []
     for round_ in range(args.rounds):
@@ -158,7 +158,7 @@ def measure_batch(
     return row
 
 
-def print_table(rows: list[dict[str, float]], args: argparse.Namespace) -> None:
+def print_table(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     table = Table(
         title=f"Decode step, milliseconds (llama {args.hidden} x {args.layers}, float32, "
         f"context {args.context}-{args.context + args.steps}, {torch.get_num_threads()} threads)"

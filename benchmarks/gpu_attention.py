@@ -15,8 +15,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from hortator.workers.engine.cuda import kernels
-
 SIZE = 16
 COPIES = 4
 SHAPES = ((1, 576), (8, 576), (32, 576), (64, 700), (128, 700), (256, 700), (64, 4096))
@@ -43,6 +41,8 @@ def captured(call: Callable[[int], Any]) -> torch.cuda.CUDAGraph:
 
 
 def measure(rows: int, context: int, args: argparse.Namespace) -> list[tuple[str, float]]:
+    from hortator.workers.engine.cuda import kernels  # needs Triton
+
     heads, kv_heads, dim = args.heads, args.kv_heads, args.head_dim
     count = -(-context // SIZE)
     blocks = rows * count

@@ -30,7 +30,7 @@ from hortator.workers.engine.engine import PagedEngine
 from hortator.workers.engine.parallel import SingleRank
 from hortator.workers.engine.step import Request, SamplingParams
 
-LLAMA_8B = {
+LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "hidden_size": 4096,
@@ -202,7 +202,8 @@ def main() -> None:
     driver = Caller(load(args), SingleRank(device))
     vocab_size = driver.engine.info.vocab_size
     mix(driver, draw_mix(99, vocab_size), device)  # warm-up
-    found: dict[str, Any] = {"card": torch.cuda.get_device_name(device), "torch": torch.__version__, "args": vars(args)}
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    found: dict[str, Any] = {"card": card, "torch": torch.__version__, "args": vars(args)}
     if "decode" in args.parts:
         found["decode_ms"] = {batch: decode_ms(driver, batch, args.rounds) for batch in args.batch}
     if "first" in args.parts:

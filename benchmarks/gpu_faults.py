@@ -155,7 +155,8 @@ class Line:
     def tokens(self, ids: list[str]) -> list[tuple[int, ...]]:
         """Of finished jobs."""
         done = self.fleet.finished(ids, timeout_s=300)
-        return [done[i].result.token_ids if done[i].result else () for i in ids]
+        results = [done[i].result for i in ids]
+        return [result.token_ids if result is not None else () for result in results]
 
     def reach(self, phase: str) -> list[str] | None:
         """Jobs in that phase; None if they had left it already."""

@@ -242,7 +242,7 @@ def traced_share(caller: Caller, batch: int, task: dict[str, Any]) -> float:
         torch.cuda.synchronize()
     caller.drain()
     times = {event.key: event.self_device_time_total for event in trace.key_averages()}
-    return sum(us for kernel, us in times.items() if is_all_reduce(kernel)) / (sum(times.values()) or 1.0)
+    return float(sum(us for kernel, us in times.items() if is_all_reduce(kernel)) / (sum(times.values()) or 1.0))
 
 
 def is_all_reduce(kernel: str) -> bool:

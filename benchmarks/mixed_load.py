@@ -14,6 +14,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import transformers
@@ -120,11 +122,11 @@ def measure_mix(
     rounds: int,
     static_batches: Sequence[int],
     load: Callable[[int], list[Wanted]],
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """One row an arm.  Each round has a load of its own, for what was asked before is in the prefix cache."""
-    arms: dict[str, Arm] = {"hortator": lambda wanted: hortator(engine, wanted)}
+    arms: dict[str, Arm] = {"hortator": partial(hortator, engine)}
     for batch in static_batches:
-        arms[f"generate(), batches of {batch}"] = lambda wanted, batch=batch: generate(model, batch, wanted)
+        arms[f"generate(), batches of {batch}"] = partial(generate, model, batch)
     arms["continuous batching"] = Continuous(model)
     arms["continuous batching, 16 at a time"] = Continuous(model, requests_at_a_time=16)
     arms["hortator"](load(-1))  # warm-up, as of each other arm
@@ -162,7 +164,7 @@ def _round(arms: dict[str, Arm], wanted: Sequence[Wanted]) -> Iterator[tuple[str
         yield name, arm.seconds if isinstance(arm, Continuous) else seconds, answers
 
 
-def print_mix(rows: Sequence[dict[str, object]], title: str) -> None:
+def print_mix(rows: Sequence[dict[str, Any]], title: str) -> None:
     table = Table(title=title)
     for column in ("arm", "output tokens/s", "lowest", "highest", "hortator faster by", "same answers as hortator"):
         table.add_column(column, justify="left" if column == "arm" else "right")
