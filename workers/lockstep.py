@@ -24,7 +24,8 @@ import struct
 import sys
 from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -240,23 +241,31 @@ class InProcessChannel:
 
 
 class DistributedChannel:
-    """torch.distributed broadcasts on the group's own backend.  Rank 0 is the source."""
+    """torch.distributed broadcasts on the group's own backend.  Rank 0 is the source.
 
-    def __init__(self, group: "ProcessGroup", device: "device", *, inline_bytes: int = INLINE_BYTES) -> None:
+    `ahead`: how many plans may be on their way while the leader goes on, CPU only.  gloo hands a broadcast over when
+    the receiver is there, so a leader that waited for that would never be a step ahead of a pipeline's later stages.
+    """
+
+    def __init__(
+        self, group: "ProcessGroup", device: "device", *, inline_bytes: int = INLINE_BYTES, ahead: int = 0
+    ) -> None:
         self._group = group
         self._device = device
         self._inline_bytes = inline_bytes
         self._inline = self._buffer(inline_bytes)
+        self._ahead = ahead if device.type == "cpu" else 0
+        self._underway: deque[list[tuple[Any, Tensor]]] = deque()  # by plan; a tensor must live until it has gone
 
     def broadcast_plan(self, frame: bytes) -> None:
-        host, tensor = self._inline
         inline, rest = frame[: self._inline_bytes], frame[self._inline_bytes :]
-        _view(host)[: len(inline)] = inline
-        self._broadcast(self._to_device(host, tensor))
+        sends = [self._send(inline, self._buffer(self._inline_bytes) if self._ahead else self._inline)]
         if rest:
-            host, tensor = self._buffer(len(rest))
-            _view(host)[:] = rest
-            self._broadcast(self._to_device(host, tensor))
+            sends.append(self._send(rest, self._buffer(len(rest))))
+        self._underway.append(sends)
+        while len(self._underway) > self._ahead:
+            for work, _ in self._underway.popleft():
+                self._finish(work)
 
     def wait(self) -> bytes:
         host, tensor = self._inline
@@ -276,6 +285,12 @@ class DistributedChannel:
         host = torch.zeros(size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         return host, host.to(self._device)
 
+    def _send(self, part: bytes, buffer: "tuple[Tensor, Tensor]") -> "tuple[Any, Tensor]":
+        """What to wait for, and what must live until then."""
+        host, tensor = buffer
+        _view(host)[: len(part)] = part
+        return self._start(self._to_device(host, tensor)), tensor
+
     def _to_device(self, host: "Tensor", tensor: "Tensor") -> "Tensor":
         return tensor if host is tensor else tensor.copy_(host)  # blocking: the next plan reuses the host's buffer
 
@@ -285,12 +300,27 @@ class DistributedChannel:
         return host.numpy().tobytes()
 
     def _broadcast(self, tensor: "Tensor") -> None:
+        self._finish(self._start(tensor))
+
+    def _start(self, tensor: "Tensor") -> Any:
+        """torch.distributed's Work; None if the broadcast is done."""
         import torch.distributed as dist
 
-        try:
-            dist.broadcast(tensor, src=0, group=self._group)
-        except RuntimeError as error:
-            raise CollectiveFailed(f"the plan's broadcast failed: {str(error).splitlines()[0]}") from error
+        with _naming_the_failure():
+            return dist.broadcast(tensor, src=0, group=self._group, async_op=self._ahead > 0)
+
+    def _finish(self, work: Any) -> None:
+        if work is not None:
+            with _naming_the_failure():
+                work.wait()
+
+
+@contextmanager
+def _naming_the_failure() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise CollectiveFailed(f"the plan's broadcast failed: {str(error).splitlines()[0]}") from error
 
 
 def _view(tensor: "Tensor") -> memoryview:

@@ -216,7 +216,7 @@ def serve(config: RankConfig, control: ControlClient, listener: socket.socket | 
     engine = load_engine(config, mesh)
     channel: Channel = InProcessChannel()
     if mesh is not None and mesh.world_group is not None:
-        channel = DistributedChannel(mesh.world_group, mesh.device)
+        channel = DistributedChannel(mesh.world_group, mesh.device, ahead=mesh.pp_size - 1)
     spare_what_is_loaded()
     control.progress = lambda: getattr(engine, "progress", 0)
     control.ready(describe(engine.info))

@@ -1,5 +1,6 @@
 """Two ranks of test_lockstep over gloo: the leader sends plans of every size around the inline limit, then dies.
 
+With --ahead the peer comes to the channel only when the leader has left it, and the last plan comes when it must not.
 With --measure it prints what a plan costs instead; with --cuda the ranks use NCCL and two GPUs.
 """
 
@@ -8,6 +9,8 @@ import sys
 import time
 
 os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+
+import torch.distributed
 
 from hortator.topology.control import listen
 from hortator.topology.mesh import join
@@ -21,6 +24,7 @@ from hortator.workers.lockstep import (
     encode_plan,
 )
 
+LEADER_LEFT = os.pipe()
 SIZES = [0, 1, 3, 100, *range(INLINE_BYTES // 4 - 70, INLINE_BYTES // 4), INLINE_BYTES, 300_000]
 
 
@@ -44,6 +48,26 @@ def compare(channel: Channel, rank: int) -> None:
         channel.wait()
     except CollectiveFailed as error:
         print(type(error).__name__, flush=True)
+    os._exit(0)
+
+
+def go_ahead(channel: Channel, rank: int) -> None:
+    """The leader sends as many plans as it may be ahead, of one and of two broadcasts, before the peer takes any."""
+    sizes = [0, 10_000]
+    if rank == 0:
+        for step, size in enumerate(sizes):
+            channel.broadcast_plan(encode_plan(plan(step, size), epoch=1, digest=step))
+        os.write(LEADER_LEFT[1], b"!")
+        started = time.perf_counter()
+        channel.broadcast_plan(encode_plan(plan(2, 0), epoch=1, digest=2))
+        print("waited" if time.perf_counter() - started > 0.1 else "did not wait", flush=True)
+    else:
+        os.read(LEADER_LEFT[0], 1)
+        time.sleep(0.3)
+        for step, size in [*enumerate(sizes), (2, 0)]:
+            assert decode_plan(channel.wait())[1] == plan(step, size), (step, size)
+        print("same", flush=True)
+    torch.distributed.barrier()
     os._exit(0)
 
 
@@ -77,7 +101,10 @@ def main() -> None:
         local_rank=rank,
     )
     assert mesh.world_group is not None
-    channel = DistributedChannel(mesh.world_group, mesh.device)
+    ahead = 2 if "--ahead" in sys.argv else 0
+    channel = DistributedChannel(mesh.world_group, mesh.device, ahead=ahead)
+    if ahead:
+        go_ahead(channel, rank)
     if "--measure" in sys.argv:
         measure(channel, rank)
     compare(channel, rank)

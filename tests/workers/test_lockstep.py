@@ -184,3 +184,10 @@ def test_real_ranks_get_short_and_long_plans_bit_by_bit_and_notice_a_dead_leader
     script = Path(__file__).with_name("channel_ranks.py")
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.split() == ["same", "CollectiveFailed"], done.stderr
+
+
+def test_a_leader_goes_ahead_of_peers_that_are_at_work_as_far_as_it_may() -> None:
+    script = Path(__file__).with_name("channel_ranks.py")
+    argv = [sys.executable, str(script), "--ahead"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert sorted(done.stdout.split()) == ["same", "waited"], done.stderr
