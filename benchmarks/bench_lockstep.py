@@ -104,11 +104,12 @@ class Times:
 class Rower:
     """One rank of the plan's measurement."""
 
-    def __init__(self, engine: PagedEngine, mesh: Mesh) -> None:
+    def __init__(self, engine: PagedEngine, mesh: Mesh, ahead: int | None) -> None:
         assert mesh.world_group is not None
         self._engine = engine
         self._mesh = mesh
-        self._channel = DistributedChannel(mesh.world_group, mesh.device)
+        ahead = mesh.pp_size - 1 if ahead is None else ahead
+        self._channel = DistributedChannel(mesh.world_group, mesh.device, ahead=ahead)
         self._follower = Follower(rank=mesh.rank, epoch=EPOCH)
         self._step = 0
 
@@ -173,7 +174,7 @@ def row_plan(mesh: Mesh, task: dict[str, Any]) -> list[dict[str, Any]]:
         max_model_len=PROMPT + 2 * OUTPUT,
         kv_cache_bytes=task["kv_cache_bytes"],
     )
-    rower = Rower(engine, mesh)
+    rower = Rower(engine, mesh, task["ahead"])
     quieten()
     rower.round(sequences, 8, seed=999, broadcast=True)
     found = []
@@ -232,7 +233,7 @@ def measure_plan(args: argparse.Namespace, model: Path, load_format: str) -> Ite
     for layout in args.layouts:
         task = {
             "model": str(model), "load_format": load_format, "sequences": args.sequences, "rounds": args.rounds,
-            "steps": args.steps, "kv_cache_bytes": args.kv_cache_bytes,
+            "steps": args.steps, "kv_cache_bytes": args.kv_cache_bytes, "ahead": args.ahead,
         }  # fmt: skip
         answers = pull(layout, device=args.device, task=task)
         for index, sequences in enumerate(args.sequences):
@@ -427,6 +428,9 @@ def main() -> None:
     parser.add_argument("--layouts", type=Layout.read, nargs="+", default=[Layout(2, 1), Layout(1, 2), Layout(2, 2)])
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8, 64, 256])
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 64, 256, 1024], help="of growth")
+    parser.add_argument(
+        "--ahead", type=int, help="plans on their way at a time; default: as the group does, stages - 1"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=96, help="of each round")
     parser.add_argument("--repeats", type=int, default=5, help="of each way to sample")

@@ -161,7 +161,9 @@ class Caller:
 
         self.engine = engine
         self.num_steps = 0
-        self._channel = DistributedChannel(ranks.world_group, ranks.device) if ranks.world_group is not None else None
+        self._channel: DistributedChannel | None = None
+        if ranks.world_group is not None:
+            self._channel = DistributedChannel(ranks.world_group, ranks.device, ahead=ranks.pp_size - 1)
 
     def call(self, admit: "tuple[Request, ...]" = (), cancel: tuple[int, ...] = ()) -> "StepOutput":
         """One step of everybody."""
