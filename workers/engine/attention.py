@@ -34,7 +34,8 @@ class DecodeGroup:
     first: int
     last: int
     blocks: torch.Tensor  # [rows * width], padded with the null block
-    mask: torch.Tensor | None  # [rows, 1, 1, width * block_size]; 0 or -inf
+    num_keys: int  # of each row's gathered ones, from the first
+    mask: torch.Tensor | None  # [rows, 1, 1, num_keys]; 0 or -inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,17 +98,20 @@ class Paged:
 
     def _group(self, first: int, last: int, window: int | None) -> DecodeGroup:
         rows = self.decodes[first:last]
-        begins = np.array([_first_block(r.context - 1, window, self._size) for r in rows])
-        contexts = np.array([r.context for r in rows])
-        width = int((-(-contexts // self._size) - begins).max())
+        size = self._size
+        begins = [_first_block(row.context - 1, window, size) for row in rows]
+        width = max(-(-row.context // size) - begin for row, begin in zip(rows, begins, strict=True))
         table = np.full((len(rows), width), self.cache.null_block, dtype=np.int64)
         for line, row, begin in zip(table, rows, begins, strict=True):
             owned = np.frombuffer(row.sequence.blocks, dtype=np.int32)[begin : begin + width]
             line[: len(owned)] = owned
-        keys = begins[:, None] * self._size + np.arange(width * self._size)
-        seen = _visible(contexts[:, None] - 1, keys, window)
-        mask = None if seen.all() else self._additive(seen)[:, None, None, :]
-        return DecodeGroup(first, last, self._to_device(table.reshape(-1)), mask)
+        num_keys = max(row.context - begin * size for row, begin in zip(rows, begins, strict=True))
+        mask = None
+        if window is not None or rows[0].context < rows[-1].context:
+            keys = np.array(begins)[:, None] * size + np.arange(num_keys)
+            seen = _visible(np.array([row.context - 1 for row in rows])[:, None], keys, window)
+            mask = None if seen.all() else self._additive(seen)[:, None, None, :]
+        return DecodeGroup(first, last, self._to_device(table.reshape(-1)), num_keys, mask)
 
     def _chunk(self, row: Row, first: int, window: int | None) -> PrefillChunk:
         last = first + row.count
@@ -198,7 +202,8 @@ class _Layer:
 def _decode(layer: _Layer, group: DecodeGroup) -> torch.Tensor:
     """[rows, heads, head_dim].  The query heads that share a KV head become the query's length: no copy of K and V."""
     num_rows = group.last - group.first
-    keys, values = layer.cache.gather(layer.index, group.blocks, num_rows=num_rows)
+    gathered = layer.cache.gather(layer.index, group.blocks, num_rows=num_rows)
+    keys, values = (part[:, :, : group.num_keys] for part in gathered)
     rows = layer.query[0, :, group.first : group.last].transpose(0, 1)
     num_heads, head_dim = rows.shape[1:]
     folded = rows.reshape(num_rows, keys.shape[1], num_heads // keys.shape[1], head_dim)
