@@ -39,9 +39,9 @@ class PagedCache:
         slots = self._storage.flatten(2, 3)  # [layer, 2, slot, kv head, head_dim]
         blocks = self._storage.flatten(3)  # [layer, 2, block, everything in it]
         self._slots = [(pair[0], pair[1]) for pair in slots]
-        self._blocks = [(pair[0], pair[1]) for pair in blocks]
+        self._blocks = list(blocks)  # by layer
         self._tail = (shape.num_kv_heads, shape.head_dim)
-        self._workspace = torch.empty((2, 0, blocks.shape[-1]), dtype=shape.dtype, device=device)
+        self._workspace = torch.empty(0, dtype=shape.dtype, device=device)
 
     def forget(self, blocks: torch.Tensor) -> None:
         """Zero these blocks in all layers."""
@@ -55,7 +55,7 @@ class PagedCache:
 
     def shrink(self) -> None:
         """Let go of the workspace; the next gather makes another."""
-        self._workspace = self._workspace.new_empty((2, 0, self._workspace.shape[2]))
+        self._workspace = self._workspace.new_empty(0)
 
     def gather(self, layer: int, blocks: torch.Tensor, *, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of `blocks` [rows * width] as [rows, kv heads, width * block_size, head_dim].
@@ -63,12 +63,12 @@ class PagedCache:
         They are views of a workspace that the next gather overwrites: a fresh allocation of this size costs up to
         seven times the copy itself in page faults.
         """
-        count = blocks.shape[0]
-        if self._workspace.shape[1] < count:
+        source = self._blocks[layer]
+        size = 2 * len(blocks) * source.shape[2]
+        if len(self._workspace) < size:
             self.shrink()  # before the larger one is there, not after
-            self._workspace = self._workspace.new_empty((2, count + count // 4, self._workspace.shape[2]))
-        keys, values = self._workspace[0, :count], self._workspace[1, :count]
-        torch.index_select(self._blocks[layer][0], 0, blocks, out=keys)
-        torch.index_select(self._blocks[layer][1], 0, blocks, out=values)
+            self._workspace = self._workspace.new_empty(size + size // 4)
+        keys, values = gathered = self._workspace[:size].view(2, len(blocks), source.shape[2])
+        torch.index_select(source, 1, blocks, out=gathered)
         shape = (num_rows, -1, *self._tail)
         return keys.view(shape).transpose(1, 2), values.view(shape).transpose(1, 2)
