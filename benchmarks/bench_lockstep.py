@@ -101,15 +101,35 @@ class Times:
     num_bytes: list[int] = field(default_factory=list)
 
 
+class OwnWay(DistributedChannel):
+    """The same on a process group and a CUDA stream of its own, so that no plan waits for the step before it."""
+
+    def __init__(self, mesh: Mesh, *, ahead: int) -> None:
+        group = torch.distributed.new_group()
+        cuda = mesh.device.type == "cuda"
+        self._stream = torch.cuda.Stream(mesh.device) if cuda else None  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._stream):
+            super().__init__(group, mesh.device, ahead=ahead)
+
+    def broadcast_plan(self, frame: bytes) -> None:
+        with torch.cuda.stream(self._stream):
+            super().broadcast_plan(frame)
+
+    def wait(self) -> bytes:
+        with torch.cuda.stream(self._stream):
+            return super().wait()
+
+
 class Rower:
     """One rank of the plan's measurement."""
 
-    def __init__(self, engine: PagedEngine, mesh: Mesh, ahead: int | None) -> None:
+    def __init__(self, engine: PagedEngine, mesh: Mesh, *, ahead: int | None, own_way: bool) -> None:
         assert mesh.world_group is not None
         self._engine = engine
         self._mesh = mesh
         ahead = mesh.pp_size - 1 if ahead is None else ahead
-        self._channel = DistributedChannel(mesh.world_group, mesh.device, ahead=ahead)
+        shared = DistributedChannel(mesh.world_group, mesh.device, ahead=ahead)
+        self._channel = OwnWay(mesh, ahead=ahead) if own_way else shared
         self._follower = Follower(rank=mesh.rank, epoch=EPOCH)
         self._step = 0
 
@@ -174,7 +194,7 @@ def row_plan(mesh: Mesh, task: dict[str, Any]) -> list[dict[str, Any]]:
         max_model_len=PROMPT + 2 * OUTPUT,
         kv_cache_bytes=task["kv_cache_bytes"],
     )
-    rower = Rower(engine, mesh, task["ahead"])
+    rower = Rower(engine, mesh, ahead=task["ahead"], own_way=task["own_way"])
     quieten()
     rower.round(sequences, 8, seed=999, broadcast=True)
     found = []
@@ -234,6 +254,7 @@ def measure_plan(args: argparse.Namespace, model: Path, load_format: str) -> Ite
         task = {
             "model": str(model), "load_format": load_format, "sequences": args.sequences, "rounds": args.rounds,
             "steps": args.steps, "kv_cache_bytes": args.kv_cache_bytes, "ahead": args.ahead,
+            "own_way": args.own_way,
         }  # fmt: skip
         answers = pull(layout, device=args.device, task=task)
         for index, sequences in enumerate(args.sequences):
@@ -431,6 +452,7 @@ def main() -> None:
     parser.add_argument(
         "--ahead", type=int, help="plans on their way at a time; default: as the group does, stages - 1"
     )
+    parser.add_argument("--own-way", action="store_true", help="plans on a group and a CUDA stream of their own")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=96, help="of each round")
     parser.add_argument("--repeats", type=int, default=5, help="of each way to sample")
