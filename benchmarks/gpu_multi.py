@@ -108,7 +108,10 @@ def outputs(caller: Caller, prompts: list[tuple[int, ...]], samplings: list[Samp
 
 
 def measure_correct(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    import transformers
+
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    transformers.logging.disable_progress_bar()
     from tests.workers.engine.checkpoints import make_checkpoint
 
     for architecture in args.architectures:
