@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo check test test-containers bench-queue bench-engine bench-plan bench-faults clean
+.PHONY: setup demo check test test-containers bench-queue bench-engine bench-lockstep bench-plan bench-faults clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,9 @@ bench-queue: $(STAMP)
 
 bench-engine: $(STAMP)
 	$(BIN)/python benchmarks/bench_engine.py
+
+bench-lockstep: $(STAMP)
+	$(BIN)/python benchmarks/bench_lockstep.py
 
 bench-plan: $(STAMP)
 	$(BIN)/python benchmarks/bench_plan.py
