@@ -18,14 +18,14 @@ Pure, but for `read_fleet`.
 import difflib
 import os
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, StringConstraints, ValidationError
 from pydantic_core import ErrorDetails
 
-from .address import address_problem, canonical, shown
+from .address import address_problem, canonical, python_problem, shown, unbracketed, user_problem
 from .errors import BadFleet
 
 MAX_FLEET_BYTES = 1 << 20
@@ -36,9 +36,22 @@ Text = TypeVar("Text", str, Path)
 
 
 def _checked_address(text: str) -> str:
-    if problem := address_problem(text):
+    return canonical(_without(address_problem, unbracketed(text)))
+
+
+def _checked_user(text: str) -> str:
+    return _without(user_problem, text)
+
+
+def _checked_python(path: Path) -> Path:
+    _without(python_problem, str(path))
+    return path
+
+
+def _without(problem_of: Callable[[str], str | None], text: str) -> str:
+    if problem := problem_of(text):
         raise ValueError(problem)
-    return canonical(text)
+    return text
 
 
 def _printable(text: Text) -> Text:
@@ -63,7 +76,8 @@ QueueName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/
 Engine = Annotated[
     str, StringConstraints(pattern=r"^(paged|echo|[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*)$", max_length=512)
 ]
-User = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9._-]{0,63}$")]
+User = Annotated[str, AfterValidator(_checked_user)]
+Interpreter = Annotated[PlainPath, AfterValidator(_checked_python)]
 Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
 
 
@@ -119,10 +133,10 @@ class ModelSpec(Table):
 
 
 class Ssh(Table):
-    """How the hosts are reached: the same for all."""
+    """How the hosts are reached: the same for all.  What is None is left to ssh's own configuration."""
 
     user: User | None = None
-    port: int = Field(default=22, ge=1, le=65_535)
+    port: int | None = Field(default=None, ge=1, le=65_535)
     identity_file: PlainPath | None = None
     known_hosts_file: PlainPath | None = None
     connect_timeout_s: int = Field(default=10, ge=1, le=600)
@@ -140,7 +154,7 @@ class Fleet(Table):
     redis_url: Line = "redis://127.0.0.1:6379/0"
     namespace: Line = ""
     hostfile: PlainPath | None = None
-    python: PlainPath | None = Field(
+    python: Interpreter | None = Field(
         default=None, description="interpreter on every host; default: the one that runs this"
     )
     environment: dict[Variable, Line] = Field(default={}, description="variables for every rank, as NCCL_SOCKET_IFNAME")

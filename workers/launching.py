@@ -133,7 +133,14 @@ def forwarded_environment(inherited: Mapping[str, str], *, interface: str | None
 def _starter(settings: WorkerSettings, environment: Mapping[str, str]) -> tuple[Starter, bytes | None]:
     """The starter, and the lasting key of its keepers if they have one."""
     s = settings
-    options = SshOptions(s.ssh_user, s.ssh_port, s.ssh_identity_file, s.ssh_known_hosts_file, s.remote_python)
+    options = SshOptions(
+        s.ssh_user,
+        s.ssh_port,
+        s.ssh_identity_file,
+        s.ssh_known_hosts_file,
+        s.remote_python,
+        connect_timeout_s=s.ssh_connect_timeout_s,
+    )
     if s.launcher == "ssh":
         return SshStarter(options), None
     if s.secret_file is None:

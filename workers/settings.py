@@ -77,6 +77,7 @@ class WorkerSettings(RuleSettings):
     ssh_port: int | None = Field(default=None, ge=1, le=65_535)
     ssh_identity_file: Path | None = None
     ssh_known_hosts_file: Path | None = None
+    ssh_connect_timeout_s: int = Field(default=5, ge=1, le=600, description="until ssh gives a silent host up")
     remote_python: str = Field(default=sys.executable, description="launcher=ssh: hortator's Python on the other hosts")
     control_host: str = Field(default="127.0.0.1", description="default with hosts: the first of them")
     control_port: int = Field(default=0, ge=0, le=65_535, description="0: any free port")

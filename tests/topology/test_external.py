@@ -13,6 +13,7 @@ from hortator.topology.fleet import Fleet, parse_fleet
 from hortator.topology.hostfilter import HostSlots
 from hortator.topology.orders import hosts_of_ranks, leader_order
 from hortator.topology.plan import PlannedGroup, make_plan
+from hortator.topology.road import Road
 from hortator.workers.settings import WorkerSettings
 
 PYTHON = Path("/opt/hortator/bin/python")
@@ -52,6 +53,28 @@ def test_a_leader_is_told_its_group_and_where_its_ranks_are(fleet: Fleet, monkey
     assert (settings.launcher, settings.ssh_user, settings.remote_python) == ("ssh", "serve", str(PYTHON))
     assert order.environment["NCCL_DEBUG"] == "INFO"
     assert hosts_of_ranks(planned(fleet)) == ("10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.2")
+
+
+def test_what_the_file_does_not_say_of_ssh_is_left_to_sshs_own_configuration(fleet: Fleet) -> None:
+    order = leader_order(fleet, planned(fleet), python=PYTHON)
+    assert "HORTATOR_SSH_PORT" not in order.environment
+    assert "-p" not in Road(fleet.ssh).argv("a", ["true"])
+
+
+def test_the_time_to_connect_is_the_same_for_us_and_for_the_leaders_ssh(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = parse_fleet(FLEET.replace("[ssh]", "[ssh]\nconnect_timeout_s = 45"))
+    for name, value in leader_order(slow, planned(slow), python=PYTHON).environment.items():
+        monkeypatch.setenv(name, value)
+    assert WorkerSettings().ssh_connect_timeout_s == 45
+    assert "ConnectTimeout=45" in Road(slow.ssh).argv("a", ["true"])
+
+
+def test_deepspeed_is_refused_before_anything_starts_where_a_host_has_an_ipv6_address(fleet: Fleet) -> None:
+    hosts = [HostSlots(f"fd00::{n}", (0, 1)) for n in range(1, 5)]
+    group = make_plan(fleet, hosts, {}).groups[0]
+    assert leader_order(fleet, group, python=PYTHON).environment["HORTATOR_LAUNCHER"] == "ssh"
+    with pytest.raises(CannotStart, match="launcher=deepspeed cannot reach fd00::1"):
+        leader_order(fleet, group, python=PYTHON, launcher="deepspeed")
 
 
 def test_a_group_on_one_host_needs_no_launcher(fleet: Fleet) -> None:

@@ -16,7 +16,7 @@ OWN_KEYS = {"name", "path", "replicas"}
 PLACED_BY_THE_PLAN = {"group", "control_host", "control_port", "store_host", "store_port", "model", "model_path"}
 SAID_BY_WHO_STARTS_IT = {
     *("hosts", "launcher", "front_ranks", "secret_file", "keeper_port", "remote_python"),
-    *("ssh_user", "ssh_port", "ssh_identity_file", "ssh_known_hosts_file"),
+    *("ssh_user", "ssh_port", "ssh_identity_file", "ssh_known_hosts_file", "ssh_connect_timeout_s", "rank_variables"),
 }
 OF_THE_FLEET = {"redis_url", "namespace"}
 OF_THE_NAMESPACE = set(RuleSettings.model_fields)  # the same for producers too: they go into `environment`
@@ -105,7 +105,9 @@ def test_a_host_may_have_other_gpus_than_the_rest() -> None:
         (MODEL + 'device = "gpu"', "models['m'].device: Input should be 'auto', 'cpu' or 'cuda' (got 'gpu')"),
         (MODEL + 'kv_cache_bytes = "lots"', "models['m'].kv_cache_bytes: could not parse value and unit"),
         (MODEL + "lease_s = nan", "models['m'].lease_s: Input should be a finite number"),
-        (MODEL + '[ssh]\nuser = "-oProxyCommand=x"', "ssh.user: '-oProxyCommand=x' does not match"),
+        (MODEL + '[ssh]\nuser = "-oProxyCommand=x"', "ssh.user: '-oProxyCommand=x' is not the name of a user"),
+        (MODEL + f'[ssh]\nuser = "{"u" * 42}"', "is not the name of a user (32 letters, digits and _.-)"),
+        ('python = "/opt/my venv/bin/python"\n' + MODEL, "python: '/opt/my venv/bin/python': a path of letters, digits"),
         (MODEL + "[ssh]\nport = 0", "ssh.port: Input should be greater than or equal to 1"),
         (MODEL + "[hosts.-x]", "hosts.-x: host '-x' begins with '-'"),
         (MODEL + "[hosts.x]\ngpu_mem = 2", "hosts.x.gpu_mem: there is no such key; did you mean gpu_memory_bytes?"),

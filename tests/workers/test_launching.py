@@ -86,7 +86,7 @@ def test_the_first_host_is_the_fronts_and_where_the_others_find_it(monkeypatch: 
         ({"launcher": "ssh"}, "launcher=ssh needs hosts"),
         ({"launcher": "external"}, "needs a keeper_port"),
         ({"launcher": "external", "keeper_port": 1, "front_ranks": 3}, "the group has 2 ranks"),
-        ({"hosts": "a;b:2"}, "is not the name or address of a host"),
+        ({"hosts": "a;b:2"}, "'a;b' is no host name"),
     ],
 )
 def test_settings_that_contradict_each_other_are_told(chosen: dict[str, Any], words: str) -> None:
