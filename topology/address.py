@@ -1,5 +1,5 @@
-"""What may name a host, a user, an interpreter: all end up in the arguments of ssh, so nothing that ssh or the shell behind
-it would read as something else passes."""
+"""What may name a host, a user, an interpreter: all end up in the arguments of ssh, so nothing that ssh or the shell
+behind it would read as something else passes."""
 
 import re
 from ipaddress import IPv4Address, IPv6Address

@@ -62,6 +62,13 @@ def carrying(interfaces: Iterable[Interface], addresses: Iterable[str]) -> Inter
     return next((one for one in interfaces if wanted & set(one.addresses)), None)
 
 
+def interface_of(address: str) -> str | None:
+    """The name of this host's interface with that address (or name); None if there is none: gloo and NCCL have to be
+    told."""
+    found = carrying(read_interfaces(), addresses_of(address))
+    return found.name if found else None
+
+
 def addresses_of(name: str) -> tuple[str, ...]:
     """What this host's resolver makes of a name; nothing if it does not know it."""
     try:
