@@ -27,6 +27,7 @@ from pydantic_core import ErrorDetails
 
 from .address import address_problem, canonical, python_problem, shown, unbracketed, user_problem
 from .errors import BadFleet
+from .variables import OWN_PREFIX, variable_problem
 
 MAX_FLEET_BYTES = 1 << 20
 MAX_REPLICAS = 16_384
@@ -46,6 +47,10 @@ def _checked_user(text: str) -> str:
 def _checked_python(path: Path) -> Path:
     _without(python_problem, str(path))
     return path
+
+
+def _checked_variable(name: str) -> str:
+    return name if name.startswith(OWN_PREFIX) and name.isidentifier() else _without(variable_problem, name)
 
 
 def _without(problem_of: Callable[[str], str | None], text: str) -> str:
@@ -78,7 +83,7 @@ Engine = Annotated[
 ]
 User = Annotated[str, AfterValidator(_checked_user)]
 Interpreter = Annotated[PlainPath, AfterValidator(_checked_python)]
-Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
+Variable = Annotated[str, AfterValidator(_checked_variable)]
 
 
 class Table(BaseModel):
@@ -157,7 +162,9 @@ class Fleet(Table):
     python: Interpreter | None = Field(
         default=None, description="interpreter on every host; default: the one that runs this"
     )
-    environment: dict[Variable, Line] = Field(default={}, description="variables for every rank, as NCCL_SOCKET_IFNAME")
+    environment: dict[Variable, Line] = Field(
+        default={}, description="for every rank, as NCCL_SOCKET_IFNAME; HORTATOR_* for leaders alone"
+    )
     gpu_memory_bytes: Bytes | None = Field(default=None, description="of each GPU; None: not known")
     hosts: dict[Address, HostSpec] = {}
     ssh: Ssh = Ssh()
@@ -166,6 +173,11 @@ class Fleet(Table):
     def model_named(self, name: str) -> ModelSpec:
         """The model of this queue name, which must be in the file."""
         return next(model for model in self.models if model.name == name)
+
+    @property
+    def rank_variables(self) -> tuple[str, ...]:
+        """Those of `environment` that every rank gets, wherever it is."""
+        return tuple(name for name in self.environment if not name.startswith(OWN_PREFIX))
 
     def gpu_memory(self, address: str) -> int | None:
         """Bytes of each GPU of the host, if anybody has said."""
@@ -176,7 +188,7 @@ class Fleet(Table):
         """HORTATOR_* variables that tell a worker of `model` what the file says, and only that.  `redis_url` may hold a
         password: for an environment, never for an argument list."""
         said: dict[str, Any] = self.model_dump(include={"redis_url", "namespace"}, exclude_unset=True)
-        said |= {"model": model.name, "model_path": model.path}
+        said |= {"model": model.name, "model_path": model.path, "rank_variables": ",".join(self.rank_variables) or None}
         said |= model.model_dump(exclude_unset=True, exclude={"name", "path", "replicas"})
         return {f"HORTATOR_{name.upper()}": str(value) for name, value in said.items() if value is not None}
 

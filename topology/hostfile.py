@@ -88,9 +88,7 @@ def _parse_line(line: str, where: str) -> Host:
         raise BadHostfile(f"{where}: {problem}")
     digits = match["slots"].lstrip("0")
     if not digits:
-        raise BadHostfile(
-            f"{where}: host {address} has no slots: give the number of its GPUs, or remove the line"
-        )
+        raise BadHostfile(f"{where}: host {address} has no slots: give the number of its GPUs, or remove the line")
     if len(digits) > len(str(MAX_SLOTS)) or int(digits) > MAX_SLOTS:
         raise BadHostfile(f"{where}: {shown(digits)} slots on one host: the limit is {MAX_SLOTS}")
     return Host(address, int(digits))

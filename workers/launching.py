@@ -3,15 +3,15 @@
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from hortator.topology.deepspeed import DeepSpeedStarter
 from hortator.topology.errors import CannotStart
-from hortator.topology.interfaces import interface_of
 from hortator.topology.join import read_secret
 from hortator.topology.launch import Launcher, LocalLauncher, RankCommand
 from hortator.topology.muster import Muster
+from hortator.topology.network import interface_of
 from hortator.topology.placement import Seat, seats, shares
 from hortator.topology.remote import Awaited, RemoteLauncher, Starter
 from hortator.topology.ssh import SshOptions, SshStarter
@@ -20,7 +20,8 @@ from .rank import CONFIG_VARIABLE, RankConfig
 from .settings import WorkerSettings
 
 FORWARDED_VARIABLES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "UCX_")
-"""What ranks on other hosts get of the front's environment, except interfaces, which are called otherwise there."""
+"""What ranks on other hosts get of the front's environment unasked, except interfaces, which may be called otherwise
+there: these have to be named in rank_variables."""
 
 
 def make_launcher(settings: WorkerSettings, environment: Mapping[str, str]) -> Launcher:
@@ -99,7 +100,9 @@ def rank_commands(
             interface = _interface(settings, seat) if spread else "lo"
             env |= rank_environment(environment, local_ranks=own, interface=interface)
         else:
-            env |= forwarded_environment(environment, interface=seat.interface if seat else None)
+            env |= forwarded_environment(
+                environment, settings.rank_variables, interface=seat.interface if seat else None
+            )
         pass_fds = (pipe.fileno(),) if rank == 0 else ()
         commands.append(RankCommand(rank, (sys.executable, "-m", "hortator.workers.rank"), env, pass_fds))
     return commands
@@ -119,15 +122,21 @@ def rank_environment(inherited: Mapping[str, str], *, local_ranks: int, interfac
     return defaults | {name: value for name, value in inherited.items() if not name.startswith("HORTATOR_")}
 
 
-def forwarded_environment(inherited: Mapping[str, str], *, interface: str | None) -> dict[str, str]:
-    """What a rank on another host gets beside what it finds there."""
+def forwarded_environment(
+    inherited: Mapping[str, str], names: Collection[str] = (), *, interface: str | None
+) -> dict[str, str]:
+    """What a rank on another host gets beside what it finds there: what concerns the network, and what is named.
+
+    A named interface wins over what the keeper finds out; the one of this very host wins over that.
+    """
     forwarded = {
         name: value
         for name, value in inherited.items()
         if name.startswith(FORWARDED_VARIABLES) and not name.endswith("_SOCKET_IFNAME")
     }
     chosen = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface is not None else {}
-    return {"PYTHONUNBUFFERED": "1"} | forwarded | chosen
+    named = {name: inherited[name] for name in names if name in inherited}
+    return {"PYTHONUNBUFFERED": "1"} | forwarded | named | chosen
 
 
 def _starter(settings: WorkerSettings, environment: Mapping[str, str]) -> tuple[Starter, bytes | None]:

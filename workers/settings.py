@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -20,6 +21,7 @@ from hortator.producer.schema import ModelName
 from hortator.producer.settings import RuleSettings
 from hortator.topology.errors import BadPlacement
 from hortator.topology.placement import Node, read_nodes
+from hortator.topology.variables import variable_problem
 
 
 def _nodes(value: object) -> tuple[Node, ...]:
@@ -27,6 +29,13 @@ def _nodes(value: object) -> tuple[Node, ...]:
         return read_nodes(value)
     except BadPlacement as error:
         raise ValueError(str(error)) from None
+
+
+def _names(value: object) -> object:
+    names = [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+    if isinstance(names, Iterable) and (problems := [why for name in names if (why := variable_problem(str(name)))]):
+        raise ValueError(problems[0])
+    return names
 
 
 class WorkerSettings(RuleSettings):
@@ -71,6 +80,9 @@ class WorkerSettings(RuleSettings):
     )
     launcher: Literal["local", "ssh", "deepspeed", "external"] = "local"
     front_ranks: int = Field(default=1, ge=1, description="launcher=external without hosts: ranks of the front's host")
+    rank_variables: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)] = Field(
+        default=(), description="NAME,NAME: variables of the front that every rank gets, on other hosts too"
+    )
     secret_file: Path | None = Field(default=None, description="lets keepers join: launcher=external and deepspeed")
     keeper_port: int = Field(default=0, ge=0, le=65_535, description="where keepers join; 0: any free port")
     ssh_user: str | None = None

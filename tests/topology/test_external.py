@@ -77,6 +77,15 @@ def test_deepspeed_is_refused_before_anything_starts_where_a_host_has_an_ipv6_ad
         leader_order(fleet, group, python=PYTHON, launcher="deepspeed")
 
 
+def test_every_variable_of_the_fleets_environment_is_one_that_all_ranks_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = 'environment = { FOO_MARK = "1", NCCL_SOCKET_IFNAME = "eth9", HORTATOR_MAX_ATTEMPTS = "3" }'
+    fleet = parse_fleet(FLEET.replace('environment = { NCCL_DEBUG = "INFO" }', said))
+    for name, value in leader_order(fleet, planned(fleet), python=PYTHON).environment.items():
+        monkeypatch.setenv(name, value)
+    settings = WorkerSettings()
+    assert (settings.rank_variables, settings.max_attempts) == (("FOO_MARK", "NCCL_SOCKET_IFNAME"), 3)
+
+
 def test_a_group_on_one_host_needs_no_launcher(fleet: Fleet) -> None:
     assert leader_order(fleet, planned(fleet, slots=4), python=PYTHON).environment["HORTATOR_LAUNCHER"] == "local"
 

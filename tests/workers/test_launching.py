@@ -145,6 +145,16 @@ def test_an_interface_that_is_named_for_a_host_reaches_its_ranks() -> None:
     assert (other.env["GLOO_SOCKET_IFNAME"], other.env["NCCL_SOCKET_IFNAME"]) == ("ib1", "ib1")
 
 
+def test_named_variables_reach_the_ranks_of_every_host_and_a_named_interface_wins_over_one_that_is_found() -> None:
+    front = {"FOO_MARK": "1", "NCCL_SOCKET_IFNAME": "eth9", "OTHER": "2"}
+    group = spread(rank_variables="FOO_MARK,NCCL_SOCKET_IFNAME,NOT_SET")
+    for command in commands(group, front):
+        assert (command.env["FOO_MARK"], command.env["NCCL_SOCKET_IFNAME"]) == ("1", "eth9")
+    assert "OTHER" not in commands(group, front)[2].env
+    with pytest.raises(ValidationError, match="HORTATOR_REDIS_URL is the front's alone"):
+        spread(rank_variables="FOO_MARK,HORTATOR_REDIS_URL")
+
+
 # --- a budget
 
 
