@@ -2,7 +2,7 @@
 behind it would read as something else passes."""
 
 import re
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
 MAX_NAME_CHARS = 253
 _LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
@@ -38,6 +38,19 @@ def _name_problem(text: str) -> str | None:
 def canonical(address: str) -> str:
     """One spelling for what is the same host: names in lower case, IPv6 compressed."""
     return str(IPv6Address(address)) if ":" in address else address.lower()
+
+
+def means_this_host(text: str) -> bool:
+    """Whether it says, and not only happens to resolve to, the loopback interface."""
+    return text.lower() == "localhost" or is_loopback(text)
+
+
+def is_loopback(text: str) -> bool:
+    """Whether this is an address of the loopback interface."""
+    try:
+        return ip_address(text).is_loopback
+    except ValueError:
+        return False
 
 
 def user_problem(text: str) -> str | None:

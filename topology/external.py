@@ -145,8 +145,9 @@ class Recipe(NamedTuple):
 def recipes(
     style: str, fleet: Fleet, planned: Sequence[PlannedGroup], groups: Sequence[PlannedGroup], *, python: Path
 ) -> tuple[Recipe, ...]:
-    """What these groups of the planned ones need: commands, an sbatch file for each, or a manifest for each model.  Raises
-    CannotStart for what the style cannot express."""
+    """What these of the planned groups need: commands, an sbatch file for each, or a manifest for each model.
+
+    Raises CannotStart for what the style cannot express."""
     match style:
         case "torchrun":
             numbers = numbers_on_hosts(planned)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from hortator.topology.address import is_loopback, means_this_host
 from hortator.topology.deepspeed import DeepSpeedStarter
 from hortator.topology.errors import CannotStart
 from hortator.topology.join import read_secret
@@ -65,12 +66,21 @@ def check_meeting_host(settings: WorkerSettings) -> None:
         address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0]
     except OSError as error:
         raise CannotStart(f"control_host: {host} cannot be resolved: {error.strerror}") from None
-    loopback = str(address).startswith("127.") or address == "::1"
-    if address in ("0.0.0.0", "::") or (loopback and settings.launcher != "external"):
+    external = settings.launcher == "external"
+    if address in ("0.0.0.0", "::") or (is_loopback(str(address)) and not (external and _all_here(settings))):
         raise CannotStart(
-            f"control_host: {host} is {address} here, where other hosts cannot reach it: "
-            "set control_host to this host's address in their network"
+            f"control_host: {host} is {address} here, where other hosts cannot reach it: set control_host"
+            " (HORTATOR_CONTROL_HOST) to this host's address in their network"
+            + (", or to 127.0.0.1 if all ranks will be on this host" if external else "")
         )
+
+
+def _all_here(settings: WorkerSettings) -> bool:
+    """Somebody has said that no rank will be elsewhere."""
+    said = [node.host for node in settings.hosts] or (
+        [settings.control_host] if "control_host" in settings.model_fields_set else []
+    )
+    return bool(said) and all(map(means_this_host, said))
 
 
 def rank_commands(

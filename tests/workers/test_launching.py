@@ -114,6 +114,33 @@ def test_an_address_that_other_hosts_cannot_reach_is_refused_before_anything_sta
         check_meeting_host(spread(control_host=host))
 
 
+@pytest.mark.parametrize(
+    ("chosen", "here"),
+    [
+        ({"control_host": "127.0.0.1"}, True),
+        ({"control_host": "localhost"}, True),
+        ({"hosts": "127.0.0.1:1,localhost:1"}, True),
+        ({}, False),
+        ({"hosts": "localhost:1,10.1.1.2:1"}, False),
+        ({"control_host": "my-node"}, False),
+        ({"control_host": "0.0.0.0"}, False),
+    ],
+)
+def test_ranks_that_others_start_find_no_loopback_address_unless_somebody_says_that_all_are_here(
+    chosen: dict[str, Any], here: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`my-node` is what a host often calls itself: its name leads to 127.0.1.1."""
+    known = {"my-node": "127.0.1.1"}
+    resolve = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **k: resolve(known.get(host, host), *a, **k))
+    group = settings(launcher="external", keeper_port=4700, **chosen)
+    if here:
+        check_meeting_host(group)
+        return
+    with pytest.raises(CannotStart, match=r"control_host: .* is .* here.*HORTATOR_CONTROL_HOST.*or to 127\.0\.0\.1"):
+        check_meeting_host(group)
+
+
 # --- what ranks are told
 
 
@@ -177,7 +204,7 @@ def test_a_group_that_comes_down_too_often_is_given_up() -> None:
 def joinable(secret: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Settings of a group whose rank 1 somebody else has to start."""
     monkeypatch.setenv("HORTATOR_LAUNCHER", "external")
-    return {"keeper_port": free_port(), "secret_file": secret}
+    return {"keeper_port": free_port(), "secret_file": secret, "control_host": "127.0.0.1"}
 
 
 @pytest.fixture
