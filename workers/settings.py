@@ -5,9 +5,9 @@ import socket
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -165,6 +165,13 @@ class WorkerSettings(RuleSettings):
         toml = os.environ.get("HORTATOR_CONFIG")
         files = (_read(Path(toml), settings_cls),) if toml else ()
         return (init_settings, env_settings, *files)
+
+
+def read_setting(name: str, text: str) -> Any:
+    """The value of one setting as its environment variable would give it.  Raises ValidationError."""
+    field = WorkerSettings.model_fields[name]
+    adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
+    return adapter.validate_python(text)
 
 
 def _read(file: Path, settings_cls: type[BaseSettings]) -> PydanticBaseSettingsSource:
