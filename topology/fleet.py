@@ -1,4 +1,4 @@
-"""The fleet file: what shall run, as a TOML file that one person reads and one program checks.
+"""The fleet file: what shall run, as a TOML or YAML file that one person reads and one program checks.
 
     redis_url = "redis://10.0.0.1:6379/0"
     hostfile = "hosts"                      # beside this file
@@ -27,6 +27,7 @@ from pydantic_core import ErrorDetails
 
 from .address import address_problem, canonical, python_problem, shown, unbracketed, user_problem
 from .errors import BadFleet
+from .plainyaml import BadYaml, read_yaml
 from .variables import OWN_PREFIX, variable_problem
 
 MAX_FLEET_BYTES = 1 << 20
@@ -212,22 +213,35 @@ def read_fleet(path: Path) -> Fleet:
 def parse_fleet(text: str, *, source: Path = Path("fleet.toml")) -> Fleet:
     """Check the file's text; relative paths in it are taken from the directory of `source`.  Raises BadFleet, naming
     file, key and what to do."""
-    if source.suffix.lower() in (".yaml", ".yml", ".json"):
-        raise BadFleet(
-            f"{source}: fleet files are TOML, so that no key is read twice or as something else: write a .toml"
-        )
-    try:
-        content = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise BadFleet(f"{source} is not valid TOML: {error}") from error
-    except RecursionError as error:
-        raise BadFleet(f"{source} is nested too deeply: it is no fleet file") from error
+    content = _content(text, source)
     try:
         fleet = Fleet.model_validate(content)
     except ValidationError as error:
         raise BadFleet(f"{source}: {'; '.join(_problems(error, content))}") from error
     _check_models(fleet, source)
     return _with_absolute_paths(fleet, source.parent)
+
+
+def _content(text: str, source: Path) -> dict[str, Any]:
+    """The tables, by the kind of file that its name says it is."""
+    reader = _READERS.get(source.suffix.lower())
+    if reader is None:
+        raise BadFleet(f"{source}: the name of a fleet file ends in {', '.join(_READERS)}: rename it, or write one")
+    try:
+        content = reader(text)
+    except RecursionError as error:
+        raise BadFleet(f"{source} is nested too deeply: it is no fleet file") from error
+    except (tomllib.TOMLDecodeError, BadYaml) as error:
+        kind = "YAML" if isinstance(error, BadYaml) else "TOML"
+        raise BadFleet(f"{source} is not valid {kind}: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise BadFleet(f"{source} is no table of keys: begin with models:")
+    return content
+
+
+_READERS: dict[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".yaml": read_yaml, ".yml": read_yaml}
 
 
 def _check_models(fleet: Fleet, source: Path) -> None:

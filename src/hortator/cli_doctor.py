@@ -38,7 +38,7 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(
-    fleet_file: Annotated[Path | None, typer.Argument(metavar="[FLEET]", help="fleet file (TOML)")] = None,
+    fleet_file: Annotated[Path | None, typer.Argument(metavar="[FLEET]", help="fleet file (TOML or YAML)")] = None,
     *,
     hostfile: Annotated[Path | None, typer.Option("--hostfile", help="default: the fleet file's")] = None,
     include: Annotated[str, typer.Option(help="as DeepSpeed's: HOST[:GPU,GPU]@HOST...")] = "",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hortator.topology.modelshape import ModelShape
     from hortator.topology.plan import Plan
 
-FleetFile = Annotated[Path, typer.Argument(metavar="FLEET", help="fleet file (TOML)")]
+FleetFile = Annotated[Path, typer.Argument(metavar="FLEET", help="fleet file (TOML or YAML)")]
 Hostfile = Annotated[Path | None, typer.Option("--hostfile", "-H", help="default: the fleet file's")]
 Include = Annotated[str, typer.Option("--include", "-i", help="use only these: HOST[:GPU,GPU]@HOST...")]
 Exclude = Annotated[str, typer.Option("--exclude", "-e", help="use all but these: HOST[:GPU,GPU]@HOST...")]

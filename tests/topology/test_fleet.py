@@ -134,9 +134,74 @@ def test_a_password_in_the_redis_url_is_not_repeated() -> None:
     assert "secret" not in refusal('redis_url = "redis://:secret@\\u0001"\n' + MODEL)
 
 
-def test_a_yaml_file_is_refused_by_its_name() -> None:
-    with pytest.raises(BadFleet, match=r"fleet files are TOML.*write a \.toml"):
-        parse_fleet("models: []", source=Path("fleet.yaml"))
+IN_YAML = """
+redis_url: redis://r/0
+gpu_memory_bytes: 80 GiB
+hosts:
+  10.0.0.17: {gpu_memory_bytes: 48 GiB}
+environment: {NCCL_DEBUG: no, NCCL_SOCKET_IFNAME: "eth1"}
+ssh:
+  port: 2222
+models:
+  - name: m
+    path: /models/m
+    max_model_len: ~
+    gpu_memory_utilization: 0.5
+    prefix_caching: false
+"""
+IN_TOML = """
+redis_url = "redis://r/0"
+gpu_memory_bytes = "80 GiB"
+hosts."10.0.0.17" = { gpu_memory_bytes = "48 GiB" }
+environment = { NCCL_DEBUG = "no", NCCL_SOCKET_IFNAME = "eth1" }
+[ssh]
+port = 2222
+[[models]]
+name = "m"
+path = "/models/m"
+gpu_memory_utilization = 0.5
+prefix_caching = false
+"""
+
+
+@pytest.mark.parametrize("name", ["fleet.yaml", "fleet.YML"])
+def test_a_fleet_may_be_written_in_yaml_with_the_same_keys(name: str) -> None:
+    assert parse_fleet(IN_YAML, source=Path(name)) == parse_fleet(IN_TOML)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "models: there are none"),
+        ("- a", "is no table of keys"),
+        ("a: [", "is not valid YAML: while parsing"),
+        ("models: []\nmodels: []", "is not valid YAML: line 2: key 'models' stands twice"),
+        ("models:\n  - name: m\n    'name': n", "line 3: key 'name' stands twice"),
+        ("a: &x 1", "line 1: anchors (&) and aliases (*) are not read"),
+        ("a: *x", "line 1: anchors (&) and aliases (*) are not read"),
+        ("a: !!python/object/apply:os.system [id]", "line 1: tags (!) are not read"),
+        ("? [a]\n: 1", "line 1: a key must be a word"),
+        ("a: 1\n---\na: 2", "expected a single document"),
+        ("redis_ur: x", "redis_ur: there is no such key; did you mean redis_url?"),
+        (
+            "models: [{name: m, engine: echo, prefix_caching: yes please}]",
+            "models['m'].prefix_caching: Input should be",
+        ),
+        ("models: [{name: m, engine: echo, max_num_seqs: 1:30}]", "max_num_seqs: Input should be a valid integer"),
+        ("models: [{name: 2026-01-01, engine: echo, grace_s: -1}]", "models['2026-01-01'].grace_s: "),
+        ("a: " + "[" * 3000, "nested too deeply"),
+    ],
+)
+def test_what_is_wrong_in_yaml_is_said_with_its_place(text: str, problem: str) -> None:
+    with pytest.raises(BadFleet, match=r"^fleet\.yaml") as caught:
+        parse_fleet(text, source=Path("fleet.yaml"))
+    assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["fleet.json", "fleet", "fleet.conf"])
+def test_a_file_of_another_kind_is_told_what_is_read(name: str) -> None:
+    with pytest.raises(BadFleet, match=r"ends in \.toml, \.yaml, \.yml: rename it"):
+        parse_fleet(IN_TOML, source=Path(name))
 
 
 @pytest.mark.parametrize(("content", "problem"), [(b"\xff", "not UTF-8 at byte 0"), (b"#" * (1 << 21), "larger than")])
