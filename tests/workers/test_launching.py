@@ -16,12 +16,13 @@ from pydantic import ValidationError
 
 from hortator.producer.errors import ConfigError
 from hortator.topology.errors import CannotStart
-from hortator.topology.launch import FakeLauncher, LocalLauncher, RankCommand
+from hortator.topology.launch import LocalLauncher, RankCommand
 from hortator.topology.remote import RemoteLauncher
 from hortator.workers.group import Group
 from hortator.workers.launching import check_meeting_host, make_launcher, num_own, rank_commands
 from hortator.workers.rank import CONFIG_VARIABLE
 from hortator.workers.settings import WorkerSettings
+from tests.topology.fake_launcher import FakeLauncher
 from tests.workers.group_driver import Driver, alive, settings, wait_for
 
 REPOSITORY = Path(__file__).resolve().parents[2]
