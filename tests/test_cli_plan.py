@@ -204,3 +204,13 @@ def test_the_documentations_example_is_a_plan(sh: Shell, tmp_path: Path) -> None
     (tmp_path / "fleet.toml").write_text(fleet)
     plan = Plan.model_validate_json(sh.out("plan", tmp_path / "fleet.toml", "--json"))
     assert [(host.address, len(host.free)) for host in plan.hosts] == [("node-a", 0), ("node-b", 5), ("10.0.0.17", 0)]
+
+
+def test_the_demonstration_fleet_is_planned_and_found_fit_as_it_stands(sh: Shell) -> None:
+    file = Path(__file__).parents[1] / "demo" / "fleet.toml"
+    plan = Plan.model_validate_json(sh.out("plan", file, "--json"))
+    assert [(group.name, group.tensor_parallel_size, group.hosts[0].host) for group in plan.groups] == [
+        ("demo-0", 2, "localhost")
+    ]
+    assert (plan.num_free, plan.notes) == (0, ())
+    assert "1 hosts in" in sh.out("doctor", file, "--no-links")
