@@ -20,13 +20,14 @@ import os
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, StringConstraints, ValidationError
 from pydantic_core import ErrorDetails
 
 from .address import address_problem, canonical, python_problem, shown, unbracketed, user_problem
 from .errors import BadFleet
+from .groupsettings import GroupSettings
 from .plainyaml import BadYaml, read_yaml
 from .variables import OWN_PREFIX, variable_problem
 
@@ -79,9 +80,6 @@ PlainPath = Annotated[Path, AfterValidator(_printable), AfterValidator(_at_home)
 Address = Annotated[str, AfterValidator(_checked_address)]
 Bytes = Annotated[ByteSize, Field(gt=0)]
 QueueName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")]
-Engine = Annotated[
-    str, StringConstraints(pattern=r"^(paged|echo|[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*)$", max_length=512)
-]
 User = Annotated[str, AfterValidator(_checked_user)]
 Interpreter = Annotated[PlainPath, AfterValidator(_checked_python)]
 Variable = Annotated[str, AfterValidator(_checked_variable)]
@@ -93,45 +91,14 @@ class Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
-class ModelSpec(Table):
-    """One [[models]] table.  Names, limits and defaults from `engine` on are those of the worker's settings."""
+class ModelSpec(Table, GroupSettings):
+    """One [[models]] table: what is its own, and every setting of a group that is not a matter of where it runs."""
 
     name: QueueName
     path: PlainPath | None = Field(default=None, description="model directory; engine=paged needs it")
     replicas: int = Field(default=1, ge=1, le=MAX_REPLICAS, description="groups that serve this model")
-
-    engine: Engine = "paged"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    load_format: Literal["safetensors", "dummy"] = "safetensors"
-    tensor_parallel_size: int = Field(default=1, ge=1, le=1024)
-    pipeline_parallel_size: int = Field(default=1, ge=1, le=1024)
-    max_num_seqs: int = Field(default=64, ge=1, le=65_536)
-    max_model_len: int | None = Field(default=None, ge=1)
-    max_num_batched_tokens: int = Field(default=2048, ge=16)
-    block_size: int = Field(default=16, ge=1, le=1024)
     kv_cache_bytes: Bytes | None = None
-    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
-    prefix_caching: bool = True
-    echo_latency_s: float = Field(default=0.0, ge=0)
-    heartbeat_s: float = Field(default=1.0, gt=0)
-    heartbeat_timeout_s: float = Field(default=3.0, gt=0)
-    stall_timeout_s: float = Field(default=5.0, gt=0)
-    start_timeout_s: float = Field(default=600.0, gt=0)
-    restart_backoff_s: float = Field(default=0.5, gt=0)
-    restart_budget: int = Field(default=0, ge=0)
-    restart_window_s: float = Field(default=600.0, gt=0)
-    collective_timeout_s: float = Field(default=1800.0, gt=0)
-    lease_s: float = Field(default=3.0, ge=1.0)
-    outage_s: float = Field(default=15.0, ge=1.0)
-    grace_s: float = Field(default=30.0, ge=0)
-    probation_tokens: int = Field(default=8, ge=1)
     result_ttl_s: float = Field(default=86_400.0, ge=1)
-
-    @property
-    def world_size(self) -> int:
-        """Ranks, and so GPUs, of one replica."""
-        return self.tensor_parallel_size * self.pipeline_parallel_size
 
     def group(self, replica: int) -> str:
         """The name of a replica's group: fit for file names and for Celery's node names."""
@@ -314,12 +281,25 @@ def _unknown_key(location: tuple[int | str, ...]) -> str:
     unknown = str(location[-1])
     if table is ModelSpec and (elsewhere := _PLACES.get(unknown)):
         return elsewhere
-    near = difflib.get_close_matches(unknown, table.model_fields, n=1, cutoff=0.5)
-    meant = f"did you mean {near[0]}?" if near else f"known here: {', '.join(table.model_fields)}"
+    if table is ModelSpec and unknown in _RULES:
+        return (
+            f"it is the same for all who use this Redis, producers too: HORTATOR_{unknown.upper()} in [environment],"
+            " and in theirs"
+        )
+    near = difflib.get_close_matches(unknown, table.model_fields, n=1, cutoff=0.75)
+    known = dict.fromkeys((*table.__annotations__, *table.model_fields))
+    meant = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
     return f"there is no such key; {meant}"
 
 
 _NO_MODELS = "there are none: add at least one [[models]] table with name and path"
+_RULES = frozenset(
+    {
+        *("journal_ttl_s", "idempotency_ttl_s", "require_known_model", "max_queued_per_model", "max_queued_per_tenant"),
+        *("max_message_bytes", "max_letters", "max_letters_bytes", "max_attempts", "default_deadline_s"),
+        "memory_headroom",
+    }
+)
 _PLACES = {
     "model": "a model's queue is its 'name'",
     "model_path": "a model's directory is its 'path'",

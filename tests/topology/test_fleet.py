@@ -28,6 +28,13 @@ def refusal(text: str) -> str:
     return str(problem.value)
 
 
+def test_a_rule_of_the_whole_namespace_is_told_its_place() -> None:
+    for name in OF_THE_NAMESPACE - set(ModelSpec.model_fields):
+        said = refusal(MODEL + f"{name} = 3")
+        assert f"HORTATOR_{name.upper()} in [environment]" in said
+        assert "did you mean" not in said
+
+
 def test_a_model_may_have_every_setting_of_the_worker_with_the_workers_own_default() -> None:
     ours, theirs = ModelSpec.model_fields, WorkerSettings.model_fields
     assert (
@@ -36,6 +43,8 @@ def test_a_model_may_have_every_setting_of_the_worker_with_the_workers_own_defau
     )
     for name in set(ours) & set(theirs):
         assert (name, ours[name].default) == (name, theirs[name].default)
+        if name != "kv_cache_bytes":  # which the file may say in GiB
+            assert (name, ours[name].metadata) == (name, theirs[name].metadata)
 
 
 def test_the_workers_settings_take_what_the_file_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +109,7 @@ def test_a_host_may_have_other_gpus_than_the_rest() -> None:
         (MODEL + "tensor_paralel_size = 2", "models['m'].tensor_paralel_size: there is no such key; did you mean"),
         (MODEL + 'model_path = "x"', "models['m'].model_path: a model's directory is its 'path'"),
         (MODEL + 'group = "x"', "models['m'].group: groups are named by model and replica: leave it out"),
+        (MODEL + "max_attempt_s = 1", "models['m'].max_attempt_s: there is no such key; known here: name"),
         (MODEL + "zzz = 1", "models['m'].zzz: there is no such key; known here: name, path, replicas"),
         (MODEL + "replicas = 0", "models['m'].replicas: Input should be greater than or equal to 1 (got '0')"),
         (MODEL + 'device = "gpu"', "models['m'].device: Input should be 'auto', 'cpu' or 'cuda' (got 'gpu')"),
@@ -113,7 +123,10 @@ def test_a_host_may_have_other_gpus_than_the_rest() -> None:
         ),
         (MODEL + "[ssh]\nport = 0", "ssh.port: Input should be greater than or equal to 1"),
         (MODEL + "[hosts.-x]", "hosts.-x: host '-x' begins with '-'"),
-        (MODEL + "[hosts.x]\ngpu_mem = 2", "hosts.x.gpu_mem: there is no such key; did you mean gpu_memory_bytes?"),
+        (
+            MODEL + "[hosts.x]\ngpu_memory = 2",
+            "hosts.x.gpu_memory: there is no such key; did you mean gpu_memory_bytes?",
+        ),
         (MODEL + '[environment]\n"A B" = "x"', "environment.A B: 'A B' is no variable's name"),
         (
             MODEL + '[environment]\nLD_PRELOAD = "x"',
