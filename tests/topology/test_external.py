@@ -1,6 +1,7 @@
 """What other launchers are given, and what a leader is started with."""
 
 import json
+import re
 import shlex
 import subprocess
 from itertools import pairwise
@@ -10,7 +11,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from hortator.topology.errors import CannotStart
-from hortator.topology.external import KEEPER_PORT, Recipe, joined, object_name, recipes
+from hortator.topology.external import KEEPER_PORT, SECRET_FILE, Recipe, joined, object_name, recipes
 from hortator.topology.fleet import Fleet, parse_fleet
 from hortator.topology.hostfilter import HostSlots
 from hortator.topology.orders import hosts_of_ranks, leader_order
@@ -249,3 +250,28 @@ def test_uneven_hosts_and_unknown_launchers_are_refused_with_what_to_do(fleet: F
             recipes(style, fleet, plan.groups, [uneven], python=PYTHON)
     with pytest.raises(CannotStart, match="torchrun, slurm, kubernetes"):
         recipes("mesos", fleet, plan.groups, plan.groups, python=PYTHON)
+
+
+ROOT = Path(__file__).parents[2]
+WRITTEN = re.compile(
+    r"HORTATOR_KEEPER_PORT[=:, {}a-z]*\"?(?P<port>[0-9]+)"
+    r"|--join[= ][$(){}\"A-Za-z_.-]+:(?P<join>[0-9]+)"
+    r"|containerPort: (?P<container>[0-9]+)"
+    r"|HORTATOR_SECRET_FILE[=:, {}a-z]*(?P<secret>/[\w/]+)"
+    r"|--secret-file[= ](?P<file>/[\w/]+)"
+    r"|keeper ports from (?P<first>[0-9]+)|The secret is `(?P<path>/[\w/]+)`"
+)
+
+
+@pytest.mark.parametrize("page", ["docs/08-many-nodes.md", "compose/kubernetes/base/group.yaml"])
+def test_ports_and_the_secrets_place_are_everywhere_the_ones_that_recipes_print(page: str) -> None:
+    found = [match.groupdict() for match in WRITTEN.finditer((ROOT / page).read_text())]
+    values = {value for one in found for value in one.values() if value}
+    assert values == {str(KEEPER_PORT), SECRET_FILE}
+
+
+def test_the_secret_is_made_in_a_directory_that_is_made_too(fleet: Fleet) -> None:
+    for style in ("torchrun", "slurm"):
+        text = made(style, fleet)[0].text
+        assert f"mkdir -p {Path(SECRET_FILE).parent} && (umask 077; openssl rand -hex 32 > {SECRET_FILE})" in text
+        assert f"--secret-file {SECRET_FILE}" in text
