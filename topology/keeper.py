@@ -72,6 +72,7 @@ class Errand:
     place: Place
     rejoin: Rejoin
     token: str = ""
+    by_ssh: bool = False
 
 
 class Keeper:
@@ -226,7 +227,7 @@ class _Watch:
         """This process' own, without what is meant for the keeper; then what is found out here, then what was sent."""
         place = self._errand.place
         for name in env:
-            if problem := variable_problem(name):
+            if problem := variable_problem(name, by_ssh=self._errand.by_ssh):
                 raise BadFrame(f"the front may not set {name}: {problem}")
         own = {name: value for name, value in os.environ.items() if not name.startswith("HORTATOR_")}
         interface = interface_of(self._sock.getsockname()[0])
@@ -327,7 +328,7 @@ def _from_stdin() -> Keeper:
     try:
         said = json.loads(line)
         place = Place(tuple(said["ranks"]), tuple(said["devices"]))
-        errand = Errand((said["host"], said["port"]), bytes.fromhex(said["key"]), place, Rejoin.NEVER)
+        errand = Errand((said["host"], said["port"]), bytes.fromhex(said["key"]), place, Rejoin.NEVER, by_ssh=True)
     except (ValueError, LookupError, TypeError) as error:
         raise Refused(f"standard input does not say where to join: {type(error).__name__}") from None
     return Keeper(errand, stdin=fd)
