@@ -20,6 +20,7 @@ from .errors import CannotStart
 from .fleet import Fleet
 from .orders import celery_command
 from .plan import PlannedGroup
+from .variables import check_variables
 
 KEEPER_PORT = 7400
 MASTER_PORT = 29_500
@@ -204,6 +205,8 @@ def per_host(group: PlannedGroup) -> int:
 
 def settings(fleet: Fleet, group: PlannedGroup, *, number: int = 0) -> dict[str, str]:
     """The leader's environment, but for what only its host knows."""
+    if len(group.hosts) > 1:
+        check_variables(fleet.rank_variables, launcher="external")
     own = {
         "HORTATOR_LAUNCHER": "external",
         "HORTATOR_FRONT_RANKS": str(per_host(group)),

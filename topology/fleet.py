@@ -19,6 +19,7 @@ import difflib
 import os
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -52,7 +53,9 @@ def _checked_python(path: Path) -> Path:
 
 
 def _checked_variable(name: str) -> str:
-    return name if name.startswith(OWN_PREFIX) and name.isidentifier() else _without(variable_problem, name)
+    if name.startswith(OWN_PREFIX) and name.isidentifier():
+        return name
+    return _without(partial(variable_problem, by_ssh=True), name)
 
 
 def _without(problem_of: Callable[[str], str | None], text: str) -> str:

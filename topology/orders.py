@@ -7,14 +7,17 @@ from .deepspeed import check_hosts
 from .fleet import Fleet
 from .leaders import Order
 from .plan import PlannedGroup
+from .variables import check_variables
 
 
 def leader_order(fleet: Fleet, group: PlannedGroup, *, python: Path, launcher: str = "ssh") -> Order:
     """A Celery worker command, with the group's settings and its place in the environment.  Raises CannotStart for what
     the launcher cannot reach."""
     spec = fleet.model_named(group.model)
-    if launcher == "deepspeed":
-        check_hosts(seat.host for seat in group.hosts)
+    if len(group.hosts) > 1:
+        check_variables(fleet.rank_variables, launcher=launcher)
+        if launcher == "deepspeed":
+            check_hosts(seat.host for seat in group.hosts)
     seats = [{"host": seat.host, "devices": seat.devices} for seat in group.hosts]
     place = {
         "GROUP": group.name,

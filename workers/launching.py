@@ -16,6 +16,7 @@ from hortator.topology.network import interface_of
 from hortator.topology.placement import Seat, seats, shares
 from hortator.topology.remote import Awaited, RemoteLauncher, Starter
 from hortator.topology.ssh import SshOptions, SshStarter
+from hortator.topology.variables import check_variables
 
 from .rank import CONFIG_VARIABLE, RankConfig
 from .settings import WorkerSettings
@@ -160,6 +161,7 @@ def _starter(settings: WorkerSettings, environment: Mapping[str, str]) -> tuple[
         s.remote_python,
         connect_timeout_s=s.ssh_connect_timeout_s,
     )
+    check_variables(s.rank_variables, launcher=s.launcher)
     if s.launcher == "ssh":
         return SshStarter(options), None
     if s.secret_file is None:

@@ -34,7 +34,9 @@ def _nodes(value: object) -> tuple[Node, ...]:
 
 def _names(value: object) -> object:
     names = [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
-    if isinstance(names, Iterable) and (problems := [why for name in names if (why := variable_problem(str(name)))]):
+    if isinstance(names, Iterable) and (
+        problems := [why for name in names if (why := variable_problem(str(name), by_ssh=True))]
+    ):
         raise ValueError(problems[0])
     return names
 

@@ -90,6 +90,17 @@ def test_every_variable_of_the_fleets_environment_is_one_that_all_ranks_get(monk
     assert (settings.rank_variables, settings.max_attempts) == (("FOO_MARK", "NCCL_SOCKET_IFNAME"), 3)
 
 
+def test_what_decides_which_code_runs_is_passed_on_over_ssh_alone(fleet: Fleet) -> None:
+    fleet = parse_fleet(FLEET.replace("NCCL_DEBUG =", "PYTHONPATH ="))
+    group = planned(fleet)
+    assert leader_order(fleet, group, python=PYTHON).environment["HORTATOR_RANK_VARIABLES"] == "PYTHONPATH"
+    said = "cannot pass it on to other hosts: PYTHONPATH decides which code a rank runs: set it on the hosts"
+    with pytest.raises(CannotStart, match=f"launcher=deepspeed {said}"):
+        leader_order(fleet, group, python=PYTHON, launcher="deepspeed")
+    with pytest.raises(CannotStart, match=f"launcher=external {said}"):
+        made("torchrun", fleet)
+
+
 def test_a_group_on_one_host_needs_no_launcher(fleet: Fleet) -> None:
     assert leader_order(fleet, planned(fleet, slots=4), python=PYTHON).environment["HORTATOR_LAUNCHER"] == "local"
 

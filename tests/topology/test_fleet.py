@@ -128,11 +128,6 @@ def test_a_host_may_have_other_gpus_than_the_rest() -> None:
             "hosts.x.gpu_memory: there is no such key; did you mean gpu_memory_bytes?",
         ),
         (MODEL + '[environment]\n"A B" = "x"', "environment.A B: 'A B' is no variable's name"),
-        (
-            MODEL + '[environment]\nLD_PRELOAD = "x"',
-            "environment.LD_PRELOAD: LD_PRELOAD decides which code a rank runs",
-        ),
-        (MODEL + '[environment]\nPYTHONPATH = "x"', "PYTHONPATH decides which code a rank runs: set it on the hosts"),
         ('hostfile = "a\\u0000b"\n' + MODEL, "hostfile: has a control character: remove it"),
         ('hostfile = "~nobody-here/h"\n' + MODEL, "hostfile: there is no such user"),
         (MODEL + MODEL, "'m' stands twice: rename one, or use replicas"),
