@@ -40,7 +40,7 @@ $settings \\
 """)
 
 _TORCHRUN_NODE = Template("""
-# 2. The keepers, on $host:
+# $step. The keepers, on $host:
 $devices$python -m torch.distributed.run --nnodes $num_hosts --nproc-per-node $per_host --node-rank $number \\
   --master-addr $first --master-port $master_port \\
   -m hortator.topology.keeper --join $address --secret-file $secret
@@ -236,7 +236,11 @@ def _torchrun(fleet: Fleet, group: PlannedGroup, python: Path, number: int) -> s
         return leader
     return leader + "".join(
         _TORCHRUN_NODE.substitute(
-            common, host=seats.host, number=node, devices="".join(f"{name}={value} " for name, value in said.items())
+            common,
+            step=node + 2,
+            host=seats.host,
+            number=node,
+            devices="".join(f"{name}={value} " for name, value in said.items()),
         )
         for node, (seats, said) in enumerate(zip(group.hosts, devices, strict=True))
     )
