@@ -12,7 +12,7 @@ import pytest
 from hortator.cli import run
 from hortator.producer.redis_store import RedisStore
 from hortator.producer.store import GroupBeat
-from hortator.topology.leaders import Quarters, birth
+from hortator.topology.leaders import StateDirectory, birth
 
 FLEET = """
 redis_url = "{redis}"
@@ -55,7 +55,7 @@ class Shell:
 def sh(tmp_path: Path, newest_redis_url: str, capsys: pytest.CaptureFixture[str]) -> Iterator[Shell]:
     shell = Shell(tmp_path, newest_redis_url, capsys)
     yield shell
-    Quarters(tmp_path / "state").stop("echo-0", patience_s=0.0)
+    StateDirectory(tmp_path / "state").stop("echo-0", patience_s=0.0)
 
 
 def test_a_fleet_comes_up_takes_new_settings_and_goes_down(sh: Shell) -> None:
@@ -64,11 +64,11 @@ def test_a_fleet_comes_up_takes_new_settings_and_goes_down(sh: Shell) -> None:
     assert "echo-0 is ready" in said
     assert "echo-0 runs already" in sh("up")
     assert sh.rows() == "8"
-    before = Quarters(sh.directory / "state").look("echo-0").pid
+    before = StateDirectory(sh.directory / "state").look("echo-0").pid
     sh.write(max_num_seqs=12)
     assert "echo-0 is ready" in sh("restart", "--all")
     assert sh.rows() == "12"
-    pid = Quarters(sh.directory / "state").look("echo-0").pid
+    pid = StateDirectory(sh.directory / "state").look("echo-0").pid
     assert pid not in (None, before)
     assert "group echo-0 is ready after" in sh("logs", "-n", "50").split("echo-0 leader 127.0.0.1 | ")[-1]
     assert "echo-0 is down" in sh("down")
@@ -91,7 +91,7 @@ def test_a_group_that_is_alive_elsewhere_is_not_started_again(sh: Shell, monkeyp
     with RedisStore(sh.redis) as store:
         store.beat(GroupBeat("echo-0", "echo", 0, 8, 1, "ready"))
     assert "echo-0: alive, but not on the host where the plan has it" in sh("up", code=1)
-    assert Quarters(sh.directory / "state").look("echo-0").pid is None
+    assert StateDirectory(sh.directory / "state").look("echo-0").pid is None
 
 
 def test_what_others_start_is_printed_where_psutil_is_not_installed_and_hosts_do_not_resolve(tmp_path: Path) -> None:
