@@ -19,10 +19,10 @@ def state_name(stem: str, identity: str) -> str:
     return f"{stem}-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
 
 
-def check_redis_is_reached(fleet: Fleet, leaders: Iterable[str], *, here: Iterable[str] = ()) -> None:
+def check_redis_is_reached(fleet: Fleet, leaders: Iterable[str], *, here: Iterable[str] | None = None) -> None:
     """Raises BadFleet if these leaders' hosts cannot all mean the same Redis.  `here`: those that are this one."""
     hosts = dict.fromkeys(leaders)
-    alone = len(hosts) == 1 and (not here or set(hosts) <= set(here))
+    alone = len(hosts) == 1 if here is None else set(hosts) <= set(here)
     if hosts and not alone and _is_local(fleet.redis_url):
         raise BadFleet(
             f"redis_url {_place(fleet.redis_url)} is every host's own, but leaders run on {_listed(list(hosts))}: "

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hortator.cli_errors import EXIT_FAILED, EXIT_OK, fail_line, printable
+from hortator.cli_hosts import Directory, FleetOnHosts, Inventory, SshProgram, last_json, leftovers
 from hortator.cli_store import AsJson, Namespace, RedisUrl, client, store_settings
 
 if TYPE_CHECKING:
-    from hortator.cli_up import Commanded
     from hortator.producer.store import GroupBeat, QueueInfo
+    from hortator.topology.plan import Plan
     from hortator.workers.fleet_control import FleetControl
 
+WithFleetHostfile = Annotated[
+    Path | None, typer.Option("--hostfile", "-H", help="with --fleet; default: the fleet file's")
+]
 MAX_FAILURE_CHARS = 160
 
 Groups = Annotated[list[str] | None, typer.Argument(metavar="[GROUP...]", help="as `hortator status` names them")]
@@ -57,8 +61,9 @@ def drain(
     namespace: Namespace = None,
 ) -> int:
     """Let groups finish what they run and take nothing more.  They stay up, idle, until resume, restart or down."""
+    check_choice(groups, everything)
     with fleet_control(redis_url, namespace) as control:
-        chosen = chosen_groups(control, groups, everything)
+        chosen = control.chosen(groups or (), everything=everything)
         control.drain(chosen, on_done=lambda group: typer.echo(f"{group} is drained"))
     return EXIT_OK
 
@@ -70,8 +75,9 @@ def resume(
     namespace: Namespace = None,
 ) -> int:
     """Let drained groups take jobs again."""
+    check_choice(groups, everything)
     with fleet_control(redis_url, namespace) as control:
-        for group in control.tell("resume", chosen_groups(control, groups, everything)):
+        for group in control.tell("resume", control.chosen(groups or (), everything=everything)):
             typer.echo(f"{group} takes jobs again")
     return EXIT_OK
 
@@ -83,23 +89,25 @@ def restart(
     fleet_file: Annotated[
         Path | None, typer.Option("--fleet", help="take its settings; without it groups keep those that they have")
     ] = None,
-    directory: Annotated[Path | None, typer.Option("--dir", help="as `hortator up` was told")] = None,
-    launcher: Annotated[str, typer.Option(help="with --fleet: ssh | deepspeed")] = "ssh",
-    ssh_program: Annotated[str, typer.Option("--ssh", help="the ssh client")] = "ssh",
+    hostfile: WithFleetHostfile = None,
+    directory: Directory = None,
+    launcher: Annotated[str | None, typer.Option(help="with --fleet: ssh (default) | deepspeed")] = None,
+    ssh_program: SshProgram = None,
     redis_url: RedisUrl = None,
     namespace: Namespace = None,
 ) -> int:
     """Drain groups and start them again, one after the other, each when the one before is ready."""
+    only_with_fleet(fleet_file, hostfile=hostfile, dir=directory, launcher=launcher, ssh=ssh_program)
+    only_without_fleet(fleet_file, redis_url=redis_url, namespace=namespace)
+    check_choice(groups, everything)
     if fleet_file is not None:
-        from hortator.cli_up import Commanded
+        from hortator.cli_up import check_launcher
 
-        fleet = Commanded.read(fleet_file, None, directory=directory, ssh=ssh_program)
-        if bool(groups) == everything:
-            raise typer.BadParameter("name groups, or say --all, and not both")
-        return restart_fleet(fleet, groups or (), launcher=launcher)
+        check_launcher(launcher or "ssh", ("ssh", "deepspeed"))
+        fleet = FleetOnHosts.read(fleet_file, hostfile, directory=directory, ssh=ssh_program)
+        return restart_fleet(fleet, groups or (), launcher=launcher or "ssh")
     with fleet_control(redis_url, namespace) as control:
-        chosen = chosen_groups(control, groups, everything)
-        for number, group in enumerate(chosen):
+        for number, group in enumerate(control.chosen(groups or (), everything=everything)):
             if number and group not in control.alive():
                 typer.echo(f"{group} is gone: left out", err=True)
                 continue
@@ -115,64 +123,154 @@ def down(
         Path | None,
         typer.Option("--fleet", help="its groups; ends also what Redis does not reach, and looks for orphans"),
     ] = None,
-    directory: Annotated[Path | None, typer.Option("--dir", help="as `hortator up` was told")] = None,
-    ssh_program: Annotated[str, typer.Option("--ssh", help="the ssh client")] = "ssh",
+    hostfile: WithFleetHostfile = None,
+    directory: Directory = None,
+    ssh_program: SshProgram = None,
     redis_url: RedisUrl = None,
     namespace: Namespace = None,
 ) -> int:
     """Stop groups, all at once: they finish what runs within their grace and hand the rest back."""
+    only_with_fleet(fleet_file, hostfile=hostfile, dir=directory, ssh=ssh_program)
+    only_without_fleet(fleet_file, redis_url=redis_url, namespace=namespace)
     if fleet_file is not None:
-        from hortator.cli_up import Commanded
-
-        return down_fleet(Commanded.read(fleet_file, None, directory=directory, ssh=ssh_program), groups or ())
+        if everything:
+            raise typer.BadParameter("--all is every group of a Redis; with --fleet leave it out: its groups are meant")
+        return down_fleet(FleetOnHosts.read(fleet_file, hostfile, directory=directory, ssh=ssh_program), groups or ())
+    check_choice(groups, everything)
     with fleet_control(redis_url, namespace) as control:
-        chosen = chosen_groups(control, groups, everything)
-        if chosen:
-            control.stop(chosen, on_done=lambda group: typer.echo(f"{group} is down"))
+        chosen = control.chosen(groups or (), everything=everything)
+        control.stop(chosen, on_done=lambda group: typer.echo(f"{group} is down"))
     return EXIT_OK
 
 
-def restart_fleet(fleet: "Commanded", names: Sequence[str], *, launcher: str) -> int:
-    """One group after the other: stop it over Redis, start it over ssh with the fleet file's settings of today."""
-    from hortator.cli_up import wait_ready
+def check_choice(groups: Sequence[str] | None, everything: bool) -> None:
+    if groups and everything:
+        raise typer.BadParameter(f"--all is every group, and {', '.join(groups)} was named too: leave one of them out")
+    if not groups and not everything:
+        raise typer.BadParameter("which groups? Name them as `hortator status` does, or say --all")
 
-    for group in fleet.chosen(names):
-        with fleet_control(fleet.fleet.redis_url, fleet.fleet.namespace) as control:
-            if group.name in control.alive():
-                control.stop([group.name], on_done=lambda name: typer.echo(f"{name} is down"))
-        ended = list(fleet.end([group]))
-        if not all(answer.ok for answer in ended):
-            return fail_line(f"{group.name}: {ended[0].problem}; the other groups were left as they are", EXIT_FAILED)
-        if not (fleet.start([group], launcher) and wait_ready(fleet, [group])):
+
+def only_with_fleet(fleet_file: Path | None, **options: object) -> None:
+    for name in (name for name, value in options.items() if value is not None and fleet_file is None):
+        raise typer.BadParameter(f"--{name} goes with --fleet: without it groups are reached over Redis alone")
+
+
+def only_without_fleet(fleet_file: Path | None, **options: object) -> None:
+    for name in (name for name, value in options.items() if value is not None and fleet_file is not None):
+        raise typer.BadParameter(f"--{name.replace('_', '-')} and --fleet: the fleet file says which Redis it is")
+
+
+def restart_fleet(fleet: FleetOnHosts, names: Sequence[str], *, launcher: str) -> int:
+    """One group after the other: stop it over Redis, start it over ssh, with the file's settings of today."""
+    from hortator.cli_up import leaders_hosts, stranger, taken, tell_unreached, tell_what_runs
+    from hortator.cli_waiting import wait_ready
+    from hortator.topology.identity import check_redis_is_reached
+
+    chosen = fleet.chosen(names)
+    inventory = fleet.inventory()
+    check_redis_is_reached(fleet.fleet, leaders_hosts(fleet.plan(), chosen), here=fleet.road.here)
+    if tell_unreached(inventory):
+        return fail_line("nothing was restarted: each host must answer first", EXIT_FAILED)
+    for name in chosen:
+        beat = fleet.alive().get(name)
+        plan = plan_again(fleet, name, inventory)
+        if beat is not None and name not in inventory.living:
+            return fail_line(stranger(fleet, name, beat, plan), EXIT_FAILED)
+        [group] = [one for one in plan.groups if one.name == name]
+        if others := taken(group, inventory):  # its own former place is no hindrance
+            return fail_line(f"{name}: {', '.join(others)} would be in its way: it was left as it is", EXIT_FAILED)
+        if beat is not None:
+            with fleet_control(fleet.fleet.redis_url, fleet.fleet.namespace) as control:
+                control.stop([name], on_done=lambda group: typer.echo(f"{group} is down"))
+        for answer in fleet.end([inventory.living[name]] if name in inventory.living else []):
+            if not answer.ok:
+                return fail_line(f"{name}: {answer.problem}; the other groups were left as they are", EXIT_FAILED)
+        started = fleet.start([group], launcher)
+        if not (started and wait_ready(fleet, started)):
+            tell_what_runs(fleet, started)
             return EXIT_FAILED
+        inventory = fleet.inventory()
     return EXIT_OK
 
 
-def down_fleet(fleet: "Commanded", names: Sequence[str]) -> int:
-    """Over Redis first, which lets jobs finish; then over ssh, so that nothing is left."""
-    from hortator.cli_up import last_json
-    from hortator.producer.errors import HortatorError
+def plan_again(fleet: FleetOnHosts, name: str, inventory: Inventory) -> "Plan":
+    """The group is where it was started last if that will do, whatever filters that start had."""
+    others = {group: seats for group, seats in inventory.running.items() if group != name}
+    slots = {(host.address, slot) for host in fleet.hosts for slot in host.slots}
+    seats = inventory.latest[name].seats if name in inventory.latest else ()
+    if seats and all((seat.host, device) in slots for seat in seats for device in seat.devices):
+        plan = fleet.plan(others | {name: seats})
+        if any(group.name == name and group.hosts == seats for group in plan.groups):
+            return plan
+    return fleet.plan(others)
 
-    groups = fleet.chosen(names)
-    ranks: dict[str, tuple[tuple[int, int], ...]] = {}
-    try:
-        with fleet_control(fleet.fleet.redis_url, fleet.fleet.namespace) as control:
-            alive = control.alive()
-            chosen = [group.name for group in groups if group.name in alive]
-            if chosen:
-                ranks = {leader.group: leader.ranks for leader in control.tell("look", chosen).values()}
-                control.stop(chosen, on_done=lambda group: typer.echo(f"{group} is down"))
-    except HortatorError as problem:
-        typer.echo(f"warning: {printable(problem.message)}; going on over ssh", err=True)
-    failed = False
-    for answer in fleet.end(groups):
+
+def down_fleet(fleet: FleetOnHosts, names: Sequence[str]) -> int:
+    """Over Redis first, which lets jobs finish; then over ssh, so that nothing is left."""
+    from hortator.cli_up import tell_unreached
+
+    inventory = fleet.inventory()
+    alive = alive_or_warning(fleet)
+    models = set(fleet.names.values())
+    chosen = fleet.chosen(names, (*inventory.latest, *(one.group for one in alive.values() if one.model in models)))
+    ranks = stop_over_redis(fleet, [name for name in chosen if name in alive])
+    failed = tell_unreached(inventory)
+    for answer in fleet.end([one for name, one in inventory.living.items() if name in chosen]):
         if not answer.ok:
             failed = bool(fail_line(f"{answer.host}: {answer.problem}", EXIT_FAILED))
         elif last_json(answer)["ended"]:
             typer.echo(f"{answer.host} is ended on its host")
-    for host, pids in fleet.left(ranks).items():
-        failed = bool(fail_line(f"{host}: ranks are left: pid {', '.join(map(str, pids))}; kill them", EXIT_FAILED))
+    for answer in fleet.left(pids_by_host(inventory, ranks)):
+        if not answer.ok:
+            problem = f"{answer.host} cannot be asked whether ranks are left: {answer.problem}"
+            failed = bool(fail_line(problem, EXIT_FAILED))
+        elif pids := last_json(answer)["left"]:
+            listed = ", ".join(map(str, pids))
+            failed = bool(fail_line(f"{answer.host}: ranks are left: pid {listed}; kill them", EXIT_FAILED))
+    if not names:
+        still = {name: beat for name, beat in alive.items() if name not in chosen}
+        others = tuple(one for one in inventory.found if one.leader.group not in chosen)
+        for line in leftovers(fleet, Inventory(others), still):
+            typer.echo(f"note: {printable(line)}", err=True)
     return EXIT_FAILED if failed else EXIT_OK
+
+
+def alive_or_warning(fleet: FleetOnHosts) -> "dict[str, GroupBeat]":
+    """What Redis knows alive; without it hosts can still be asked."""
+    from hortator.producer.errors import StoreUnavailable
+
+    try:
+        return fleet.alive()
+    except StoreUnavailable as problem:
+        typer.echo(f"warning: {printable(problem.message)}; going on over ssh", err=True)
+        return {}
+
+
+def stop_over_redis(fleet: FleetOnHosts, groups: Sequence[str]) -> dict[str, tuple[tuple[int, int], ...]]:
+    """Rank and pid of each rank of these groups, which are told to stop."""
+    from hortator.producer.errors import HortatorError
+
+    ranks: dict[str, tuple[tuple[int, int], ...]] = {}
+    if not groups:
+        return ranks
+    try:
+        with fleet_control(fleet.fleet.redis_url, fleet.fleet.namespace) as control:
+            ranks = {leader.group: leader.ranks for leader in control.tell("look", groups).values()}
+            control.stop(groups, on_done=lambda group: typer.echo(f"{group} is down"))
+    except HortatorError as problem:
+        typer.echo(f"warning: {printable(problem.message)}; going on over ssh", err=True)
+    return ranks
+
+
+def pids_by_host(inventory: Inventory, ranks: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, list[int]]:
+    """Of groups whose seats are known."""
+    pids: dict[str, list[int]] = {}
+    for group, some in ranks.items():
+        hosts = inventory.latest[group].hosts_of_ranks if group in inventory.latest else ()
+        for rank, pid in some:
+            if rank < len(hosts):
+                pids.setdefault(hosts[rank], []).append(pid)
+    return pids
 
 
 @contextmanager
@@ -188,12 +286,6 @@ def fleet_control(redis_url: str | None, namespace: str | None) -> Iterator["Fle
             yield control
         finally:
             control.close()
-
-
-def chosen_groups(control: "FleetControl", groups: Sequence[str] | None, everything: bool) -> list[str]:
-    if bool(groups) == everything:
-        raise typer.BadParameter("name groups, or say --all, and not both")
-    return control.chosen(groups or (), everything=everything)
 
 
 # ---- what status shows
@@ -246,7 +338,7 @@ def queue_rows(queues: Sequence["QueueInfo"]) -> Iterator[tuple[str, ...]]:
 
 
 def group_rows(queues: Sequence["QueueInfo"]) -> Iterator[tuple[str, ...]]:
-    yield "GROUP", "MODEL", "STATE", "RANKS", "EPOCH", "RUNNING", "WAITING", "STEPS/S", "TOKENS/S", "KV"
+    yield "GROUP", "MODEL", "STATE", "RANKS", "EPOCH", "RUNNING", "WAITING", "STEPS/S", "TOKENS/S", "KV", "HOST"
     for beat in (beat for queue in queues for beat in queue.groups):
         yield (
             beat.group,
@@ -259,6 +351,7 @@ def group_rows(queues: Sequence["QueueInfo"]) -> Iterator[tuple[str, ...]]:
             told(beat, "steps_per_s"),
             told(beat, "tokens_per_s"),
             f"{beat.info['kv_use']:.0%}" if isinstance(beat.info.get("kv_use"), int | float) else "-",
+            printable(str(beat.info.get("host", "-"))),
         )
 
 
@@ -279,9 +372,20 @@ def told(beat: "GroupBeat", name: str) -> str:
 
 
 def failure_lines(queues: Sequence["QueueInfo"]) -> Iterator[str]:
+    """What took each group down, when, and while it is down why it does not rise."""
     for beat in (beat for queue in queues for beat in queue.groups):
-        if failure := beat.info.get("last_failure"):
-            yield f"{beat.group}: last failure: {str(failure)[:MAX_FAILURE_CHARS]}"
+        failure, outage = beat.info.get("last_failure"), beat.info.get("outage")
+        first = outage if isinstance(outage, dict) else {}
+        reason = str(first.get("reason", failure))[:MAX_FAILURE_CHARS]
+        if first:
+            at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(first.get("at", 0))))
+            yield f"{beat.group}: went down {at} (epoch {first.get('epoch')}): {reason}"
+        elif failure:
+            yield f"{beat.group}: last failure: {reason}"
+        if first and failure != first.get("reason") and beat.state != "ready":
+            yield f"{beat.group}: and since then: {str(failure)[:MAX_FAILURE_CHARS]}"
+        if beat.info.get("given_up"):
+            yield f"{beat.group}: it will not be tried again: mend the cause and restart it"
 
 
 def why(queue: "QueueInfo") -> str | None:

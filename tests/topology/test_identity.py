@@ -31,5 +31,6 @@ def test_a_redis_that_every_host_takes_for_its_own_is_refused_where_leaders_have
         check_redis_is_reached(fleet(url), ["a", "b", "a"])
     with pytest.raises(BadFleet, match="leaders run on a"):
         check_redis_is_reached(fleet(url), ["a"], here=["b"])
-    check_redis_is_reached(fleet(url), ["a", "a"], here=["a"])
+    check_redis_is_reached(fleet(url), ["a", "a", "also-a"], here=["a", "also-a"])
+    check_redis_is_reached(fleet(url), ["a", "a"])
     check_redis_is_reached(fleet("redis://10.0.0.1/0"), ["a", "b"])
