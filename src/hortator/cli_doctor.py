@@ -7,12 +7,13 @@ import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
 
 from hortator.cli_errors import EXIT_FAILED, EXIT_OK, printable
+from hortator.cli_plan import Exclude, Hostfile, Include, NumGpus, NumNodes
 from hortator.cli_store import AsJson
 
 if TYPE_CHECKING:
@@ -37,9 +38,11 @@ def register(app: typer.Typer) -> None:
 def doctor(
     fleet_file: Annotated[Path | None, typer.Argument(metavar="[FLEET]", help="fleet file (TOML)")] = None,
     *,
-    hostfile: Annotated[Path | None, typer.Option("--hostfile", help="default: the fleet file's")] = None,
-    include: Annotated[str, typer.Option(help="as DeepSpeed's: HOST[:GPU,GPU]@HOST...")] = "",
-    exclude: Annotated[str, typer.Option(help="likewise")] = "",
+    hostfile: Hostfile = None,
+    include: Include = "",
+    exclude: Exclude = "",
+    num_nodes: NumNodes = None,
+    num_gpus: NumGpus = None,
     model: Annotated[list[Path] | None, typer.Option("--model", help="also check this model directory")] = None,
     port: Annotated[list[int] | None, typer.Option("--port", help="must be free on every host")] = None,
     device: Annotated[str, typer.Option(help="auto | cpu | cuda; default: what the fleet's models say")] = "",
@@ -53,7 +56,8 @@ def doctor(
     from hortator.topology.doctor import examine, suggested_environment
     from hortator.topology.survey import survey
 
-    fleet, hosts = wanted_hosts(fleet_file, hostfile, include=include, exclude=exclude)
+    filters = {"include": include, "exclude": exclude, "num_nodes": num_nodes, "num_gpus": num_gpus}
+    fleet, hosts = wanted_hosts(fleet_file, hostfile, **filters)
     teams, planned = teams_of(fleet, hosts)
     ward = Ward.of(
         fleet,
@@ -106,7 +110,7 @@ def checksum(model: Path) -> Mapping[str, str]:
 
 
 def wanted_hosts(
-    fleet_file: Path | None, hostfile: Path | None, *, include: str = "", exclude: str = ""
+    fleet_file: Path | None, hostfile: Path | None, **filters: Any
 ) -> tuple["Fleet | None", dict[str, tuple[int, ...]]]:
     """The fleet file, if one is given, and the slots of every host that is used."""
     from hortator.topology.fleet import read_fleet
@@ -119,7 +123,7 @@ def wanted_hosts(
     source = hostfile or (fleet.hostfile if fleet else None)
     if source is None:
         raise typer.BadParameter(f'{fleet_file} names no hostfile: add hostfile = "..." or give --hostfile')
-    used = filter_hosts(read_hostfile(source), include=include, exclude=exclude)
+    used = filter_hosts(read_hostfile(source), **filters)
     return fleet, {host.address: host.slots for host in used}
 
 
@@ -278,7 +282,10 @@ def suggestions(environments: Mapping[str, Mapping[str, str]]) -> Iterable[str]:
 
 
 def verdict(findings: Iterable["Finding"], num_hosts: int, took_s: float) -> str:
+    from hortator.producer.hindrance import counted
+
     grades = [str(finding.grade) for finding in findings]
     bad, doubts = grades.count("fail"), grades.count("warn")
-    said = "fit to run" if not bad else f"{bad} checks failed"
-    return f"{num_hosts} hosts in {took_s:.1f} s: {said}" + (f", {doubts} warnings" if doubts else "")
+    said = "fit to run" if not bad else f"{counted(bad, 'check')} failed"
+    warned = f", {counted(doubts, 'warning')}" if doubts else ""
+    return f"{counted(num_hosts, 'host')} in {took_s:.1f} s: {said}{warned}"

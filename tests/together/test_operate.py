@@ -80,7 +80,7 @@ def test_a_drained_group_hands_back_what_outlasts_its_grace_and_stays_up(
     left = [status for status in two.store.statuses(list(asked)) if status is not None]
     assert {status.state for status in left} == {State.QUEUED}
     assert all(5 <= status.num_tokens < 2 * TOKENS for status in left)
-    assert "jobs wait: one, two drains and takes nothing" in operate(capsys, "status")
+    assert "jobs wait: one, two drain and take nothing" in operate(capsys, "status")
     operate(capsys, "resume", "two")
     done = two.finished(list(asked))
     assert_all_right(done, asked, 2 * TOKENS)
