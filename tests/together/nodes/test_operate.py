@@ -110,9 +110,9 @@ def redis_for_all(cluster: Cluster) -> Iterator[str]:
 def test_up_names_a_leader_on_another_machine_and_a_second_leader_of_its_name_ends(cluster: Cluster, sh: Shell) -> None:
     with redis_for_all(cluster) as redis:
         text = sh.fleet_file.read_text().replace(cluster.redis.url, redis)
-        file = sh.directory / "single.toml"
+        file, state = sh.directory / "single.toml", ("--dir", str(sh.directory / "state-of-single"))
         file.write_text(text.replace("tensor_parallel_size = 2", "tensor_parallel_size = 1"))
-        assert "echo-0 is ready" in sh("up", str(file), *sh.state(), "-i", "nodeB")
+        assert "echo-0 is ready" in sh("up", str(file), *state, "-i", "nodeB")
         [rank] = cluster.machines["nodeB"].ranks()
         said = sh("up", str(file), "--dir", str(sh.directory / "elsewhere"), "-i", "nodeA", code=1)
         assert re.search(r"echo-0 is alive \(pid \d+ on nodeB\), but .* on nodeA, where the plan has it, knows", said)
@@ -126,8 +126,8 @@ def test_up_names_a_leader_on_another_machine_and_a_second_leader_of_its_name_en
         words, _ = second.communicate(timeout=40)
         assert re.search(rb"group echo-0 is led by pid \d+ on nodeB already", words), words
         assert rank.is_running()
-        assert "echo-0 runs already" in sh("up", str(file), *sh.state()), "it stays on nodeB"
-        assert "echo-0 is down" in sh("down", "--fleet", str(file), *sh.state())
+        assert "echo-0 runs already" in sh("up", str(file), *state), "it stays on nodeB"
+        assert "echo-0 is down" in sh("down", "--fleet", str(file), *state)
         assert not rank.is_running()
 
 
