@@ -108,6 +108,7 @@ def print_recipes(fleet: FleetOnHosts, names: Sequence[str], style: str) -> None
 
 def start_fleet(fleet: FleetOnHosts, names: Sequence[str], launcher: str, *, wait: bool) -> int:
     """Nothing is started before every host of a leader has answered."""
+    from hortator.producer.errors import HortatorError
     from hortator.topology.identity import check_redis_is_reached
 
     check_redis_is_reached(fleet.fleet, leaders_hosts(fleet.plan(), names), here=fleet.road.here)
@@ -128,10 +129,13 @@ def start_fleet(fleet: FleetOnHosts, names: Sequence[str], launcher: str, *, wai
         fail_line(f"{name} is not started: {there}; {end_with(fleet, *others)}", EXIT_FAILED)
     started = run_groups(fleet, [one for one in groups if one.name not in blocked], inventory, launcher)
     well = len(started) == len(names)
-    if wait and started:
-        well = wait_ready(fleet, started) and well
-    for line in leftovers(fleet, inventory, fleet.alive()):
-        typer.echo(f"note: {printable(line)}", err=True)
+    try:
+        if wait and started:
+            well = wait_ready(fleet, started) and well
+        for line in leftovers(fleet, inventory, fleet.alive()):
+            typer.echo(f"note: {printable(line)}", err=True)
+    except HortatorError as problem:  # Redis is away: what was started must not be left in silence
+        well = not fail_line(problem.message, EXIT_FAILED)
     if not well:
         tell_what_runs(fleet, started)
     return EXIT_OK if well else EXIT_FAILED
