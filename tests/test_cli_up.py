@@ -11,7 +11,6 @@ import pytest
 
 from hortator.cli import run
 from hortator.cli_logs import merged
-from hortator.producer.redis_store import RedisStore
 from hortator.producer.store import GroupBeat
 from hortator.topology.leaders import StateDirectory, birth
 
@@ -96,8 +95,8 @@ def test_a_group_that_is_alive_elsewhere_is_not_started_again_and_both_places_ar
     sh: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hortator.cli_up.STRANGER_S", 0.0)
-    with RedisStore(sh.redis) as store:
-        store.beat(GroupBeat("echo-0", "echo", 0, 8, 1, "ready", {"host": "h9", "pid": 4711, "born": "x"}))
+    beat = GroupBeat("echo-0", "echo", 0, 8, 1, "ready", {"host": "h9", "pid": 4711, "born": "x"})
+    monkeypatch.setattr("hortator.cli_hosts.FleetOnHosts.alive", lambda _: {"echo-0": beat})
     said = sh("up", code=1)
     assert "echo-0 is alive (pid 4711 on h9), but" in said
     assert "on 127.0.0.1, where the plan has it, knows nothing of it: it was started with another --dir" in said

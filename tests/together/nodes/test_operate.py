@@ -55,7 +55,7 @@ class Shell:
 
     def __call__(self, *arguments: str, code: int = 0) -> str:
         command = self.cluster.first.command(sys.executable, "-m", "hortator", *arguments)
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout if code == 0 else done.stdout + done.stderr
 
