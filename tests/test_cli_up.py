@@ -6,13 +6,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from hortator.cli import run
+from hortator.cli_hosts import FleetOnHosts, FoundLeader
 from hortator.cli_logs import merged
+from hortator.cli_waiting import Awaited
 from hortator.producer.store import GroupBeat
-from hortator.topology.leaders import StateDirectory, birth
+from hortator.topology.leaders import Leader, StateDirectory, birth
 
 FLEET = """
 redis_url = "{redis}"
@@ -182,6 +185,24 @@ def test_all_of_nothing_is_said_with_the_same_words_by_every_command(
 ) -> None:
     assert run([command, "--all", "--redis-url", newest_redis_url]) == 1
     assert capsys.readouterr().err == "error: no group is alive in this Redis and namespace: nothing to do\n"
+
+
+def test_only_the_leader_that_was_started_makes_its_group_ready(capsys: pytest.CaptureFixture[str]) -> None:
+    leader = Leader(group="echo-0", pid=1, log=Path("log"), born="ours")
+    awaited = Awaited(cast(FleetOnHosts, None), {"echo-0": FoundLeader("a", leader)})
+
+    def beat(born: str, state: str = "ready", **info: object) -> dict[str, GroupBeat]:
+        told = {"born": born, "pid": 7, "host": "b"} | info
+        return {"echo-0": GroupBeat("echo-0", "echo", 0, 8, 1, state, told)}
+
+    awaited.look(beat("another"))
+    assert list(awaited.left) == ["echo-0"]
+    assert "echo-0 is another process's: pid 7 on b has this name" in capsys.readouterr().err
+    awaited.look(beat("ours"))
+    assert (awaited.left, awaited.failed) == ({}, False)
+    hopeless = Awaited(cast(FleetOnHosts, None), {"echo-0": FoundLeader("a", leader)})
+    hopeless.look(beat("ours", "down", last_failure="no such model", given_up=True))
+    assert (hopeless.left, hopeless.failed) == ({}, True), "what will not be tried again is not waited for"
 
 
 def test_lines_of_several_leaders_are_in_the_order_of_time() -> None:
