@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -39,6 +39,7 @@ from .store import (
     ClaimMode,
     DeadLetter,
     GroupBeat,
+    Holder,
     Lease,
     Outcome,
     QueueInfo,
@@ -214,6 +215,11 @@ class Calls:
         said = {name: getattr(beat, name) for name in GroupBeat.__slots__}
         text = json.dumps(said, separators=(",", ":"))
         return self._call("beat", [beat.group, beat.model, text, int(beat.state == "gone")], _nothing)
+
+    def hold(self, holder: Holder, replacing: str, *, leave: bool = False) -> Call[Holder | None]:
+        text = json.dumps(asdict(holder), separators=(",", ":"))
+        args = [holder.group, holder.life, text, _ms(self.rules.beat_ttl_s), replacing, int(leave)]
+        return self._call("hold", args, _holder)
 
     # anybody
 
@@ -489,3 +495,7 @@ def _replayed(reply: list[Any]) -> list[str]:
     if kind == b"cut":
         raise cut_letter(_text(rest[0]), int(rest[1]), int(rest[2]))
     return [_text(one) for one in rest]
+
+
+def _holder(reply: list[Any]) -> Holder | None:
+    return Holder(**json.loads(reply[1]) | {"renewals": int(reply[0])}) if reply else None

@@ -54,7 +54,8 @@ def counted(number: int, noun: str) -> str:
 
 def _nobody_ready(groups: Sequence[GroupBeat]) -> Hindrance:
     if all(beat.state == "draining" for beat in groups):
-        return Hindrance(Why.DRAINING, f"{_names(groups)} drains and takes nothing: hortator resume, or restart")
+        does = "drains and takes" if len(groups) == 1 else "drain and take"
+        return Hindrance(Why.DRAINING, f"{_names(groups)} {does} nothing: hortator resume, or restart")
     told = [
         f"{beat.group} is {beat.state}" + (f": {beat.info['last_failure']}" if beat.info.get("last_failure") else "")
         for beat in groups[:MAX_SHOWN]

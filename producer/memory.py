@@ -23,6 +23,7 @@ from .store import (
     ClaimMode,
     DeadLetter,
     GroupBeat,
+    Holder,
     Lease,
     Outcome,
     QueueInfo,
@@ -106,6 +107,7 @@ class MemoryStore:
         self._letters: list[tuple[DeadLetter, str, int]] = []  # with tenant and step
         self._num_letters = 0
         self._groups: dict[str, tuple[int, GroupBeat]] = {}
+        self._holders: dict[str, tuple[int, Holder]] = {}  # until when a name is whose
         self._mint = Mint(new_secret())
 
     # producers
@@ -458,6 +460,21 @@ class MemoryStore:
                 self._groups.pop(beat.group, None)
             else:
                 self._groups[beat.group] = (self._now(), beat)
+
+    def hold(self, holder: Holder, *, replacing: str = "") -> Holder | None:
+        with self._lock:
+            until, found = self._holders.get(holder.group, (0, holder))
+            if found.life not in (holder.life, replacing) and self._now() < until:
+                return found
+            ours = found.life == holder.life and self._now() < until
+            kept = replace(holder, renewals=found.renewals + 1 if ours else 0)
+            self._holders[holder.group] = self._now() + round(self.rules.beat_ttl_s * 1000), kept
+            return None
+
+    def let_go(self, holder: Holder) -> None:
+        with self._lock:
+            if holder.group in self._holders and self._holders[holder.group][1].life == holder.life:
+                del self._holders[holder.group]
 
     # anybody
 

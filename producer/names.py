@@ -89,6 +89,7 @@ TABLE: tuple[Key, ...] = (
         "one that is empty: after result_ttl_s of silence",
     ),
     Key("hortator:groups", "hash", "group -> its last beat as JSON", "a silent group: after an hour"),
+    Key("hortator:holder:{group}", "string", "the one leader that has this name: life renewals JSON", "beat_ttl_s"),
     Key("hortator:secret", "string", "signs job ids, so that a gone id is told from a never-issued one", "never"),
 )
 

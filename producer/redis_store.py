@@ -25,6 +25,7 @@ from .store import (
     Claim,
     DeadLetter,
     GroupBeat,
+    Holder,
     Lease,
     Outcome,
     QueueInfo,
@@ -134,6 +135,12 @@ class RedisStore:
 
     def beat(self, beat: GroupBeat) -> None:
         self._run(self._calls.beat(beat))
+
+    def hold(self, holder: Holder, *, replacing: str = "") -> Holder | None:
+        return self._run(self._calls.hold(holder, replacing))
+
+    def let_go(self, holder: Holder) -> None:
+        self._run(self._calls.hold(holder, "", leave=True))
 
     def sweep(self, *, limit: int = 1000, expired_before_ms: int | None = None) -> SweepReport:
         return self._run(self._calls.sweep(limit, expired_before_ms))

@@ -125,6 +125,19 @@ class GroupBeat:
 
 
 @dataclass(frozen=True, slots=True)
+class Holder:
+    """The leader that has a group's name.  Pids can be compared between holders of one `place`."""
+
+    group: str
+    host: str
+    pid: int
+    place: str  # machine, boot and namespace of processes
+    born: str  # when the process was made, by that machine's clock
+    life: str  # of the process image
+    renewals: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class QueueInfo:
     """One model's queue."""
 
@@ -204,6 +217,13 @@ class Store(Protocol):
 
     def beat(self, beat: GroupBeat) -> None:
         """Say that the group is alive; makes the model known."""
+
+    def hold(self, holder: Holder, *, replacing: str = "") -> Holder | None:
+        """Take a group's name, or keep it for as long as a beat counts.  None if it is ours, else who has it.
+        `replacing`: a life that is known to be over, whose name may be taken at once."""
+
+    def let_go(self, holder: Holder) -> None:
+        """Give the name up, if it is ours."""
 
     # anybody
     def sweep(self, *, limit: int = 1000, expired_before_ms: int | None = None) -> SweepReport:

@@ -253,7 +253,7 @@ def test_status_shows_queues_and_groups(sh: Shell) -> None:
     lines = [line.split() for line in sh.out("status").splitlines() if line]
     assert lines[0] == ["MODEL", "QUEUED", "OLDEST", "RUNNING", "SUSPECT", "GROUPS"]
     assert lines[1][:2] == ["demo", "1"]
-    assert lines[3] == ["test-worker", "demo", "ready", "-", "1", "0/8", "-", "-", "-", "-"]
+    assert lines[3] == ["test-worker", "demo", "ready", "-", "1", "0/8", "-", "-", "-", "-", "-"]
     assert json.loads(sh.out("status", "--json"))["groups"][0]["group"] == "test-worker"
 
 

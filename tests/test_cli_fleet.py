@@ -17,6 +17,7 @@ FIGURES = {
     "tokens_per_s": 1980.0,
     "kv_use": 0.713,
     "last_failure": None,
+    "host": "h7",
 }
 
 
@@ -31,7 +32,7 @@ def queue(*groups: GroupBeat, depth: int = 310) -> QueueInfo:
 
 def test_a_group_is_one_row_with_its_figures() -> None:
     lines = page([queue(beat("llama-0"))]).splitlines()
-    assert lines[4].split() == ["llama-0", "llama", "ready", "8", "3", "64/64", "16", "31.25", "1980", "71%"]
+    assert lines[4].split() == ["llama-0", "llama", "ready", "8", "3", "64/64", "16", "31.25", "1980", "71%", "h7"]
     assert lines[-1] == "llama: jobs wait: all 64 rows of 1 group are taken"
 
 
@@ -39,6 +40,16 @@ def test_a_group_that_is_down_says_why_and_escapes_what_a_terminal_would_obey() 
     shown = page([queue(beat("llama-1", "down", 0, last_failure="rank 5 was killed\x1b[31m"))])
     assert "llama-1: last failure: rank 5 was killed\\x1b[31m" in shown
     assert "jobs wait: no group is ready: llama-1 is down: rank 5" in shown
+
+
+def test_what_took_a_group_down_is_told_with_its_time_and_the_latest_failed_try_beside_it() -> None:
+    outage = {"reason": "rank 5 was killed", "epoch": 3, "at": 1_790_000_000.0}
+    shown = page([queue(beat("llama-1", "down", 0, last_failure="ssh to h7 ended", outage=outage, given_up=True))])
+    assert "llama-1: went down 2026-" in shown
+    assert "(epoch 3): rank 5 was killed\n" in shown
+    assert "llama-1: and since then: ssh to h7 ended\n" in shown
+    assert "llama-1: it will not be tried again" in shown
+    assert "since then" not in page([queue(beat("llama-1", last_failure="ssh to h7 ended", outage=outage))])
 
 
 def test_draining_and_drained_are_told_apart() -> None:
@@ -56,7 +67,19 @@ def test_an_empty_queue_that_nobody_serves_says_that_jobs_would_wait() -> None:
 
 def test_groups_of_another_version_are_shown_without_the_figures_that_they_do_not_give() -> None:
     bare = GroupBeat(group="old", model="llama", running=1, capacity=8, epoch=1, state="ready", info={"pids": [1, 2]})
-    assert page([queue(bare)]).splitlines()[4].split() == ["old", "llama", "ready", "2", "1", "1/8", "-", "-", "-", "-"]
+    assert page([queue(bare)]).splitlines()[4].split() == [
+        "old",
+        "llama",
+        "ready",
+        "2",
+        "1",
+        "1/8",
+        "-",
+        "-",
+        "-",
+        "-",
+        "-",
+    ]
 
 
 def test_the_json_has_the_reason_too() -> None:

@@ -6,13 +6,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from hortator.cli import run
-from hortator.producer.redis_store import RedisStore
+from hortator.cli_hosts import FleetOnHosts, FoundLeader
+from hortator.cli_logs import merged
+from hortator.cli_waiting import Awaited
 from hortator.producer.store import GroupBeat
-from hortator.topology.leaders import Quarters, birth
+from hortator.topology.leaders import Leader, StateDirectory, birth
 
 FLEET = """
 redis_url = "{redis}"
@@ -30,6 +33,10 @@ class Shell:
         self.directory, self.redis, self._capture = directory, redis, capture
         (directory / "hosts").write_text("127.0.0.1 slots=2\n")
         self.write(max_num_seqs=8)
+
+    @property
+    def state(self) -> StateDirectory:
+        return StateDirectory(self.directory / "state", f"{self.redis} namespace=none")
 
     def write(self, **settings: object) -> None:
         (self.directory / "f.toml").write_text(FLEET.format(redis=self.redis, **settings))
@@ -55,7 +62,8 @@ class Shell:
 def sh(tmp_path: Path, newest_redis_url: str, capsys: pytest.CaptureFixture[str]) -> Iterator[Shell]:
     shell = Shell(tmp_path, newest_redis_url, capsys)
     yield shell
-    Quarters(tmp_path / "state").stop("echo-0", patience_s=0.0)
+    for found in shell.state.leaders():
+        shell.state.stop(found.group, patience_s=0.0)
 
 
 def test_a_fleet_comes_up_takes_new_settings_and_goes_down(sh: Shell) -> None:
@@ -64,11 +72,11 @@ def test_a_fleet_comes_up_takes_new_settings_and_goes_down(sh: Shell) -> None:
     assert "echo-0 is ready" in said
     assert "echo-0 runs already" in sh("up")
     assert sh.rows() == "8"
-    before = Quarters(sh.directory / "state").look("echo-0").pid
+    before = sh.state.look("echo-0").pid
     sh.write(max_num_seqs=12)
     assert "echo-0 is ready" in sh("restart", "--all")
     assert sh.rows() == "12"
-    pid = Quarters(sh.directory / "state").look("echo-0").pid
+    pid = sh.state.look("echo-0").pid
     assert pid not in (None, before)
     assert "group echo-0 is ready after" in sh("logs", "-n", "50").split("echo-0 leader 127.0.0.1 | ")[-1]
     assert "echo-0 is down" in sh("down")
@@ -77,7 +85,7 @@ def test_a_fleet_comes_up_takes_new_settings_and_goes_down(sh: Shell) -> None:
 
 
 def test_a_setting_that_cannot_work_is_told_by_up_itself(sh: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hortator.cli_up.LOOK_EVERY_S", 1.0)
+    monkeypatch.setattr("hortator.cli_waiting.LOOK_EVERY_S", 1.0)
     file = sh.directory / "f.toml"
     file.write_text(file.read_text() + 'engine_typo = "x"\n')
     assert "there is no such key" in sh("up", code=2)
@@ -86,12 +94,123 @@ def test_a_setting_that_cannot_work_is_told_by_up_itself(sh: Shell, monkeypatch:
     assert re.search("error: echo-0.* ended.*/no/such/model", sh("up", code=1))
 
 
-def test_a_group_that_is_alive_elsewhere_is_not_started_again(sh: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_that_is_alive_elsewhere_is_not_started_again_and_both_places_are_named(
+    sh: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("hortator.cli_up.STRANGER_S", 0.0)
-    with RedisStore(sh.redis) as store:
-        store.beat(GroupBeat("echo-0", "echo", 0, 8, 1, "ready"))
-    assert "echo-0: alive, but not on the host where the plan has it" in sh("up", code=1)
-    assert Quarters(sh.directory / "state").look("echo-0").pid is None
+    beat = GroupBeat("echo-0", "echo", 0, 8, 1, "ready", {"host": "h9", "pid": 4711, "born": "x"})
+    monkeypatch.setattr("hortator.cli_hosts.FleetOnHosts.alive", lambda _: {"echo-0": beat})
+    said = sh("up", code=1)
+    assert "echo-0 is alive (pid 4711 on h9), but" in said
+    assert "on 127.0.0.1, where the plan has it, knows nothing of it: it was started with another --dir" in said
+    assert sh.state.look("echo-0").pid is None
+
+
+def test_two_fleets_whose_files_have_one_name_have_nothing_to_do_with_each_other(
+    tmp_path: Path, newest_redis_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    started = []
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "hosts").write_text("127.0.0.1 slots=2\n")
+        text = FLEET.format(redis=newest_redis_url, max_num_seqs=8)
+        (tmp_path / name / "fleet.toml").write_text(f'namespace = "{name}:"\n' + text)
+        assert run(["up", str(tmp_path / name / "fleet.toml")]) == 0
+        said = capsys.readouterr().out
+        assert "echo-0 starts" in said, "the other fleet's leader is not taken for this one's"
+        started.append(int(said.split("pid ")[1].split()[0]))
+    assert run(["down", "--fleet", str(tmp_path / "y" / "fleet.toml")]) == 0
+    assert [birth(pid) != "" for pid in started] == [True, False]
+    log = capsys.readouterr() and run(["logs", str(tmp_path / "x" / "fleet.toml"), "--dir", str(tmp_path / "no")])
+    assert log == 1
+    assert "no log in" in capsys.readouterr().err
+    assert run(["down", "--fleet", str(tmp_path / "x" / "fleet.toml")]) == 0
+
+
+def test_a_fleet_that_shrank_or_moved_says_what_runs_beyond_it_and_ends_it_when_told(sh: Shell) -> None:
+    file = sh.directory / "f.toml"
+    one = file.read_text()
+    (sh.directory / "hosts").write_text("127.0.0.1 slots=1\nlocalhost slots=1\n")
+    assert "pid" in sh("up", "--exclude", "127.0.0.1", "--no-wait")
+    file.write_text(one + "replicas = 2\n")
+    said = sh("up")
+    assert "echo-0 runs already" in said, "it is found where it is, whatever the plan for empty hosts says"
+    assert "echo-1 starts: pid" in said
+    assert sh.state.look("echo-1").seats[0].host == "127.0.0.1", "beside the group that runs"
+    file.write_text(one)
+    said = sh("down")
+    assert "echo-0 is down" in said
+    assert "note: echo-1 runs too (pid" in said
+    assert {line.split()[2] for line in sh("logs").splitlines()} == {"127.0.0.1", "localhost"}
+    assert "echo-1 is down" in sh("down", "echo-1")
+    assert all(found.pid is None for found in sh.state.leaders())
+
+
+def test_nothing_is_started_before_every_leaders_host_has_answered(sh: Shell) -> None:
+    (sh.directory / "hosts").write_text("127.0.0.1 slots=1\nno-such-host.invalid slots=1\n")
+    file = sh.directory / "f.toml"
+    file.write_text(file.read_text().replace("127.0.0.1", "0.0.0.0") + "replicas = 2\n")
+    said = sh("up", code=1)
+    assert "error: no-such-host.invalid: ssh: Could not resolve hostname" in said
+    assert "nothing was started" in said
+    assert sh.state.leaders() == []
+    file.write_text(file.read_text().replace("0.0.0.0", "127.0.0.1"))
+    assert "is every host's own, but leaders run on 127.0.0.1, no-such-host.invalid" in sh("up", code=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["up", "FILE", "--for", "slurm"], "--for slurm goes with --launcher external"),
+        (["restart", "--all", "--fleet", "FILE", "--namespace", "x:"], "--namespace and --fleet"),
+        (["down", "--fleet", "FILE", "--redis-url", "redis://a"], "--redis-url and --fleet"),
+        (["down", "--fleet", "FILE", "--all"], "--all is every group of a Redis"),
+        (["down", "a", "--dir", "x"], "--dir goes with --fleet"),
+        (["drain"], "which groups?"),
+        (["drain", "a", "--all"], "and a was named too"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(
+    sh: Shell, arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(sh.directory / "f.toml")
+    assert run([file if word == "FILE" else word for word in arguments]) == 2
+    assert problem in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["drain", "resume", "restart", "down"])
+def test_all_of_nothing_is_said_with_the_same_words_by_every_command(
+    command: str, newest_redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([command, "--all", "--redis-url", newest_redis_url]) == 1
+    assert capsys.readouterr().err == "error: no group is alive in this Redis and namespace: nothing to do\n"
+
+
+def test_only_the_leader_that_was_started_makes_its_group_ready(capsys: pytest.CaptureFixture[str]) -> None:
+    leader = Leader(group="echo-0", pid=1, log=Path("log"), born="ours")
+    awaited = Awaited(cast(FleetOnHosts, None), {"echo-0": FoundLeader("a", leader)})
+
+    def beat(born: str, state: str = "ready", **info: object) -> dict[str, GroupBeat]:
+        told = {"born": born, "pid": 7, "host": "b"} | info
+        return {"echo-0": GroupBeat("echo-0", "echo", 0, 8, 1, state, told)}
+
+    awaited.look(beat("another"))
+    assert list(awaited.left) == ["echo-0"]
+    assert "echo-0 is another process's: pid 7 on b has this name" in capsys.readouterr().err
+    awaited.look(beat("ours"))
+    assert (awaited.left, awaited.failed) == ({}, False)
+    hopeless = Awaited(cast(FleetOnHosts, None), {"echo-0": FoundLeader("a", leader)})
+    hopeless.look(beat("ours", "down", last_failure="no such model", given_up=True))
+    assert (hopeless.left, hopeless.failed) == ({}, True), "what will not be tried again is not waited for"
+
+
+def test_lines_of_several_leaders_are_in_the_order_of_time() -> None:
+    tails = [
+        ["before any time", "[2026-11-24 10:00:01,000: INFO/M] a", "its second line", "[2026-11-24 10:00:03,000: I] c"],
+        ["[2026-11-24 10:00:02,000: INFO/M] b"],
+    ]
+    assert [text[-1] for _, text in merged(tails)] == ["e", "a", "e", "b", "c"]
 
 
 def test_what_others_start_is_printed_where_psutil_is_not_installed_and_hosts_do_not_resolve(tmp_path: Path) -> None:

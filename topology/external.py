@@ -166,12 +166,6 @@ def recipes(
             raise CannotStart(f"no recipe for {style!r}: there are {', '.join(STYLES)}")
 
 
-def recipe(style: str, fleet: Fleet, group: PlannedGroup, *, python: Path) -> str:
-    """One group's alone, as if it had its hosts for itself."""
-    [found] = recipes(style, fleet, [group], [group], python=python)
-    return found.text
-
-
 def joined(found: Sequence[Recipe]) -> str:
     """All in one text.  Raises CannotStart for more than one sbatch file, of which only the first would start."""
     if len(found) > 1 and any(one.file.endswith(".sbatch") for one in found):

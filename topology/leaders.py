@@ -1,7 +1,9 @@
 """The leaders of one host: started detached from whoever asks, found again, stopped.
 
-What is known of each lies in the fleet's directory on its host: `NAME.json` (which process) and `NAME.log` (what leader
-and ranks say).  A process is known by its pid and the time of its start, which outlasts that it starts itself anew.
+What is known of each lies in the fleet's directory on its host: `NAME.json` (which process, and where its ranks are),
+`NAME.log` (what leader and ranks say), and `fleet` (whose directory it is).
+
+A process is known by its pid and the time of its start, which outlasts that it starts itself anew.
 The environment of a leader holds the URL of Redis, so it is written nowhere.
 """
 
@@ -24,24 +26,36 @@ LOOK_S = 1.5
 """A leader with a wrong setting says so and ends within this."""
 
 POLL_S = 0.05
+OWNER = "fleet"
 RANK_MODULE = "hortator.workers.rank"
 TAIL_BYTES = 64 << 10
 
 GroupName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
 
 
+class Seat(BaseModel):
+    """The devices of one host that a group has."""
+
+    model_config = ConfigDict(frozen=True)
+
+    host: str
+    devices: tuple[int, ...]
+
+
 class Order(BaseModel):
-    """What to start.  `argv` runs with `environment` over the host's own."""
+    """What to start.  `argv` runs with `environment` over the host's own; `seats`: where its ranks will be."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     group: GroupName
     argv: tuple[str, ...]
     environment: Mapping[str, str]
+    model: str = ""
+    seats: tuple[Seat, ...] = ()
 
 
 class Leader(BaseModel):
-    """What is known of one: `pid` None while none runs."""
+    """What is known of one: `pid` None while none runs.  `born` tells a process from others of its number."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -51,8 +65,14 @@ class Leader(BaseModel):
     fresh: bool = False
     """It was started by this very call."""
 
+    born: str = ""
+    model: str = ""
+    seats: tuple[Seat, ...] = ()
+    started: float = 0.0
+    """Seconds since 1970."""
+
     last_words: str = ""
-    """The last line of the log of one that has ended."""
+    """The last line of its log; of one that has ended the last complaint, if there is one."""
 
 
 class Record(BaseModel):
@@ -60,20 +80,47 @@ class Record(BaseModel):
 
     pid: int
     born: str
+    model: str = ""
+    seats: tuple[Seat, ...] = ()
+    started: float = 0.0
 
 
-class Quarters:
-    """The fleet's directory on this host; `~` is the home of whoever runs this."""
+class StateDirectory:
+    """The fleet's directory on this host; `~` is the home of whoever runs this.  `fleet` says which fleet that is: the
+    directory of another one is refused with CannotStart, so that its leaders are never taken for ours."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, fleet: str = "") -> None:
         try:
             self.directory = directory.expanduser()
+        except RuntimeError as error:
+            raise CannotStart(f"the fleet's directory {directory}: {error}") from None
+        self.fleet = fleet
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            self._check((self.directory / OWNER).read_text())
+
+    def _check(self, owner: str) -> None:
+        if owner != self.fleet:
+            raise CannotStart(
+                f"{self.directory} is the directory of another fleet ({owner}), and this one is {self.fleet}:"
+                " give it another one (--dir)"
+            )
+
+    def _make(self) -> None:
+        """The directory, and its owner in it: of two fleets that come at once one is refused."""
+        try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except (OSError, RuntimeError) as error:
-            raise CannotStart(f"the fleet's directory {directory} cannot be made: {error}") from None
+            ours = self.directory / f"{OWNER}.{os.getpid()}"
+            ours.write_text(self.fleet)
+            with contextlib.suppress(FileExistsError):
+                os.link(ours, self.directory / OWNER)  # whole, or not at all
+            ours.unlink()
+        except OSError as error:
+            raise CannotStart(f"the fleet's directory {self.directory} cannot be made: {error}") from None
+        self._check((self.directory / OWNER).read_text())
 
     def start(self, order: Order) -> Leader:
         """Start it unless it runs.  Raises CannotStart with its last words if it ends at once."""
+        self._make()
         with self._lock(order.group):
             if (leader := self.look(order.group)).pid is not None:
                 return leader
@@ -88,18 +135,34 @@ class Quarters:
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                 )
-            self._record(order.group).write_text(Record(pid=process.pid, born=birth(process.pid)).model_dump_json())
+            record = Record(
+                pid=process.pid, born=birth(process.pid), model=order.model, seats=order.seats, started=time.time()
+            )
+            self._record(order.group).write_text(record.model_dump_json())
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = process.wait(LOOK_S)
             raise CannotStart(f"group {order.group} ended at once with {code}: {self._last_words(order.group)}")
         process.returncode = 0  # it is meant to be left running, of which Popen would warn
-        return Leader(group=order.group, pid=process.pid, log=self.log(order.group), fresh=True)
+        return self._leader(order.group, record).model_copy(update={"fresh": True})
 
     def look(self, group: str) -> Leader:
         """The leader, if it runs."""
-        pid = self._living(group)
+        return self._leader(group, self._read(group))
+
+    def leaders(self) -> list[Leader]:
+        """All that were ever started here and have not been forgotten, living or not."""
+        groups = sorted(file.stem for file in self.directory.glob("*.json"))
+        return [self.look(group) for group in groups]
+
+    def _leader(self, group: str, record: Record | None) -> Leader:
+        if record is None:
+            return Leader(group=group, pid=None, log=self.log(group), last_words=self._last_words(group))
+        lives = birth(record.pid) == record.born
         return Leader(
-            group=group, pid=pid, log=self.log(group), last_words="" if pid is not None else self._last_words(group)
+            **record.model_dump() | {"pid": record.pid if lives else None},
+            group=group,
+            log=self.log(group),
+            last_words=self._last_line(group) if lives else self._last_words(group),
         )
 
     def stop(self, group: str, *, patience_s: float) -> bool:
@@ -135,7 +198,7 @@ class Quarters:
             with self.log(group).open("rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - max(TAIL_BYTES, 200 * num_lines)))
                 return file.read().decode(errors="replace").splitlines()[-num_lines:] if num_lines else []
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
     def follow(self, group: str) -> Iterator[str]:
@@ -162,15 +225,23 @@ class Quarters:
         finally:
             file.close()
 
-    def _last_words(self, group: str) -> str:
+    def _last_line(self, group: str) -> str:
         return next((line.strip()[:400] for line in reversed(self.tail(group, 40)) if line.strip()), "it said nothing")
 
-    def _living(self, group: str) -> int | None:
+    def _last_words(self, group: str) -> str:
+        """Why it ended: what was critical, if it says so among the last lines, else the last one."""
+        lines = reversed(self.tail(group, 12))
+        return next((line.strip()[:400] for line in lines if ": CRITICAL/" in line), self._last_line(group))
+
+    def _read(self, group: str) -> Record | None:
         try:
-            record = Record.model_validate_json(self._record(group).read_text())
-        except (FileNotFoundError, ValueError):
+            return Record.model_validate_json(self._record(group).read_text())
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
-        return record.pid if birth(record.pid) == record.born else None
+
+    def _living(self, group: str) -> int | None:
+        record = self._read(group)
+        return record.pid if record is not None and birth(record.pid) == record.born else None
 
     def _record(self, group: str) -> Path:
         return self.directory / f"{group}.json"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .deepspeed import check_hosts
 from .fleet import Fleet
-from .leaders import Order
+from .leaders import Order, Seat
 from .plan import PlannedGroup
 from .variables import check_variables
 
@@ -33,14 +33,16 @@ def leader_order(fleet: Fleet, group: PlannedGroup, *, python: Path, launcher: s
     said = {f"HORTATOR_{name}": str(value) for name, value in place.items() if value is not None}
     return Order(
         group=group.name,
-        argv=celery_command(python, queue=spec.name, group=group.name),
+        argv=celery_command(python, queue=spec.name, group=group.name, quiet=True),
         environment={**fleet.environment, **fleet.worker_environment(spec), **said},
+        model=spec.name,
+        seats=tuple(Seat(host=seat.host, devices=seat.devices) for seat in group.hosts),
     )
 
 
-def celery_command(python: Path, *, queue: str, group: str) -> tuple[str, ...]:
-    """As one would type it."""
-    command = (str(python), "-m", "celery", "-A", "hortator.workers", "worker")
+def celery_command(python: Path, *, queue: str, group: str, quiet: bool = False) -> tuple[str, ...]:
+    """As one would type it; `quiet`: without Celery's banner."""
+    command = (str(python), "-m", "celery", *(("-q",) if quiet else ()), "-A", "hortator.workers", "worker")
     return (*command, "-Q", queue, "-n", f"{group}@%h", "-l", "INFO")
 
 

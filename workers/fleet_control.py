@@ -63,8 +63,10 @@ class FleetControl:
         return {beat.group: beat for queue in self._store.queues() for beat in queue.groups}
 
     def chosen(self, groups: Sequence[str], *, everything: bool = False) -> list[str]:
-        """The groups that are meant, all alive.  Raises NoSuchGroup."""
+        """The groups that are meant, all alive.  Raises NoSuchGroup, also if everything is nothing."""
         alive = self.alive()
+        if everything and not alive:
+            raise NoSuchGroup("no group is alive in this Redis and namespace: nothing to do")
         if unknown := [group for group in groups if group not in alive]:
             there = ", ".join(sorted(alive)) or "none"
             raise NoSuchGroup(f"no group {unknown[0]} is alive; alive: {there}")

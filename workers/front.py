@@ -40,6 +40,7 @@ from .live import Live, Strand
 from .outbox import Delivery, Letter, Outbox
 from .settings import WorkerSettings
 from .supervisor import Down
+from .tenure import Tenure
 from .text import Text
 
 logger = logging.getLogger("hortator.front")
@@ -90,6 +91,7 @@ class Front:
         self._link = Link(clock)
         self._claimer = Claimer(store, self._link, settings, clock=clock)
         self._outbox = Outbox(store, model=self._queue)
+        self._tenure = Tenure(store, self._link, settings.group, clock=clock)
         self._sweeper = Sweeper(store, settings.lease_s, clock=clock)
         self._gauges = Gauges(group, clock)
         self._handles = itertools.count(1)
@@ -102,7 +104,8 @@ class Front:
         self._admits: list[Request] = []
         self._cancels: list[int] = []
         self._deadlines: list[tuple[float, int, Outcome]] = []  # (when, tie breaker, how it ends)
-        self._checked = False
+        self._sound = False  # this Redis loses no job
+        self._checked = False  # and the name is ours
         self._draining = False
         self._journal_every_s = journal_every_s
         self._renew_every_s = min(settings.lease_s / 3, RENEW_EVERY_S)
@@ -150,7 +153,7 @@ class Front:
             capacity=self.capacity,
             epoch=self._group.epoch,
             state=self.state,
-            info=self.details(),
+            info=self.details() | {name: getattr(self._tenure.holder, name) for name in ("host", "pid", "born")},
         )
 
     # ---- from the store to the engine
@@ -407,8 +410,11 @@ class Front:
 
     def leave(self) -> None:
         """Tell the fleet that this group ends; without it the group would pass for alive a while longer."""
+        if not self._tenure.held:  # what beats under this name is another leader
+            return
         with contextlib.suppress(StoreUnavailable):
             self._link.call(self._store.beat, dataclasses.replace(self.beat(), state="gone"))
+            self._tenure.leave()
 
     def hand_back(self, leases: Iterable[Lease] | None = None, *, reason: str = "draining") -> None:
         """Return jobs (default: all) to the queue at once, with their tokens; the attempt is not charged."""
@@ -461,15 +467,23 @@ class Front:
         return LONGEST_DELIVERY_S if self._crowded else 0.001
 
     def _check(self, _now: float) -> None:
-        """Refuse a Redis that would lose jobs, before the first claim."""
+        """Refuse a Redis that would lose jobs, and take the group's name, before the first claim."""
         if self._checked:
             return
         try:
-            self._link.call(self._store.check)
+            if not self._sound:
+                self._link.call(self._store.check)
         except (StoreUnsuitable, StoreForbidden) as error:
             self.fatal = error.message
         else:
-            self._checked = True
+            self._sound = True
+            self._checked = self._holds_name()
+
+    def _holds_name(self) -> bool:
+        """A leader that may not have its name must end."""
+        held = self._tenure.keep()
+        self.fatal = self.fatal or self._tenure.refusal
+        return held
 
     def _expire(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
@@ -525,6 +539,9 @@ class Front:
             return
         self._beat_at = now + BEAT_EVERY_S
         self._gauges.turn_over()
+        if not self._holds_name():
+            self._checked = False
+            return
         self._link.call(self._store.beat, self.beat())
 
     def _sweep(self, now: float) -> None:

@@ -1,6 +1,7 @@
 """What a group says of itself, for people: in its beat and in `inspect stats`."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from .engine.step import EngineStats, StepOutput
@@ -32,7 +33,7 @@ class Gauges:
         self._since = now
 
     def read(self, stats: EngineStats | None) -> dict[str, Any]:
-        failure = self._group.last_failure
+        failure, outage = self._group.last_failure, self._group.outage
         found = stats.cached_tokens / stats.prompt_tokens if stats and stats.prompt_tokens else 0.0
         kv_use = 1 - stats.free_blocks / stats.total_blocks if stats and stats.total_blocks else 0.0
         return {
@@ -46,4 +47,6 @@ class Gauges:
             "pids": list(self._group.pids.values()),
             "ranks": len(self._group.members),
             "last_failure": str(failure) if failure else None,
+            "outage": asdict(outage) if outage else None,
+            "given_up": self._group.given_up,
         }

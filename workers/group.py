@@ -22,7 +22,7 @@ from .engine.step import EngineInfo, EngineStats, Request, StepOutput
 from .launching import make_launcher
 from .pipe import Pipe, PipeBroken, read_report, submissions
 from .settings import WorkerSettings
-from .supervisor import Down, Live, Supervisor
+from .supervisor import Down, Live, Outage, Supervisor
 
 __all__ = ["Down", "Event", "Group", "Ready", "Stepped"]
 
@@ -159,6 +159,16 @@ class Group:
     @property
     def last_failure(self) -> str | None:
         return self._supervisor.last_failure
+
+    @property
+    def outage(self) -> Outage | None:
+        """How the group last went down; kept while it is up again."""
+        return self._supervisor.outage
+
+    @property
+    def given_up(self) -> bool:
+        """It is down and will not be tried again."""
+        return self._supervisor.given_up
 
     @property
     def rejected(self) -> Mapping[str, int]:

@@ -65,6 +65,15 @@ class Failure:
     by_pause: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """How the group last went down: what comes after it, until the group is ready again, are failed tries to rise."""
+
+    reason: str
+    epoch: int
+    at: float  # seconds since 1970
+
+
 class Supervisor:
     """`post` is called from the thread, with Live and Down in turn; `environment` is what ranks may inherit."""
 
@@ -92,6 +101,9 @@ class Supervisor:
         self.pids: dict[int, int] = {}
         self._server: ControlServer | None = None
         self.last_failure: str | None = None
+        self.outage: Outage | None = None
+        self.given_up = False
+        """It is down and will not be tried again."""
         self.rejected: Mapping[str, int] = {}
         """Connections to the control port that were turned away, by reason."""
         self._watch = Watch(settings.heartbeat_s, settings.heartbeat_timeout_s)
@@ -149,7 +161,9 @@ class Supervisor:
     def _report(self, failure: Failure) -> float | None:
         """Post Down; the pause until the next try, None for ever."""
         self.phase = "down"
-        self.last_failure = failure.reason
+        self.last_failure, self.given_up = failure.reason, failure.permanent
+        if self.outage is None or self._ready_since is not None:
+            self.outage = Outage(failure.reason, self.epoch, time.time())
         retry_in_s = None if failure.permanent else self._backoff_s()
         again = f"next try in {retry_in_s:g} s" if retry_in_s is not None else "not tried again: change the settings"
         log.error("group of epoch %d is down: %s; %s", self.epoch, failure.reason, again)

@@ -12,7 +12,17 @@ from typing import Annotated
 
 import typer
 
-from hortator import __version__, cli_doctor, cli_fleet, cli_jobs, cli_letters, cli_plan, cli_servers, cli_up
+from hortator import (
+    __version__,
+    cli_doctor,
+    cli_fleet,
+    cli_jobs,
+    cli_leader,
+    cli_letters,
+    cli_plan,
+    cli_servers,
+    cli_up,
+)
 from hortator.cli_errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, explain, fail_line
 
 app = typer.Typer(
@@ -24,7 +34,7 @@ app = typer.Typer(
 )
 keys = typer.Typer(help="API keys.")
 
-for room in (cli_servers, cli_jobs, cli_plan, cli_up, cli_fleet, cli_doctor, cli_letters):
+for room in (cli_servers, cli_jobs, cli_plan, cli_up, cli_leader, cli_fleet, cli_doctor, cli_letters):
     room.register(app)
 app.add_typer(keys, name="keys")
 

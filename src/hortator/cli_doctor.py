@@ -7,14 +7,14 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
 
 from hortator.cli_errors import EXIT_FAILED, EXIT_OK, printable
 from hortator.cli_fleet_file import checked_fleet
-from hortator.cli_plan import hosts_of, plan_of
+from hortator.cli_plan import Exclude, Hostfile, Include, NumGpus, NumNodes, hosts_of, plan_of
 from hortator.cli_store import AsJson
 
 if TYPE_CHECKING:
@@ -40,9 +40,11 @@ def register(app: typer.Typer) -> None:
 def doctor(
     fleet_file: Annotated[Path | None, typer.Argument(metavar="[FLEET]", help="fleet file (TOML or YAML)")] = None,
     *,
-    hostfile: Annotated[Path | None, typer.Option("--hostfile", help="default: the fleet file's")] = None,
-    include: Annotated[str, typer.Option(help="as DeepSpeed's: HOST[:GPU,GPU]@HOST...")] = "",
-    exclude: Annotated[str, typer.Option(help="likewise")] = "",
+    hostfile: Hostfile = None,
+    include: Include = "",
+    exclude: Exclude = "",
+    num_nodes: NumNodes = None,
+    num_gpus: NumGpus = None,
     model: Annotated[list[Path] | None, typer.Option("--model", help="also check this model directory")] = None,
     port: Annotated[list[int] | None, typer.Option("--port", help="must be free on every host")] = None,
     device: Annotated[str, typer.Option(help="auto | cpu | cuda; default: what the fleet's models say")] = "",
@@ -56,7 +58,8 @@ def doctor(
     from hortator.topology.doctor import examine, suggested_environment
     from hortator.topology.survey import survey
 
-    fleet, used = wanted_hosts(fleet_file, hostfile, include=include, exclude=exclude)
+    filters = {"include": include, "exclude": exclude, "num_nodes": num_nodes, "num_gpus": num_gpus}
+    fleet, used = wanted_hosts(fleet_file, hostfile, **filters)
     teams, planned = teams_of(fleet, used)
     hosts = {host.address: host.slots for host in used}
     ward = Ward.of(
@@ -113,7 +116,7 @@ def checksum(model: Path) -> Mapping[str, str]:
 
 
 def wanted_hosts(
-    fleet_file: Path | None, hostfile: Path | None, *, include: str = "", exclude: str = ""
+    fleet_file: Path | None, hostfile: Path | None, **filters: Any
 ) -> "tuple[Fleet | None, tuple[HostSlots, ...]]":
     """The fleet file, if one is given, and the hosts that are used, as `hortator plan` would have them."""
     from hortator.topology.hostfile import read_hostfile
@@ -121,10 +124,10 @@ def wanted_hosts(
 
     if fleet_file is not None:
         fleet = checked_fleet(fleet_file)
-        return fleet, hosts_of(fleet, hostfile or fleet.hostfile, include=include, exclude=exclude)
+        return fleet, hosts_of(fleet, hostfile or fleet.hostfile, **filters)
     if hostfile is None:
         raise typer.BadParameter("give a FLEET file or --hostfile")
-    return None, filter_hosts(read_hostfile(hostfile), include=include, exclude=exclude)
+    return None, filter_hosts(read_hostfile(hostfile), **filters)
 
 
 def teams_of(fleet: "Fleet | None", hosts: "Sequence[HostSlots]") -> "tuple[tuple[Team, ...], tuple[Finding, ...]]":
@@ -281,7 +284,10 @@ def suggestions(environments: Mapping[str, Mapping[str, str]]) -> Iterable[str]:
 
 
 def verdict(findings: Iterable["Finding"], num_hosts: int, took_s: float) -> str:
+    from hortator.producer.hindrance import counted
+
     grades = [str(finding.grade) for finding in findings]
     bad, doubts = grades.count("fail"), grades.count("warn")
-    said = "fit to run" if not bad else f"{bad} checks failed"
-    return f"{num_hosts} hosts in {took_s:.1f} s: {said}" + (f", {doubts} warnings" if doubts else "")
+    said = "fit to run" if not bad else f"{counted(bad, 'check')} failed"
+    warned = f", {counted(doubts, 'warning')}" if doubts else ""
+    return f"{counted(num_hosts, 'host')} in {took_s:.1f} s: {said}{warned}"

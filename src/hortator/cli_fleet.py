@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hortator.cli_errors import EXIT_FAILED, EXIT_OK, fail_line, printable
+from hortator.cli_errors import EXIT_OK, printable
+from hortator.cli_hosts import Directory, FleetOnHosts, SshProgram
 from hortator.cli_store import AsJson, Namespace, RedisUrl, client, store_settings
 
 if TYPE_CHECKING:
-    from hortator.cli_up import Commanded
     from hortator.producer.store import GroupBeat, QueueInfo
     from hortator.workers.fleet_control import FleetControl
 
+WithFleetHostfile = Annotated[
+    Path | None, typer.Option("--hostfile", "-H", help="with --fleet; default: the fleet file's")
+]
 MAX_FAILURE_CHARS = 160
 
 Groups = Annotated[list[str] | None, typer.Argument(metavar="[GROUP...]", help="as `hortator status` names them")]
@@ -57,8 +60,9 @@ def drain(
     namespace: Namespace = None,
 ) -> int:
     """Let groups finish what they run and take nothing more.  They stay up, idle, until resume, restart or down."""
+    check_choice(groups, everything)
     with fleet_control(redis_url, namespace) as control:
-        chosen = chosen_groups(control, groups, everything)
+        chosen = control.chosen(groups or (), everything=everything)
         control.drain(chosen, on_done=lambda group: typer.echo(f"{group} is drained"))
     return EXIT_OK
 
@@ -70,8 +74,9 @@ def resume(
     namespace: Namespace = None,
 ) -> int:
     """Let drained groups take jobs again."""
+    check_choice(groups, everything)
     with fleet_control(redis_url, namespace) as control:
-        for group in control.tell("resume", chosen_groups(control, groups, everything)):
+        for group in control.tell("resume", control.chosen(groups or (), everything=everything)):
             typer.echo(f"{group} takes jobs again")
     return EXIT_OK
 
@@ -83,23 +88,26 @@ def restart(
     fleet_file: Annotated[
         Path | None, typer.Option("--fleet", help="take its settings; without it groups keep those that they have")
     ] = None,
-    directory: Annotated[Path | None, typer.Option("--dir", help="as `hortator up` was told")] = None,
-    launcher: Annotated[str, typer.Option(help="with --fleet: ssh | deepspeed")] = "ssh",
-    ssh_program: Annotated[str, typer.Option("--ssh", help="the ssh client")] = "ssh",
+    hostfile: WithFleetHostfile = None,
+    directory: Directory = None,
+    launcher: Annotated[str | None, typer.Option(help="with --fleet: ssh (default) | deepspeed")] = None,
+    ssh_program: SshProgram = None,
     redis_url: RedisUrl = None,
     namespace: Namespace = None,
 ) -> int:
     """Drain groups and start them again, one after the other, each when the one before is ready."""
+    only_with_fleet(fleet_file, hostfile=hostfile, dir=directory, launcher=launcher, ssh=ssh_program)
+    only_without_fleet(fleet_file, redis_url=redis_url, namespace=namespace)
+    check_choice(groups, everything)
     if fleet_file is not None:
-        from hortator.cli_up import Commanded
+        from hortator.cli_steering import restart_fleet
+        from hortator.cli_up import check_launcher
 
-        fleet = Commanded.read(fleet_file, None, directory=directory, ssh=ssh_program)
-        if bool(groups) == everything:
-            raise typer.BadParameter("name groups, or say --all, and not both")
-        return restart_fleet(fleet, groups or (), launcher=launcher)
+        check_launcher(launcher or "ssh", ("ssh", "deepspeed"))
+        fleet = FleetOnHosts.read(fleet_file, hostfile, directory=directory, ssh=ssh_program)
+        return restart_fleet(fleet, groups or (), launcher=launcher or "ssh")
     with fleet_control(redis_url, namespace) as control:
-        chosen = chosen_groups(control, groups, everything)
-        for number, group in enumerate(chosen):
+        for number, group in enumerate(control.chosen(groups or (), everything=everything)):
             if number and group not in control.alive():
                 typer.echo(f"{group} is gone: left out", err=True)
                 continue
@@ -115,64 +123,43 @@ def down(
         Path | None,
         typer.Option("--fleet", help="its groups; ends also what Redis does not reach, and looks for orphans"),
     ] = None,
-    directory: Annotated[Path | None, typer.Option("--dir", help="as `hortator up` was told")] = None,
-    ssh_program: Annotated[str, typer.Option("--ssh", help="the ssh client")] = "ssh",
+    hostfile: WithFleetHostfile = None,
+    directory: Directory = None,
+    ssh_program: SshProgram = None,
     redis_url: RedisUrl = None,
     namespace: Namespace = None,
 ) -> int:
     """Stop groups, all at once: they finish what runs within their grace and hand the rest back."""
+    only_with_fleet(fleet_file, hostfile=hostfile, dir=directory, ssh=ssh_program)
+    only_without_fleet(fleet_file, redis_url=redis_url, namespace=namespace)
     if fleet_file is not None:
-        from hortator.cli_up import Commanded
+        if everything:
+            raise typer.BadParameter("--all is every group of a Redis; with --fleet leave it out: its groups are meant")
+        from hortator.cli_steering import down_fleet
 
-        return down_fleet(Commanded.read(fleet_file, None, directory=directory, ssh=ssh_program), groups or ())
+        return down_fleet(FleetOnHosts.read(fleet_file, hostfile, directory=directory, ssh=ssh_program), groups or ())
+    check_choice(groups, everything)
     with fleet_control(redis_url, namespace) as control:
-        chosen = chosen_groups(control, groups, everything)
-        if chosen:
-            control.stop(chosen, on_done=lambda group: typer.echo(f"{group} is down"))
+        chosen = control.chosen(groups or (), everything=everything)
+        control.stop(chosen, on_done=lambda group: typer.echo(f"{group} is down"))
     return EXIT_OK
 
 
-def restart_fleet(fleet: "Commanded", names: Sequence[str], *, launcher: str) -> int:
-    """One group after the other: stop it over Redis, start it over ssh with the fleet file's settings of today."""
-    from hortator.cli_up import wait_ready
-
-    for group in fleet.chosen(names):
-        with fleet_control(fleet.fleet.redis_url, fleet.fleet.namespace) as control:
-            if group.name in control.alive():
-                control.stop([group.name], on_done=lambda name: typer.echo(f"{name} is down"))
-        ended = list(fleet.end([group]))
-        if not all(answer.ok for answer in ended):
-            return fail_line(f"{group.name}: {ended[0].problem}; the other groups were left as they are", EXIT_FAILED)
-        if not (fleet.start([group], launcher) and wait_ready(fleet, [group])):
-            return EXIT_FAILED
-    return EXIT_OK
+def check_choice(groups: Sequence[str] | None, everything: bool) -> None:
+    if groups and everything:
+        raise typer.BadParameter(f"--all is every group, and {', '.join(groups)} was named too: leave one of them out")
+    if not groups and not everything:
+        raise typer.BadParameter("which groups? Name them as `hortator status` does, or say --all")
 
 
-def down_fleet(fleet: "Commanded", names: Sequence[str]) -> int:
-    """Over Redis first, which lets jobs finish; then over ssh, so that nothing is left."""
-    from hortator.cli_up import last_json
-    from hortator.producer.errors import HortatorError
+def only_with_fleet(fleet_file: Path | None, **options: object) -> None:
+    for name in (name for name, value in options.items() if value is not None and fleet_file is None):
+        raise typer.BadParameter(f"--{name} goes with --fleet: without it groups are reached over Redis alone")
 
-    groups = fleet.chosen(names)
-    ranks: dict[str, tuple[tuple[int, int], ...]] = {}
-    try:
-        with fleet_control(fleet.fleet.redis_url, fleet.fleet.namespace) as control:
-            alive = control.alive()
-            chosen = [group.name for group in groups if group.name in alive]
-            if chosen:
-                ranks = {leader.group: leader.ranks for leader in control.tell("look", chosen).values()}
-                control.stop(chosen, on_done=lambda group: typer.echo(f"{group} is down"))
-    except HortatorError as problem:
-        typer.echo(f"warning: {printable(problem.message)}; going on over ssh", err=True)
-    failed = False
-    for answer in fleet.end(groups):
-        if not answer.ok:
-            failed = bool(fail_line(f"{answer.host}: {answer.problem}", EXIT_FAILED))
-        elif last_json(answer)["ended"]:
-            typer.echo(f"{answer.host} is ended on its host")
-    for host, pids in fleet.left(ranks).items():
-        failed = bool(fail_line(f"{host}: ranks are left: pid {', '.join(map(str, pids))}; kill them", EXIT_FAILED))
-    return EXIT_FAILED if failed else EXIT_OK
+
+def only_without_fleet(fleet_file: Path | None, **options: object) -> None:
+    for name in (name for name, value in options.items() if value is not None and fleet_file is not None):
+        raise typer.BadParameter(f"--{name.replace('_', '-')} and --fleet: the fleet file says which Redis it is")
 
 
 @contextmanager
@@ -188,12 +175,6 @@ def fleet_control(redis_url: str | None, namespace: str | None) -> Iterator["Fle
             yield control
         finally:
             control.close()
-
-
-def chosen_groups(control: "FleetControl", groups: Sequence[str] | None, everything: bool) -> list[str]:
-    if bool(groups) == everything:
-        raise typer.BadParameter("name groups, or say --all, and not both")
-    return control.chosen(groups or (), everything=everything)
 
 
 # ---- what status shows
@@ -246,7 +227,7 @@ def queue_rows(queues: Sequence["QueueInfo"]) -> Iterator[tuple[str, ...]]:
 
 
 def group_rows(queues: Sequence["QueueInfo"]) -> Iterator[tuple[str, ...]]:
-    yield "GROUP", "MODEL", "STATE", "RANKS", "EPOCH", "RUNNING", "WAITING", "STEPS/S", "TOKENS/S", "KV"
+    yield "GROUP", "MODEL", "STATE", "RANKS", "EPOCH", "RUNNING", "WAITING", "STEPS/S", "TOKENS/S", "KV", "HOST"
     for beat in (beat for queue in queues for beat in queue.groups):
         yield (
             beat.group,
@@ -259,6 +240,7 @@ def group_rows(queues: Sequence["QueueInfo"]) -> Iterator[tuple[str, ...]]:
             told(beat, "steps_per_s"),
             told(beat, "tokens_per_s"),
             f"{beat.info['kv_use']:.0%}" if isinstance(beat.info.get("kv_use"), int | float) else "-",
+            printable(str(beat.info.get("host", "-"))),
         )
 
 
@@ -279,9 +261,20 @@ def told(beat: "GroupBeat", name: str) -> str:
 
 
 def failure_lines(queues: Sequence["QueueInfo"]) -> Iterator[str]:
+    """What took each group down, when, and while it is down why it does not rise."""
     for beat in (beat for queue in queues for beat in queue.groups):
-        if failure := beat.info.get("last_failure"):
-            yield f"{beat.group}: last failure: {str(failure)[:MAX_FAILURE_CHARS]}"
+        failure, outage = beat.info.get("last_failure"), beat.info.get("outage")
+        first = outage if isinstance(outage, dict) else {}
+        reason = str(first.get("reason", failure))[:MAX_FAILURE_CHARS]
+        if first:
+            at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(first.get("at", 0))))
+            yield f"{beat.group}: went down {at} (epoch {first.get('epoch')}): {reason}"
+        elif failure:
+            yield f"{beat.group}: last failure: {reason}"
+        if first and failure != first.get("reason") and beat.state != "ready":
+            yield f"{beat.group}: and since then: {str(failure)[:MAX_FAILURE_CHARS]}"
+        if beat.info.get("given_up"):
+            yield f"{beat.group}: it will not be tried again: mend the cause and restart it"
 
 
 def why(queue: "QueueInfo") -> str | None:

@@ -49,6 +49,7 @@ def plan(
     if as_json and as_mermaid:
         raise typer.BadParameter("--json and --mermaid cannot be given together")
     made = planned(fleet_file, hostfile, include=include, exclude=exclude, num_nodes=num_nodes, num_gpus=num_gpus)
+    check_redis(fleet_file, made)
     if svg is not None:
         write(svg, picture.svg(made))
     if as_json:
@@ -60,6 +61,16 @@ def plan(
 
         show_plan(made)
     return EXIT_OK
+
+
+def check_redis(fleet_file: Path, made: "Plan") -> None:
+    """A Redis that the file names, and that each leader's host would take for its own, is refused as `up` would."""
+    from hortator.cli_fleet_file import checked_fleet
+    from hortator.topology.identity import check_redis_is_reached
+
+    fleet = checked_fleet(fleet_file)
+    if "redis_url" in fleet.model_fields_set:
+        check_redis_is_reached(fleet, (group.hosts[0].host for group in made.groups))
 
 
 def plan_memory(

@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from hortator.producer.hindrance import counted
 from hortator.topology.memory import human, usable_bytes
 
 if TYPE_CHECKING:
@@ -25,9 +26,8 @@ def show_plan(plan: "Plan") -> None:
     """Groups, GPUs, traffic, notes."""
     console = _console()
     used = plan.num_slots - plan.num_free
-    console.print(
-        f"{len(plan.groups)} groups on {used} of {plan.num_slots} GPUs of {len(plan.hosts)} hosts, {plan.num_free} free"
-    )
+    groups, gpus, hosts = len(plan.groups), counted(plan.num_slots, "GPU"), counted(len(plan.hosts), "host")
+    console.print(f"{counted(groups, 'group')} on {used} of {gpus} of {hosts}, {plan.num_free} free")
     console.print(_groups(plan))
     many = sum(len(group.ranks) for group in plan.groups) > MAX_RANK_ROWS
     console.print(_hosts(plan) if many else _ranks(plan))

@@ -22,7 +22,7 @@ def queue(*groups: GroupBeat, suspects: int = 0) -> QueueInfo:
         (queue(), Why.NO_GROUP, "no group is alive: start one"),
         (queue(beat(state="starting")), Why.NOT_READY, "a is starting"),
         (queue(beat(state="down", last_failure="rank 1 died")), Why.NOT_READY, "a is down: rank 1 died"),
-        (queue(beat(state="draining"), beat("b", "draining")), Why.DRAINING, "a, b drains"),
+        (queue(beat(state="draining"), beat("b", "draining")), Why.DRAINING, "a, b drain and take nothing"),
         (queue(beat(running=8), beat("b", running=9)), Why.FULL, "all 16 rows of 2 groups are taken"),
         (queue(beat(), suspects=1), Why.SUSPECTS, "1 job of a crashed batch"),
         (queue(beat(running=3, kv_use=0.97, waiting=2)), Why.MEMORY, "KV cache of a is full"),

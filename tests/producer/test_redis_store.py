@@ -20,7 +20,7 @@ from hortator.producer.names import TABLE
 from hortator.producer.redis_store import AsyncRedisStore, RedisStore
 from hortator.producer.rules import Rules
 from hortator.producer.schema import State
-from hortator.producer.store import GroupBeat, Lease, Receipt, ReleaseReason, Signals, Verdict
+from hortator.producer.store import GroupBeat, Holder, Lease, Receipt, ReleaseReason, Signals, Verdict
 from tests.conftest import REDIS_EXECUTABLES
 from tests.producer.rig import MODEL, NAMESPACE, RedisRig, done, foreign, job, prompts_of, tokens
 
@@ -64,6 +64,7 @@ def pattern(key: str) -> re.Pattern[str]:
 def test_every_key_is_in_the_table_with_its_type_and_expiry(redis_rig: RedisRig) -> None:
     busy(redis_rig)
     redis_rig.store.issued("x", tenant="y")
+    redis_rig.store.hold(Holder("g", "host", 1, "place", "born", "life"))
     seen = set()
     for name in redis_rig.all_keys():
         assert name.startswith(NAMESPACE)

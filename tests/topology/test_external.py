@@ -274,7 +274,9 @@ WRITTEN = re.compile(
 )
 
 
-@pytest.mark.parametrize("page", ["docs/08-many-nodes.md", "compose/kubernetes/base/group.yaml"])
+@pytest.mark.parametrize(
+    "page", ["docs/08-many-nodes.md", "docs/09-launching.md", "compose/kubernetes/base/group.yaml"]
+)
 def test_ports_and_the_secrets_place_are_everywhere_the_ones_that_recipes_print(page: str) -> None:
     found = [match.groupdict() for match in WRITTEN.finditer((ROOT / page).read_text())]
     values = {value for one in found for value in one.values() if value}

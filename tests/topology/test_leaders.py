@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 
 from hortator.topology.errors import CannotStart
-from hortator.topology.leaders import Order, Quarters, birth
+from hortator.topology.leaders import Order, Seat, StateDirectory, birth
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
 
 
 @pytest.fixture
-def quarters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Quarters]:
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StateDirectory]:
     monkeypatch.setattr("hortator.topology.leaders.LOOK_S", 0.2)
-    made = Quarters(tmp_path / "fleet")
+    made = StateDirectory(tmp_path / "fleet", "redis://a:6379/0 namespace=x:")
+    made.directory.mkdir()
     yield made
     if (pid := made.look("g").pid) is not None:
         os.kill(pid, signal.SIGKILL)
@@ -29,56 +30,55 @@ def order(code: str, **environment: str) -> Order:
     return Order(group="g", argv=(sys.executable, "-c", code), environment=environment)
 
 
-def test_a_leader_outlives_whoever_started_it_and_is_found_again(tmp_path: Path, quarters: Quarters) -> None:
+def test_a_leader_outlives_whoever_started_it_and_is_found_again(tmp_path: Path, state: StateDirectory) -> None:
     script = (
         "import sys; from pathlib import Path; from hortator.topology.leaders import *;"
-        "print(Quarters(Path(sys.argv[1])).start(Order(group='g', argv=('sleep', '60'), environment={})).pid)"
+        "print(StateDirectory(Path(sys.argv[1]), sys.argv[2])"
+        ".start(Order(group='g', argv=('sleep', '60'), environment={})).pid)"
     )
     started = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "fleet")], capture_output=True, text=True, check=True
+        [sys.executable, "-c", script, str(tmp_path / "fleet"), state.fleet], capture_output=True, text=True, check=True
     )
-    assert quarters.look("g").pid == int(started.stdout)
+    assert state.look("g").pid == int(started.stdout)
 
 
-def test_a_group_that_runs_is_not_started_twice(quarters: Quarters) -> None:
-    first = quarters.start(order("import time; time.sleep(60)"))
-    again = quarters.start(order("import time; time.sleep(60)"))
+def test_a_group_that_runs_is_not_started_twice(state: StateDirectory) -> None:
+    first = state.start(order("import time; time.sleep(60)"))
+    again = state.start(order("import time; time.sleep(60)"))
     assert (first.fresh, again.fresh, again.pid) == (True, False, first.pid)
 
 
-def test_one_that_ends_at_once_is_an_error_with_its_last_words(quarters: Quarters) -> None:
+def test_one_that_ends_at_once_is_an_error_with_its_last_words(state: StateDirectory) -> None:
     with pytest.raises(CannotStart, match="ended at once with 78: hortator: model_path is not set"):
-        quarters.start(order("import sys; print('hortator: model_path is not set'); sys.exit(78)"))
-    assert quarters.look("g").pid is None
+        state.start(order("import sys; print('hortator: model_path is not set'); sys.exit(78)"))
+    assert state.look("g").pid is None
 
 
-def test_a_later_process_of_the_same_number_is_not_taken_for_the_leader(quarters: Quarters) -> None:
-    quarters.directory.joinpath("g.json").write_text(f'{{"pid": {os.getpid()}, "born": "another boot:1"}}')
-    assert quarters.look("g").pid is None
-    assert quarters.stop("g", patience_s=1) is False
+def test_a_later_process_of_the_same_number_is_not_taken_for_the_leader(state: StateDirectory) -> None:
+    state.directory.joinpath("g.json").write_text(f'{{"pid": {os.getpid()}, "born": "another boot:1"}}')
+    assert state.look("g").pid is None
+    assert state.stop("g", patience_s=1) is False
 
 
-def test_one_that_ignores_sigterm_is_killed_when_the_patience_is_over(quarters: Quarters) -> None:
-    pid = quarters.start(order(STUBBORN)).pid
+def test_one_that_ignores_sigterm_is_killed_when_the_patience_is_over(state: StateDirectory) -> None:
+    pid = state.start(order(STUBBORN)).pid
     assert pid is not None
     began = time.monotonic()
-    assert quarters.stop("g", patience_s=0.3) is True
+    assert state.stop("g", patience_s=0.3) is True
     assert 0.3 <= time.monotonic() - began < 3
     assert birth(pid) == ""
 
 
-def test_what_it_is_told_is_in_its_environment_and_on_no_disk(quarters: Quarters) -> None:
-    quarters.start(
-        order("import os, time; print(os.environ['SEKRET'][:2], flush=True); time.sleep(60)", SEKRET="s3kret")
-    )
-    assert quarters.tail("g", 5) == ["s3"]
-    assert not any("s3kret" in file.read_text() for file in quarters.directory.iterdir())
-    assert {oct(file.stat().st_mode & 0o077) for file in quarters.directory.glob("*.log")} == {"0o0"}
+def test_what_it_is_told_is_in_its_environment_and_on_no_disk(state: StateDirectory) -> None:
+    state.start(order("import os, time; print(os.environ['SEKRET'][:2], flush=True); time.sleep(60)", SEKRET="s3kret"))
+    assert state.tail("g", 5) == ["s3"]
+    assert not any("s3kret" in file.read_text() for file in state.directory.iterdir())
+    assert {oct(file.stat().st_mode & 0o077) for file in state.directory.glob("*.log")} == {"0o0"}
 
 
-def test_a_log_is_followed_over_its_rotation(quarters: Quarters) -> None:
-    log = quarters.log("g")
-    lines = quarters.follow("g")
+def test_a_log_is_followed_over_its_rotation(state: StateDirectory) -> None:
+    log = state.log("g")
+    lines = state.follow("g")
     assert next(lines) == ""
     with log.open("a") as file:
         file.write("one\ntw")
@@ -92,3 +92,24 @@ def test_a_log_is_followed_over_its_rotation(quarters: Quarters) -> None:
 def test_a_group_is_no_path(name: str) -> None:
     with pytest.raises(ValueError, match="group"):
         Order(group=name, argv=("true",), environment={})
+
+
+def test_the_directory_of_another_fleet_is_refused_and_its_leaders_are_not_taken_for_ours(
+    state: StateDirectory,
+) -> None:
+    state.start(order("import time; time.sleep(60)"))
+    with pytest.raises(CannotStart, match=r"the directory of another fleet \(redis://a:6379/0 namespace=x:\)"):
+        StateDirectory(state.directory, "redis://a:6379/0 namespace=y:")
+
+
+def test_where_the_ranks_are_is_remembered_also_of_a_leader_that_has_ended(state: StateDirectory) -> None:
+    seats = (Seat(host="a", devices=(2, 3)),)
+    started = state.start(order("import time; time.sleep(60)").model_copy(update={"seats": seats, "model": "m"}))
+    assert state.stop("g", patience_s=1)
+    [found] = state.leaders()
+    assert (found.pid, found.born, found.model, found.seats) == (None, started.born, "m", seats)
+
+
+def test_the_last_words_of_a_leader_are_its_complaint_not_its_farewell(state: StateDirectory) -> None:
+    with pytest.raises(CannotStart, match=r"CRITICAL/MainProcess\] group g is led by pid 7"):
+        state.start(order("print('[x: CRITICAL/MainProcess] group g is led by pid 7\\n[x: INFO/MainProcess] drained')"))

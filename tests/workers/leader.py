@@ -12,7 +12,7 @@ from hortator.workers.engine.step import EngineInfo, EngineStats, Fault, Finish,
 from hortator.workers.front import Front
 from hortator.workers.group import Event, Ready, Stepped
 from hortator.workers.settings import WorkerSettings
-from hortator.workers.supervisor import Down
+from hortator.workers.supervisor import Down, Outage
 from hortator.workers.text import ByteText
 
 MODEL = "m"
@@ -34,6 +34,8 @@ class FakeGroup:
 
     def __init__(self) -> None:
         self.epoch, self.state, self.pids, self.last_failure = 1, "ready", {0: 11, 1: 12}, None
+        self.outage: Outage | None = None
+        self.given_up = False
         self.members: dict[int, object] = dict.fromkeys(self.pids, None)
         self.admitted: list[Request] = []
         self.cancelled: list[int] = []

@@ -1,17 +1,19 @@
 """The front: every way that a job can go, with a clock and a group that the test moves."""
 
+import dataclasses
 from typing import Any
 
 import pytest
 
 from hortator.producer.errors import HortatorError, StoreForbidden, StoreUnavailable, StoreUnsuitable
 from hortator.producer.schema import FinishReason, Job, State
-from hortator.producer.store import Lease, Outcome, ReleaseReason, Verdict
+from hortator.producer.store import Holder, Lease, Outcome, ReleaseReason, Verdict
 from hortator.workers.engine.step import EngineStats, Finish, StepOutput, Structure, StructureKind, Token
 from hortator.workers.front import MIN_DEADLINES
 from hortator.workers.group import Stepped
 from hortator.workers.intake import seed_of
 from hortator.workers.outbox import COMMITS_PER_CALL, Delivery, Outbox
+from hortator.workers.tenure import this_process
 from tests.workers.leader import EOS, MODEL, Leader
 from tests.workers.messages import message
 
@@ -921,6 +923,58 @@ def test_a_job_handed_back_is_at_once_free_for_others_and_its_attempt_is_not_cha
     assert claimed.lease.attempt == 2
     assert leader.status().attempt == 1
     assert leader.group.cancelled
+
+
+def another_leader(leader: Leader, **fields: Any) -> Holder:
+    """Of the same name, on another host."""
+    return dataclasses.replace(this_process("g"), host="elsewhere", place="elsewhere", life="other", **fields)
+
+
+def test_a_leader_whose_name_a_living_leader_has_says_whose_it_is_and_ends() -> None:
+    leader = Leader(ready=False)
+    other = another_leader(leader, pid=4711)
+    leader.store.hold(other)
+    leader.enqueue(job_id="waits")
+    leader.ready()
+    for _ in range(3):
+        leader.turn(after_s=1.1)
+        leader.store.hold(other)
+    assert leader.front.fatal == (
+        "group g is led by pid 4711 on elsewhere already: end that one first, or choose another name"
+    )
+    assert leader.status("waits").state is State.QUEUED
+    leader.front.leave()
+    assert "beat" not in leader.redis.calls, "it neither beats in the other's name nor takes leave in it"
+
+
+def test_the_name_of_a_leader_that_was_killed_is_free_again_when_its_beats_are_old() -> None:
+    leader = Leader(ready=False)
+    leader.store.hold(another_leader(leader))
+    leader.enqueue(job_id="waits")
+    leader.ready()
+    for _ in range(7):
+        leader.turn(after_s=1.0)
+    assert leader.front.fatal is None
+    assert leader.status("waits").state is State.RUNNING
+
+
+def test_a_leader_that_was_killed_here_can_be_started_again_at_once() -> None:
+    leader = Leader(ready=False)
+    leader.store.hold(dataclasses.replace(this_process("g"), pid=1, born="boot:a dead one's"))
+    leader.enqueue(job_id="waits")
+    leader.ready()
+    leader.turn()
+    assert leader.status("waits").state is State.RUNNING
+
+
+def test_a_leader_that_was_silent_while_another_took_its_name_ends() -> None:
+    leader = Leader()
+    leader.clock.now += 6.0
+    leader.store.hold(another_leader(leader))
+    leader.enqueue(job_id="waits")
+    leader.turn()
+    assert "was taken over by pid" in (leader.front.fatal or "")
+    assert leader.status("waits").state is State.QUEUED
 
 
 def test_a_group_says_every_second_that_it_lives() -> None:

@@ -1,12 +1,16 @@
 """Operating a fleet on real machines, each command typed on the first of them: doctor, up, logs, restart, down."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
+from hortator.producer.embedded import executables
 from hortator.producer.schema import State
 from tests.together.nodes.cluster import Cluster
 from tests.together.nodes.machines import REPOSITORY
@@ -51,9 +55,9 @@ class Shell:
 
     def __call__(self, *arguments: str, code: int = 0) -> str:
         command = self.cluster.first.command(sys.executable, "-m", "hortator", *arguments)
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
         assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout
+        return done.stdout if code == 0 else done.stdout + done.stderr
 
     def state(self) -> tuple[str, str]:
         return "--dir", str(self.directory / "state")
@@ -89,6 +93,47 @@ def test_a_fleet_is_started_read_and_ended_over_ssh(cluster: Cluster, sh: Shell)
     assert "echo-0 is down" in sh("down", "--fleet", str(sh.fleet_file), *sh.state())
     assert cluster.living() == []
     assert cluster.first.matching("hortator.workers") == []
+
+
+@contextmanager
+def redis_for_all(cluster: Cluster) -> Iterator[str]:
+    """Its URL: a server that every machine reaches."""
+    directory = cluster.directory / "redis-for-all"
+    directory.mkdir()
+    options = {"bind": "0.0.0.0", "port": "7000", "protected-mode": "no", "dir": str(directory), "save": ""}
+    arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+    server = cluster.first.popen(str(executables()[0]), *arguments, stdout=subprocess.DEVNULL)
+    try:
+        yield f"redis://{cluster.first.address}:7000/0"
+    finally:
+        server.kill()
+        server.wait(10)
+        for process in cluster.first.matching("7000"):
+            process.kill()
+
+
+def test_up_names_a_leader_on_another_machine_and_a_second_leader_of_its_name_ends(cluster: Cluster, sh: Shell) -> None:
+    with redis_for_all(cluster) as redis:
+        text = sh.fleet_file.read_text().replace(cluster.redis.url, redis)
+        file, state = sh.directory / "single.toml", ("--dir", str(sh.directory / "state-of-single"))
+        file.write_text(text.replace("tensor_parallel_size = 2", "tensor_parallel_size = 1"))
+        assert "echo-0 is ready" in sh("up", str(file), *state, "-i", "nodeB")
+        [rank] = cluster.machines["nodeB"].ranks()
+        said = sh("up", str(file), "--dir", str(sh.directory / "elsewhere"), "-i", "nodeA", code=1)
+        assert re.search(r"echo-0 is alive \(pid \d+ on nodeB\), but .* on nodeA, where the plan has it, knows", said)
+        settings = {"GROUP": "echo-0", "MODEL": "echo", "ENGINE": "echo", "DEVICE": "cpu", "REDIS_URL": redis}
+        second = cluster.first.popen(
+            *(sys.executable, "-m", "celery", "-A", "hortator.workers", "worker"),
+            env=os.environ | {f"HORTATOR_{name}": value for name, value in settings.items()},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        words, _ = second.communicate(timeout=40)
+        assert re.search(rb"group echo-0 is led by pid \d+ on nodeB already", words), words
+        assert rank.is_running()
+        assert "echo-0 runs already" in sh("up", str(file), *state), "it stays on nodeB"
+        assert "echo-0 is down" in sh("down", "--fleet", str(file), *state)
+        assert not rank.is_running()
 
 
 def test_the_doctor_examines_real_machines_and_names_the_slow_link(cluster: Cluster, sh: Shell) -> None:

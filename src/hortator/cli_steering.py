@@ -1,0 +1,125 @@
+"""Restarting and ending groups of a fleet file: over Redis first, then on their hosts."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import typer
+
+from hortator.cli_errors import EXIT_FAILED, EXIT_OK, fail_line, printable
+from hortator.cli_fleet import fleet_control
+from hortator.cli_hosts import FleetOnHosts, Inventory, last_json, leftovers
+from hortator.cli_up import leaders_hosts, stranger, taken, tell_unreached, tell_what_runs
+from hortator.cli_waiting import wait_ready
+
+if TYPE_CHECKING:
+    from hortator.producer.store import GroupBeat
+    from hortator.topology.plan import Plan
+
+
+def restart_fleet(fleet: FleetOnHosts, names: Sequence[str], *, launcher: str) -> int:
+    """One group after the other: stop it over Redis, start it over ssh, with the file's settings of today."""
+    from hortator.topology.identity import check_redis_is_reached
+
+    chosen = fleet.chosen(names)
+    inventory = fleet.inventory()
+    check_redis_is_reached(fleet.fleet, leaders_hosts(fleet.plan(), chosen), here=fleet.road.here)
+    if tell_unreached(inventory):
+        return fail_line("nothing was restarted: each host must answer first", EXIT_FAILED)
+    for name in chosen:
+        beat = fleet.alive().get(name)
+        plan = plan_again(fleet, name, inventory)
+        if beat is not None and name not in inventory.living:
+            return fail_line(stranger(fleet, name, beat, plan), EXIT_FAILED)
+        [group] = [one for one in plan.groups if one.name == name]
+        if others := taken(group, inventory):  # its own former place is no hindrance
+            return fail_line(f"{name}: {', '.join(others)} would be in its way: it was left as it is", EXIT_FAILED)
+        if beat is not None:
+            with fleet_control(fleet.fleet.redis_url, fleet.fleet.namespace) as control:
+                control.stop([name], on_done=lambda group: typer.echo(f"{group} is down"))
+        for answer in fleet.end([inventory.living[name]] if name in inventory.living else []):
+            if not answer.ok:
+                return fail_line(f"{name}: {answer.problem}; the other groups were left as they are", EXIT_FAILED)
+        started = fleet.start([group], launcher)
+        if not (started and wait_ready(fleet, started)):
+            tell_what_runs(fleet, started)
+            return EXIT_FAILED
+        inventory = fleet.inventory()
+    return EXIT_OK
+
+
+def plan_again(fleet: FleetOnHosts, name: str, inventory: Inventory) -> "Plan":
+    """The group is where it was started last if that will do, whatever filters that start had."""
+    others = {group: seats for group, seats in inventory.running.items() if group != name}
+    slots = {(host.address, slot) for host in fleet.hosts for slot in host.slots}
+    seats = inventory.latest[name].seats if name in inventory.latest else ()
+    if seats and all((seat.host, device) in slots for seat in seats for device in seat.devices):
+        plan = fleet.plan(others | {name: seats})
+        if any(group.name == name and group.hosts == seats for group in plan.groups):
+            return plan
+    return fleet.plan(others)
+
+
+def down_fleet(fleet: FleetOnHosts, names: Sequence[str]) -> int:
+    """Over Redis first, which lets jobs finish; then over ssh, so that nothing is left."""
+    inventory = fleet.inventory()
+    alive = alive_or_warning(fleet)
+    models = set(fleet.names.values())
+    chosen = fleet.chosen(names, (*inventory.latest, *(one.group for one in alive.values() if one.model in models)))
+    ranks = stop_over_redis(fleet, [name for name in chosen if name in alive])
+    failed = tell_unreached(inventory)
+    for answer in fleet.end([one for name, one in inventory.living.items() if name in chosen]):
+        if not answer.ok:
+            failed = bool(fail_line(f"{answer.host}: {answer.problem}", EXIT_FAILED))
+        elif last_json(answer)["ended"]:
+            typer.echo(f"{answer.host} is ended on its host")
+    for answer in fleet.left(pids_by_host(inventory, ranks)):
+        if not answer.ok:
+            problem = f"{answer.host} cannot be asked whether ranks are left: {answer.problem}"
+            failed = bool(fail_line(problem, EXIT_FAILED))
+        elif pids := last_json(answer)["left"]:
+            listed = ", ".join(map(str, pids))
+            failed = bool(fail_line(f"{answer.host}: ranks are left: pid {listed}; kill them", EXIT_FAILED))
+    if not names:
+        still = {name: beat for name, beat in alive.items() if name not in chosen}
+        others = tuple(one for one in inventory.found if one.leader.group not in chosen)
+        for line in leftovers(fleet, Inventory(others), still):
+            typer.echo(f"note: {printable(line)}", err=True)
+    return EXIT_FAILED if failed else EXIT_OK
+
+
+def alive_or_warning(fleet: FleetOnHosts) -> "dict[str, GroupBeat]":
+    """What Redis knows alive; without it hosts can still be asked."""
+    from hortator.producer.errors import StoreUnavailable
+
+    try:
+        return fleet.alive()
+    except StoreUnavailable as problem:
+        typer.echo(f"warning: {printable(problem.message)}; going on over ssh", err=True)
+        return {}
+
+
+def stop_over_redis(fleet: FleetOnHosts, groups: Sequence[str]) -> dict[str, tuple[tuple[int, int], ...]]:
+    """Rank and pid of each rank of these groups, which are told to stop."""
+    from hortator.producer.errors import HortatorError
+
+    ranks: dict[str, tuple[tuple[int, int], ...]] = {}
+    if not groups:
+        return ranks
+    try:
+        with fleet_control(fleet.fleet.redis_url, fleet.fleet.namespace) as control:
+            ranks = {leader.group: leader.ranks for leader in control.tell("look", groups).values()}
+            control.stop(groups, on_done=lambda group: typer.echo(f"{group} is down"))
+    except HortatorError as problem:
+        typer.echo(f"warning: {printable(problem.message)}; going on over ssh", err=True)
+    return ranks
+
+
+def pids_by_host(inventory: Inventory, ranks: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, list[int]]:
+    """Of groups whose seats are known."""
+    pids: dict[str, list[int]] = {}
+    for group, some in ranks.items():
+        hosts = inventory.latest[group].hosts_of_ranks if group in inventory.latest else ()
+        for rank, pid in some:
+            if rank < len(hosts):
+                pids.setdefault(hosts[rank], []).append(pid)
+    return pids

@@ -1,0 +1,109 @@
+"""Waiting until started groups are ready, and saying meanwhile what for."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import typer
+
+from hortator.cli_errors import EXIT_FAILED, fail_line, printable
+from hortator.cli_store import client
+
+if TYPE_CHECKING:
+    from hortator.cli_hosts import FleetOnHosts, FoundLeader
+    from hortator.producer.store import GroupBeat
+
+POLL_S = 0.5
+LOOK_EVERY_S = 4.0
+SAY_EVERY_S = 10.0
+START_S = 30.0  # beyond its ranks' start: what a leader itself needs
+
+
+def wait_ready(fleet: "FleetOnHosts", started: "Mapping[str, FoundLeader]") -> bool:
+    """Until all are ready, or have failed, or the time for starting is over."""
+    limit_s = max(spec.start_timeout_s for spec in fleet.fleet.models) + START_S
+    until = time.monotonic() + limit_s
+    awaited = Awaited(fleet, dict(started))
+    with client(fleet.fleet.redis_url, fleet.fleet.namespace) as talk:
+        while awaited.left and time.monotonic() < until:
+            awaited.look({beat.group: beat for queue in talk.queues() for beat in queue.groups})
+            time.sleep(POLL_S if awaited.left else 0)
+    if awaited.left:
+        fail_line(f"not ready after {limit_s:.0f} s: {', '.join(awaited.left)}; see hortator logs", EXIT_FAILED)
+    return not awaited.left and not awaited.failed
+
+
+@dataclass
+class Awaited:
+    """Groups that are to become ready.  One that goes down says why and is waited for, because it tries again; one
+    whose leader has ended, or that has given up, has failed.  Only the leaders that were started count: what another
+    process says under the same name is not theirs."""
+
+    fleet: "FleetOnHosts"
+    left: "dict[str, FoundLeader]"
+    failed: bool = False
+    look_at: float = field(default_factory=lambda: time.monotonic() + LOOK_EVERY_S)
+    say_at: float = field(default_factory=lambda: time.monotonic() + SAY_EVERY_S)
+    told: dict[str, str] = field(default_factory=dict)
+    states: dict[str, str] = field(default_factory=dict)
+
+    def look(self, beats: "Mapping[str, GroupBeat]") -> None:
+        """What the groups say, and now and then what their hosts say of them."""
+        for name in self.left.keys() & beats.keys():
+            if is_of(beats[name], self.left[name]):
+                self._note(name, beats[name])
+            else:
+                self._tell(name, f"{name} is another process's: {where(beats[name])} has this name")
+        if self.left and time.monotonic() > self.look_at:
+            self.look_at = time.monotonic() + LOOK_EVERY_S
+            self._ask_hosts()
+
+    def _note(self, name: str, beat: "GroupBeat") -> None:
+        self.states[name] = beat.state
+        failure = printable(str(beat.info.get("last_failure")))
+        if beat.state == "ready":
+            del self.left[name]
+            typer.echo(f"{name} is ready")
+        elif beat.state == "draining":
+            del self.left[name]
+            typer.echo(f"{name} was told to drain and takes nothing: `hortator resume {name}` ends that")
+        elif beat.info.get("given_up"):
+            self._fail(name, f"{name} is down and will not be tried again: {failure}")
+        elif beat.info.get("last_failure"):
+            self._tell(name, f"{name} is {beat.state}: {failure}")
+
+    def _tell(self, name: str, text: str) -> None:
+        if self.told.get(name) != text:
+            self.told[name] = text
+            typer.echo(text, err=True)
+
+    def _fail(self, name: str, text: str) -> None:
+        del self.left[name]
+        self.failed = bool(fail_line(text, EXIT_FAILED))
+
+    def _ask_hosts(self) -> None:
+        inventory = self.fleet.inventory(dict.fromkeys(one.host for one in self.left.values()))
+        say = time.monotonic() > self.say_at
+        for name, found in inventory.latest.items():
+            ours = self.left.get(name)
+            if ours is None or ours.host in inventory.unreached:
+                continue
+            if found.leader.born != ours.leader.born or found.leader.pid is None:
+                self._fail(name, f"{name} has ended: {found.leader.last_words}")
+            elif say:
+                state = self.states.get(name, "silent")
+                typer.echo(printable(f"waiting for {name} ({found}), {state}: {found.leader.last_words}"), err=True)
+        for host, problem in inventory.unreached.items():
+            self._tell(host, f"{host} does not answer: {printable(problem)}")
+        if say:
+            self.say_at = time.monotonic() + SAY_EVERY_S
+
+
+def is_of(beat: "GroupBeat", found: "FoundLeader") -> bool:
+    """Said by this very process.  Leaders of versions that do not say which they are are taken at their name."""
+    return bool(beat.info.get("born", found.leader.born) == found.leader.born)
+
+
+def where(beat: "GroupBeat") -> str:
+    return f"pid {beat.info.get('pid', '?')} on {beat.info.get('host', '?')}"

@@ -1,0 +1,56 @@
+"""What tells two fleets apart: the Redis and the namespace in which the names of their groups are unique.  Pure."""
+
+import hashlib
+import ipaddress
+from collections.abc import Iterable
+from urllib.parse import parse_qs, urlsplit
+
+from .errors import BadFleet
+from .fleet import Fleet
+
+
+def identity_of(fleet: Fleet) -> str:
+    """Fit to be shown and stored: without user and password."""
+    return f"{_place(fleet.redis_url)} namespace={fleet.namespace or 'none'}"
+
+
+def state_name(stem: str, identity: str) -> str:
+    """The name of the fleet's directory on its hosts."""
+    return f"{stem}-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
+
+
+def check_redis_is_reached(fleet: Fleet, leaders: Iterable[str], *, here: Iterable[str] | None = None) -> None:
+    """Raises BadFleet if these leaders' hosts cannot all mean the same Redis.  `here`: those that are this one."""
+    hosts = dict.fromkeys(leaders)
+    alone = len(hosts) == 1 if here is None else set(hosts) <= set(here)
+    if hosts and not alone and _is_local(fleet.redis_url):
+        raise BadFleet(
+            f"redis_url {_place(fleet.redis_url)} is every host's own, but leaders run on {_listed(list(hosts))}: "
+            "give an address that all of them reach, as redis://10.0.0.1:6379/0 (docs/10-operating.md says how to run "
+            "such a Redis)"
+        )
+
+
+def _place(url: str) -> str:
+    parts = urlsplit(url)
+    asked = parse_qs(parts.query)
+    database = asked.get("db", ["0"])[0]
+    if parts.scheme == "unix":
+        return f"unix://{parts.path}?db={database}"
+    host = (parts.hostname or "localhost").lower()
+    return f"{parts.scheme}://{host}:{parts.port or 6379}/{parts.path.strip('/') or database}"
+
+
+def _is_local(url: str) -> bool:
+    parts = urlsplit(url)
+    host = (parts.hostname or "localhost").lower()
+    if parts.scheme == "unix" or host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _listed(hosts: list[str]) -> str:
+    return ", ".join(hosts[:5]) + (f" and {len(hosts) - 5} more" if len(hosts) > 5 else "")
