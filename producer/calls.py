@@ -299,7 +299,7 @@ _NO_PASSWORD = re.compile(
     r"\bNOAUTH\b|Authentication required|HELLO must be called with the client already authenticated"
 )
 _PROTECTED = re.compile(r"\bDENIED\b.*protected mode")
-_WITH_PASSWORD = "write redis://:PASSWORD@HOST:PORT/DB"
+_HOW = "write redis://:PASSWORD@HOST:PORT/DB"
 _FORBIDDEN = re.compile(r"\b(NOAUTH|WRONGPASS|NOPERM)\b|can't run this command|can't access at least one of the keys")
 
 
@@ -309,12 +309,12 @@ def translate(error: Exception, where: str) -> HortatorError:
     text = str(error)
     if _NO_PASSWORD.search(text):
         return StoreForbidden(
-            f"Redis at {where} wants a password, and the URL has none: {_WITH_PASSWORD}", retry_after_s=5
+            f"Redis at {where} wants a password, and the URL has none: {_HOW}", retry_after_s=5
         )
     if _PROTECTED.search(text):
         return StoreForbidden(
-            f"Redis at {where} is in protected mode: without a password it takes nobody from another machine; give it one"
-            f" (requirepass in its configuration) and {_WITH_PASSWORD}",
+            f"Redis at {where} is in protected mode: without a password it takes nobody from another machine;"
+            f" give it one (requirepass in its configuration) and {_HOW}",
             retry_after_s=5,
         )
     if isinstance(error, broken.AuthenticationError | broken.NoPermissionError) or _FORBIDDEN.search(text):
