@@ -110,10 +110,14 @@ class Quarters:
         for number, wait_s in ((signal.SIGTERM, patience_s), (signal.SIGKILL, 5.0)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-            until = time.monotonic() + wait_s
+            until, told = time.monotonic() + wait_s, image(pid)
             while self._living(group) == pid:
                 if time.monotonic() > until:
                     break
+                if (now := image(pid)) != told:  # it had just started itself anew, and has not heard of it
+                    told = now
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, number)
                 time.sleep(POLL_S)
             else:
                 return True
@@ -170,7 +174,7 @@ class Quarters:
             record = Record.model_validate_json(self._record(group).read_text())
         except (FileNotFoundError, ValueError):
             return None
-        return record.pid if birth(record.pid) == record.born else None
+        return record.pid if record.born and birth(record.pid) == record.born else None
 
     def _record(self, group: str) -> Path:
         return self.directory / f"{group}.json"
@@ -200,3 +204,13 @@ def birth(pid: int) -> str:
         return ""
     fields = re.sub(r"^.*\) ", "", stat, flags=re.DOTALL).split()
     return "" if fields[0] == "Z" else f"{boot}:{fields[19]}"
+
+
+def image(pid: int) -> str:
+    """Where the kernel has put the program of a process, which is another place after each exec; '' if that cannot be
+    seen."""
+    try:
+        fields = re.sub(r"^.*\) ", "", Path(f"/proc/{pid}/stat").read_text(), flags=re.DOTALL).split()
+    except OSError:
+        return ""
+    return f"{fields[44]}:{fields[45]}"  # start_brk, arg_start

@@ -92,3 +92,22 @@ def test_a_log_is_followed_over_its_rotation(quarters: Quarters) -> None:
 def test_a_group_is_no_path(name: str) -> None:
     with pytest.raises(ValueError, match="group"):
         Order(group=name, argv=("true",), environment={})
+
+
+STARTS_AGAIN = """
+import os, signal, sys, time
+if sys.argv[1:]:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    print("again", flush=True)
+else:
+    signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.2), os.execv(sys.executable, [*sys.orig_argv, "again"])))
+    print("up", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_leader_that_starts_itself_anew_when_it_is_ended_is_told_again(quarters: Quarters) -> None:
+    quarters.start(order(STARTS_AGAIN))
+    began = time.monotonic()
+    assert quarters.stop("g", patience_s=30) is True
+    assert time.monotonic() - began < 15
