@@ -308,9 +308,7 @@ def translate(error: Exception, where: str) -> HortatorError:
     is at that address now, or what somebody did to our keys, may be mended while workers and clients wait."""
     text = str(error)
     if _NO_PASSWORD.search(text):
-        return StoreForbidden(
-            f"Redis at {where} wants a password, and the URL has none: {_HOW}", retry_after_s=5
-        )
+        return StoreForbidden(f"Redis at {where} wants a password, and the URL has none: {_HOW}", retry_after_s=5)
     if _PROTECTED.search(text):
         return StoreForbidden(
             f"Redis at {where} is in protected mode: without a password it takes nobody from another machine;"

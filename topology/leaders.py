@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ LOOK_S = 1.5
 """A leader with a wrong setting says so and ends within this."""
 
 POLL_S = 0.05
+GATE = Path(__file__).with_name("gate.py")
 RANK_MODULE = "hortator.workers.rank"
 TAIL_BYTES = 64 << 10
 
@@ -77,23 +79,53 @@ class Quarters:
         with self._lock(order.group):
             if (leader := self.look(order.group)).pid is not None:
                 return leader
-            self.log(order.group).touch(mode=0o600)
+            try:
+                process = self._begin(order)
+            except OSError as error:
+                raise CannotStart(f"group {order.group} is not started: {error.filename}: {error.strerror}") from None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = process.wait(LOOK_S)
+            raise CannotStart(f"group {order.group} ended at once with {code}: {self._last_words(order.group)}")
+        process.returncode = 0  # it is meant to be left running, of which Popen would warn
+        return Leader(group=order.group, pid=process.pid, log=self.log(order.group), fresh=True)
+
+    def _begin(self, order: Order) -> "subprocess.Popen[bytes]":
+        """The process, which becomes the leader only when it has been recorded: an unknown one could not be ended."""
+        self.log(order.group).touch(mode=0o600)
+        held, go = os.pipe()
+        try:
             with self.log(order.group).open("ab") as log:
                 process = subprocess.Popen(
-                    order.argv,
+                    [sys.executable, "-I", "-S", str(GATE), str(held), *order.argv],
                     env=os.environ | dict(order.environment),
                     cwd=self.directory,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
+                    pass_fds=(held,),
                 )
-            self._record(order.group).write_text(Record(pid=process.pid, born=birth(process.pid)).model_dump_json())
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            code = process.wait(LOOK_S)
-            raise CannotStart(f"group {order.group} ended at once with {code}: {self._last_words(order.group)}")
-        process.returncode = 0  # it is meant to be left running, of which Popen would warn
-        return Leader(group=order.group, pid=process.pid, log=self.log(order.group), fresh=True)
+            try:
+                self._write(order.group, Record(pid=process.pid, born=birth(process.pid)))
+            except OSError:
+                process.kill()
+                process.wait()
+                raise
+            os.write(go, b"1")
+        finally:
+            os.close(held)
+            os.close(go)
+        return process
+
+    def _write(self, group: str, record: Record) -> None:
+        """Whole, or not at all."""
+        new = self.directory / f"{group}.json.new"
+        try:
+            new.write_text(record.model_dump_json())
+        except OSError as error:
+            error.filename = str(new)
+            raise
+        new.replace(self._record(group))
 
     def look(self, group: str) -> Leader:
         """The leader, if it runs."""

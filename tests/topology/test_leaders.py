@@ -25,6 +25,12 @@ def quarters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Quarte
         os.kill(pid, signal.SIGKILL)
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two interpreters start one after the other, on a machine that does other things as well."""
+    monkeypatch.setattr("hortator.topology.leaders.LOOK_S", 10.0)
+
+
 def order(code: str, **environment: str) -> Order:
     return Order(group="g", argv=(sys.executable, "-c", code), environment=environment)
 
@@ -46,7 +52,7 @@ def test_a_group_that_runs_is_not_started_twice(quarters: Quarters) -> None:
     assert (first.fresh, again.fresh, again.pid) == (True, False, first.pid)
 
 
-def test_one_that_ends_at_once_is_an_error_with_its_last_words(quarters: Quarters) -> None:
+def test_one_that_ends_at_once_is_an_error_with_its_last_words(quarters: Quarters, patient: None) -> None:
     with pytest.raises(CannotStart, match="ended at once with 78: hortator: model_path is not set"):
         quarters.start(order("import sys; print('hortator: model_path is not set'); sys.exit(78)"))
     assert quarters.look("g").pid is None
@@ -61,6 +67,8 @@ def test_a_later_process_of_the_same_number_is_not_taken_for_the_leader(quarters
 def test_one_that_ignores_sigterm_is_killed_when_the_patience_is_over(quarters: Quarters) -> None:
     pid = quarters.start(order(STUBBORN)).pid
     assert pid is not None
+    while quarters.tail("g", 1) != ["up"]:
+        time.sleep(0.02)
     began = time.monotonic()
     assert quarters.stop("g", patience_s=0.3) is True
     assert 0.3 <= time.monotonic() - began < 3
@@ -111,3 +119,29 @@ def test_a_leader_that_starts_itself_anew_when_it_is_ended_is_told_again(quarter
     began = time.monotonic()
     assert quarters.stop("g", patience_s=30) is True
     assert time.monotonic() - began < 15
+
+
+def test_a_leader_that_cannot_be_recorded_is_not_begun(tmp_path: Path) -> None:
+    """No byte may be written, as on a full disk."""
+    script = (
+        "import resource, sys; from pathlib import Path; from hortator.topology.leaders import *;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0));"
+        "Quarters(Path(sys.argv[1])).start(Order(group='g', argv=('touch', sys.argv[2]), environment={}))"
+    )
+    begun = tmp_path / "begun"
+    tried = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path), str(begun)], capture_output=True, text=True, check=False
+    )
+    assert f"CannotStart: group g is not started: {tmp_path}/g.json.new: File too large" in tried.stderr
+    assert not begun.exists()
+    assert Quarters(tmp_path).look("g").pid is None
+
+
+def test_a_program_that_is_not_there_is_an_error_that_names_it(quarters: Quarters, patient: None) -> None:
+    with pytest.raises(CannotStart, match="ended at once with 127: hortator: cannot start /no/such: No such file"):
+        quarters.start(Order(group="g", argv=("/no/such",), environment={}))
+
+
+def test_a_record_without_a_birth_is_no_living_leader(quarters: Quarters) -> None:
+    quarters.directory.joinpath("g.json").write_text('{"pid": 4194304, "born": ""}')
+    assert quarters.look("g").pid is None
