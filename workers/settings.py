@@ -61,7 +61,9 @@ class WorkerSettings(RuleSettings, GroupSettings):
     model_path: Path | None = None
 
     # the group
-    group: str = Field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")
+    group: str = Field(
+        default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}", pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,199}$"
+    )
     hosts: Annotated[tuple[Node, ...], NoDecode, BeforeValidator(_nodes)] = Field(
         default=(), description="nodeA:2,nodeB:2 or a JSON list of {host, devices, interface}; this host is the first"
     )
