@@ -314,4 +314,4 @@ def _readable(url: str) -> str:
     try:
         return checked_redis_url(url)
     except ValueError as error:
-        raise ConfigError(f"redis_url: {error}") from None
+        raise ConfigError(str(error)) from None

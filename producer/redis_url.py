@@ -95,7 +95,7 @@ def _parser_problem(url: str) -> str | None:
     from redis.connection import parse_url  # here: ranks have settings, too, and no Redis
 
     try:
-        parse_url(url)
+        parse_url(url)  # type: ignore[no-untyped-call]
     except ValueError as error:
         return f"the URL of Redis cannot be read: {error}"
     return None

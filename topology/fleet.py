@@ -205,7 +205,7 @@ def _content(text: str, source: Path) -> dict[str, Any]:
         content = reader(text)
     except RecursionError as error:
         raise BadFleet(f"{source} is nested too deeply: it is no fleet file") from error
-    except (ValueError, BadYaml) as error:  # a number of thousands of digits is no error of the format's own
+    except ValueError as error:  # a number of thousands of digits is no error of the format's own
         kind = "YAML" if isinstance(error, BadYaml) else "TOML"
         raise BadFleet(f"{source} is not valid {kind}: {error}") from error
     if content is None:

@@ -86,7 +86,7 @@ def test_a_url_that_the_clients_read_is_taken_as_it_is(url: str) -> None:
     ],
 )
 def test_every_party_refuses_the_same_url(party: Callable[[str], object]) -> None:
-    with pytest.raises((ConfigError, ValidationError), match=r"(?s)redis_url.*port") as refused:
+    with pytest.raises((ConfigError, ValidationError), match="the URL of Redis has a port") as refused:
         party("redis://:s3kret@h:99999/0")
     assert "s3kret" not in str(refused.value)
 
