@@ -37,7 +37,7 @@ class RdmaPort(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    device: str
+    device: InterfaceName
     port: int
     active: bool
     rate: str
