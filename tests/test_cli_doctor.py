@@ -110,3 +110,48 @@ def test_what_cannot_be_read_is_one_line(arguments: list[str], said: str, capsys
     err = capsys.readouterr().err
     assert said in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("added", "said"),
+    [
+        ('[hosts."node-x"]\n', "hosts.node-x: the hostfile has no such host"),
+        ('[environment]\nHORTATOR_MAX_NUM_SEQZ = "8"\n', "HORTATOR_MAX_NUM_SEQZ is no setting"),
+    ],
+)
+def test_what_plan_refuses_doctor_refuses_in_the_same_words(
+    hosts: Hosts, capsys: pytest.CaptureFixture[str], added: str, said: str
+) -> None:
+    hosts.file("10.1.0.1")
+    fleet = hosts.directory / "fleet.toml"
+    fleet.write_text(f'hostfile = "hostfile"\n{added}[[models]]\nname = "m"\nengine = "echo"\n')
+    answers = []
+    for command in (["plan"], ["doctor", "--ssh", str(hosts.ssh), "--no-links"]):
+        answers.append((run([*command, str(fleet)]), capsys.readouterr().err))
+    assert answers[0] == answers[1]
+    assert answers[0][0] == 2
+    assert said in answers[0][1]
+
+
+def test_each_obstacle_of_ssh_is_a_finding_with_its_own_advice(
+    hosts: Hosts, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = {
+        "10.1.0.2": "ssh: connect to host 10.1.0.2 port 22: Connection timed out",
+        "10.1.0.3": "ssh: connect to host 10.1.0.3 port 22: Connection timed out",
+        "10.1.0.4": "root@10.1.0.4: Permission denied (publickey).",
+        "no-name": "ssh: Could not resolve hostname no-name: Name or service not known",
+        "10.1.0.6": "Host key verification failed.",
+    }
+    for host, words in said.items():
+        hosts.but(host, f"echo '{words}' >&2; exit 255")
+    _, lines = examined(capsys, hosts, "--hostfile", hosts.file("10.1.0.1", *said))
+    assert [line for line in lines if " ssh: " in line] == [
+        f"FAIL ssh: 10.1.0.2, 10.1.0.3: {said['10.1.0.2']}  -> is the host up (ping 10.1.0.2)? Does a firewall stand"
+        " between? If it is slow: connect_timeout_s under [ssh]",
+        f"FAIL ssh: 10.1.0.4: {said['10.1.0.4']}  -> put your public key into authorized_keys there"
+        " (ssh-copy-id 10.1.0.4), or name user and identity_file under [ssh]",
+        f"FAIL ssh: no-name: {said['no-name']}  -> correct the name in the hostfile, or make it known to the resolver"
+        " (/etc/hosts, DNS)",
+        f"FAIL ssh: 10.1.0.6: {said['10.1.0.6']}  -> check the host's key and accept it once: ssh 10.1.0.6 true",
+    ]

@@ -120,6 +120,14 @@ def test_many_ranks_are_shown_by_hosts_that_are_alike(sh: Shell, fleet: Path, tm
     assert len(found) < 40
 
 
+def test_what_crosses_hosts_in_any_group_of_a_model_is_shown(sh: Shell, fleet: Path, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("a 4\nb 4\nc 2\nd 2\n")
+    fleet.write_text(FLEET.split('[[models]]\nname = "elsewhere', maxsplit=1)[0] + "replicas = 3\n")
+    found = lines(sh.out("plan", fleet))
+    assert "llama-0 and 1 more hidden states 0-1 to 2-3 8.0 KiB a token no" in found
+    assert "llama-2 hidden states 0-1 to 2-3 8.0 KiB a token yes" in found
+
+
 @pytest.mark.parametrize(
     ("change", "options", "problem"),
     [
@@ -133,6 +141,11 @@ def test_many_ranks_are_shown_by_hosts_that_are_alike(sh: Shell, fleet: Path, tm
         (("replicas", "replicsa"), [], "models['elsewhere'].replicsa: there is no such key; did you mean replicas?"),
         (('"80 GiB"', '"4 GiB"'), [], "llama: rank 0 needs 11.0 GiB"),
         (("[[models]]", "[hosts.node-x]\n[[models]]"), [], "hosts.node-x: the hostfile has no such host"),
+        (("hostfile", 'redis_url = "http://foo"\nhostfile'), [], "redis_url: the URL of Redis begins with none of redis://"),
+        (("[[models]]", '[environment]\nHORTATOR_MAX_NUM_SEQZ = "8"\n[[models]]'), [],
+         "environment: HORTATOR_MAX_NUM_SEQZ is no setting: is HORTATOR_MAX_NUM_SEQS meant?"),
+        (("[[models]]", '[environment]\nHORTATOR_MAX_ATTEMPTS = "many"\n[[models]]'), [],
+         "environment.HORTATOR_MAX_ATTEMPTS: Input should be a valid integer"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line(
@@ -191,3 +204,13 @@ def test_the_documentations_example_is_a_plan(sh: Shell, tmp_path: Path) -> None
     (tmp_path / "fleet.toml").write_text(fleet)
     plan = Plan.model_validate_json(sh.out("plan", tmp_path / "fleet.toml", "--json"))
     assert [(host.address, len(host.free)) for host in plan.hosts] == [("node-a", 0), ("node-b", 5), ("10.0.0.17", 0)]
+
+
+def test_the_demonstration_fleet_is_planned_and_found_fit_as_it_stands(sh: Shell) -> None:
+    file = Path(__file__).parents[1] / "demo" / "fleet.toml"
+    plan = Plan.model_validate_json(sh.out("plan", file, "--json"))
+    assert [(group.name, group.tensor_parallel_size, group.hosts[0].host) for group in plan.groups] == [
+        ("demo-0", 2, "localhost")
+    ]
+    assert (plan.num_free, plan.notes) == (0, ())
+    assert "fit to run" in sh.out("doctor", file, "--no-links")

@@ -103,7 +103,7 @@ def test_a_plain_install_asks_for_no_torch_and_no_server(wheel: Path) -> None:
     lines = Parser().parsestr(archive.read(metadata).decode()).get_all("Requires-Dist") or []
     requirements = [Requirement(line) for line in lines]
     plain = {r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})}
-    assert plain == {"pydantic", "pydantic-settings", "redis", "rich", "typer"}
+    assert plain == {"pydantic", "pydantic-settings", "pyyaml", "redis", "rich", "typer"}
 
 
 def test_a_producer_loads_no_server_side_package() -> None:

@@ -1,10 +1,13 @@
-"""What may name a host: it ends up in the arguments of ssh, so nothing that ssh would read as something else passes."""
+"""What may name a host, a user, an interpreter: all end up in the arguments of ssh, so nothing that ssh or the shell
+behind it would read as something else passes."""
 
 import re
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
 MAX_NAME_CHARS = 253
 _LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
+_USER = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}")
+_PYTHON = re.compile(r"[A-Za-z0-9_./+][A-Za-z0-9_./+-]*")
 _MAX_SHOWN_CHARS = 60
 
 
@@ -35,6 +38,39 @@ def _name_problem(text: str) -> str | None:
 def canonical(address: str) -> str:
     """One spelling for what is the same host: names in lower case, IPv6 compressed."""
     return str(IPv6Address(address)) if ":" in address else address.lower()
+
+
+def means_this_host(text: str) -> bool:
+    """Whether it says, and not only happens to resolve to, the loopback interface."""
+    return text.lower() == "localhost" or is_loopback(text)
+
+
+def is_loopback(text: str) -> bool:
+    """Whether this is an address of the loopback interface."""
+    try:
+        return ip_address(text).is_loopback
+    except ValueError:
+        return False
+
+
+def user_problem(text: str) -> str | None:
+    """Why `text` is no user's name, as useradd takes it; None if it is one."""
+    return None if _USER.fullmatch(text) else f"{shown(text)} is not the name of a user (32 letters, digits and _.-)"
+
+
+def python_problem(text: str) -> str | None:
+    """Why this cannot be the interpreter on other hosts: it stands in a command of their shells; None if it can."""
+    return None if _PYTHON.fullmatch(text) else f"{shown(text)}: a path of letters, digits and _./+- only"
+
+
+def host_port(host: str, port: int) -> str:
+    """One word for both; an IPv6 address goes in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def unbracketed(text: str) -> str:
+    """`[2001:db8::1]` is 2001:db8::1; all else is what it is."""
+    return text[1:-1] if text.startswith("[") and text.endswith("]") and ":" in text else text
 
 
 def shown(text: str) -> str:

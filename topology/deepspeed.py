@@ -16,9 +16,10 @@ import sys
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from .address import host_port
 from .errors import CannotStart
 from .launch import LineSink, describe_exit, read_lines
 from .placement import Share, check_host
@@ -98,6 +99,14 @@ class DeepSpeedStarter:
         self.token = secrets.token_hex(8)
 
 
+def check_hosts(hosts: Iterable[str]) -> None:
+    """Raises CannotStart: DeepSpeed takes a colon for the end of a host's name, and pdsh knows no brackets."""
+    if strange := [host for host in hosts if ":" in host]:
+        raise CannotStart(
+            f"launcher=deepspeed cannot reach {strange[0]}, an IPv6 address: use launcher=ssh, or names in the hostfile"
+        )
+
+
 def hostfile_of(shares: Sequence[Share]) -> str:
     """One line a host.  `--include` then picks the devices, so there are as many slots as the highest one needs."""
     return "".join(f"{check_host(share.node.host)} slots={max(share.node.devices) + 1}\n" for share in shares)
@@ -108,16 +117,16 @@ def deepspeed_command(
 ) -> tuple[str, ...]:
     """The argument list.  DeepSpeed puts parts of it, and the working directory, unquoted into a command of a remote
     shell, so nothing but plain paths goes in."""
+    check_hosts([*(share.node.host for share in shares), address[0]])
     for path in (sys.executable, os.getcwd(), str(secret_file)):
         if not _SAFE_PATH.fullmatch(path):
             raise CannotStart(f"launcher=deepspeed: {path!r} must be a path of letters, digits and _./+- only")
     include = "@".join(f"{s.node.host}:{','.join(map(str, s.node.devices))}" for s in shares)
-    host = f"[{address[0]}]" if ":" in address[0] else address[0]
     return (
         *(sys.executable, "-m", "deepspeed.launcher.runner"),
         *("--hostfile", str(hostfile), "--include", include, "--launcher", "pdsh", "--force_multi"),
         *("--no_ssh_check", "--master_addr", address[0], "--no_local_rank", "--module", "hortator.topology.keeper"),
-        *("--join", f"{host}:{address[1]}", "--secret-file", str(secret_file)),
+        *("--join", host_port(*address), "--secret-file", str(secret_file)),
         *("--start", token, "--patience", str(PATIENCE_S)),
     )
 

@@ -1,12 +1,12 @@
 """What the reports of a fleet's hosts say together: which check holds, what is wrong where, and what to do.  Pure."""
 
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from .findings import Finding, doubtful, fine, named, wrong
+from .findings import Finding, doubtful, fine, grouped, named, wrong
 from .network import Interface
 from .probe import HostReport
+from .reach import unreached
 
 MAX_SKEW_S = 2.0
 """Nothing of hortator compares the clocks of two hosts; people who read two logs do, and so does TLS."""
@@ -41,7 +41,7 @@ def examine(
     demand: Demand, reports: Reports, problems: Mapping[str, str], skews: Mapping[str, float]
 ) -> Iterator[Finding]:
     """All checks in order.  `problems`: why a host gave no report; `skews`: its clock less ours, in seconds."""
-    yield reached(demand, problems)
+    yield from reached(demand, problems)
     if not reports:
         return
     yield from same_versions(reports)
@@ -54,33 +54,11 @@ def examine(
     yield shared_memory(reports)
 
 
-def reached(demand: Demand, problems: Mapping[str, str]) -> Finding:
+def reached(demand: Demand, problems: Mapping[str, str]) -> Iterator[Finding]:
     """Every host answered."""
     if not problems:
-        return fine("ssh", f"all {len(demand.hosts)} hosts answer")
-    by_problem = grouped({host: without_host(text, host) for host, text in problems.items()})
-    text = "; ".join(f"{named(hosts)}: {why}" for why, hosts in by_problem.items())
-    return wrong("ssh", text, ssh_advice(" ".join(by_problem)), problems)
-
-
-def without_host(text: str, host: str) -> str:
-    """So that the same complaint of many hosts is said once."""
-    return text.replace(host, "HOST")
-
-
-def ssh_advice(text: str) -> str:
-    """What helps against what ssh says."""
-    if "Permission denied" in text:
-        return "put your public key into authorized_keys of these hosts (ssh-copy-id), or name user and identity_file"
-    if "Host key verification failed" in text:
-        return "check the host's key and accept it once: ssh HOST true"
-    if "Could not resolve" in text:
-        return "correct the name in the hostfile, or make it known to the resolver"
-    if "No module named" in text or "No such file" in text or "not found" in text:
-        return (
-            "install hortator there under the same path, or name the interpreter (python in the fleet file, --python)"
-        )
-    return "try it by hand: ssh HOST true; is the host up, does sshd listen, does a firewall stand between?"
+        yield fine("ssh", f"all {len(demand.hosts)} hosts answer")
+    yield from unreached(problems)
 
 
 def same_versions(reports: Reports) -> Iterator[Finding]:
@@ -321,12 +299,3 @@ def suggested_environment(reports: Iterable[HostReport]) -> dict[str, dict[str, 
             said["NCCL_IB_DISABLE"] = "1"
         suggested[report.address] = said
     return suggested
-
-
-def grouped(values: Mapping[str, object]) -> dict[str, list[str]]:
-    """Hosts by what they share, the commonest first."""
-    by_value: defaultdict[str, list[str]] = defaultdict(list)
-    for host, value in values.items():
-        by_value[str(value)].append(host)
-    order = Counter({value: len(hosts) for value, hosts in by_value.items()})
-    return {value: by_value[value] for value, _ in order.most_common()}

@@ -1,6 +1,7 @@
 """What an examination says: one finding a check, with what to do.  Pure."""
 
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -42,3 +43,12 @@ def named(hosts: Sequence[str]) -> str:
     """The hosts of a list, as many as one reads."""
     more = len(hosts) - NAMED_HOSTS
     return ", ".join(hosts[:NAMED_HOSTS]) + (f" and {more} more" if more > 0 else "")
+
+
+def grouped(values: Mapping[str, object]) -> dict[str, list[str]]:
+    """Hosts by what they share, the commonest first."""
+    by_value: defaultdict[str, list[str]] = defaultdict(list)
+    for host, value in values.items():
+        by_value[str(value)].append(host)
+    order = Counter({value: len(hosts) for value, hosts in by_value.items()})
+    return {value: by_value[value] for value, _ in order.most_common()}

@@ -1,4 +1,4 @@
-"""The fleet file: what shall run, as a TOML file that one person reads and one program checks.
+"""The fleet file: what shall run, as a TOML or YAML file that one person reads and one program checks.
 
     redis_url = "redis://10.0.0.1:6379/0"
     hostfile = "hosts"                      # beside this file
@@ -17,28 +17,55 @@ Pure, but for `read_fleet`.
 
 import difflib
 import os
+import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, StringConstraints, ValidationError
 from pydantic_core import ErrorDetails
 
-from .address import address_problem, canonical, shown
+from .address import address_problem, canonical, python_problem, shown, unbracketed, user_problem
 from .errors import BadFleet
+from .groupsettings import GroupSettings
+from .plainyaml import BadYaml, read_yaml
+from .variables import OWN_PREFIX, variable_problem
 
 MAX_FLEET_BYTES = 1 << 20
+MAX_KEY_PARTS = 32  # the parser takes the square of it
 MAX_REPLICAS = 16_384
+
+_LONG_KEY = re.compile(rf"""(?<![\w'"-])(?:[\w'"-]++[ \t]*+\.[ \t]*+){{{MAX_KEY_PARTS}}}""")
 
 
 Text = TypeVar("Text", str, Path)
 
 
 def _checked_address(text: str) -> str:
-    if problem := address_problem(text):
+    return canonical(_without(address_problem, unbracketed(text)))
+
+
+def _checked_user(text: str) -> str:
+    return _without(user_problem, text)
+
+
+def _checked_python(path: Path) -> Path:
+    _without(python_problem, str(path))
+    return path
+
+
+def _checked_variable(name: str) -> str:
+    if name.startswith(OWN_PREFIX) and name.isidentifier():
+        return name
+    return _without(partial(variable_problem, by_ssh=True), name)
+
+
+def _without(problem_of: Callable[[str], str | None], text: str) -> str:
+    if problem := problem_of(text):
         raise ValueError(problem)
-    return canonical(text)
+    return text
 
 
 def _printable(text: Text) -> Text:
@@ -60,11 +87,9 @@ PlainPath = Annotated[Path, AfterValidator(_printable), AfterValidator(_at_home)
 Address = Annotated[str, AfterValidator(_checked_address)]
 Bytes = Annotated[ByteSize, Field(gt=0)]
 QueueName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")]
-Engine = Annotated[
-    str, StringConstraints(pattern=r"^(paged|echo|[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*)$", max_length=512)
-]
-User = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9._-]{0,63}$")]
-Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
+User = Annotated[str, AfterValidator(_checked_user)]
+Interpreter = Annotated[PlainPath, AfterValidator(_checked_python)]
+Variable = Annotated[str, AfterValidator(_checked_variable)]
 
 
 class Table(BaseModel):
@@ -73,45 +98,14 @@ class Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
-class ModelSpec(Table):
-    """One [[models]] table.  Names, limits and defaults from `engine` on are those of the worker's settings."""
+class ModelSpec(Table, GroupSettings):
+    """One [[models]] table: what is its own, and every setting of a group that is not a matter of where it runs."""
 
     name: QueueName
     path: PlainPath | None = Field(default=None, description="model directory; engine=paged needs it")
     replicas: int = Field(default=1, ge=1, le=MAX_REPLICAS, description="groups that serve this model")
-
-    engine: Engine = "paged"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    load_format: Literal["safetensors", "dummy"] = "safetensors"
-    tensor_parallel_size: int = Field(default=1, ge=1, le=1024)
-    pipeline_parallel_size: int = Field(default=1, ge=1, le=1024)
-    max_num_seqs: int = Field(default=64, ge=1, le=65_536)
-    max_model_len: int | None = Field(default=None, ge=1)
-    max_num_batched_tokens: int = Field(default=2048, ge=16)
-    block_size: int = Field(default=16, ge=1, le=1024)
     kv_cache_bytes: Bytes | None = None
-    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
-    prefix_caching: bool = True
-    echo_latency_s: float = Field(default=0.0, ge=0)
-    heartbeat_s: float = Field(default=1.0, gt=0)
-    heartbeat_timeout_s: float = Field(default=3.0, gt=0)
-    stall_timeout_s: float = Field(default=5.0, gt=0)
-    start_timeout_s: float = Field(default=600.0, gt=0)
-    restart_backoff_s: float = Field(default=0.5, gt=0)
-    restart_budget: int = Field(default=0, ge=0)
-    restart_window_s: float = Field(default=600.0, gt=0)
-    collective_timeout_s: float = Field(default=1800.0, gt=0)
-    lease_s: float = Field(default=3.0, ge=1.0)
-    outage_s: float = Field(default=15.0, ge=1.0)
-    grace_s: float = Field(default=30.0, ge=0)
-    probation_tokens: int = Field(default=8, ge=1)
     result_ttl_s: float = Field(default=86_400.0, ge=1)
-
-    @property
-    def world_size(self) -> int:
-        """Ranks, and so GPUs, of one replica."""
-        return self.tensor_parallel_size * self.pipeline_parallel_size
 
     def group(self, replica: int) -> str:
         """The name of a replica's group: fit for file names and for Celery's node names."""
@@ -119,10 +113,10 @@ class ModelSpec(Table):
 
 
 class Ssh(Table):
-    """How the hosts are reached: the same for all."""
+    """How the hosts are reached: the same for all.  What is None is left to ssh's own configuration."""
 
     user: User | None = None
-    port: int = Field(default=22, ge=1, le=65_535)
+    port: int | None = Field(default=None, ge=1, le=65_535)
     identity_file: PlainPath | None = None
     known_hosts_file: PlainPath | None = None
     connect_timeout_s: int = Field(default=10, ge=1, le=600)
@@ -140,10 +134,12 @@ class Fleet(Table):
     redis_url: Line = "redis://127.0.0.1:6379/0"
     namespace: Line = ""
     hostfile: PlainPath | None = None
-    python: PlainPath | None = Field(
+    python: Interpreter | None = Field(
         default=None, description="interpreter on every host; default: the one that runs this"
     )
-    environment: dict[Variable, Line] = Field(default={}, description="variables for every rank, as NCCL_SOCKET_IFNAME")
+    environment: dict[Variable, Line] = Field(
+        default={}, description="for every rank, as NCCL_SOCKET_IFNAME; HORTATOR_* for leaders alone"
+    )
     gpu_memory_bytes: Bytes | None = Field(default=None, description="of each GPU; None: not known")
     hosts: dict[Address, HostSpec] = {}
     ssh: Ssh = Ssh()
@@ -152,6 +148,11 @@ class Fleet(Table):
     def model_named(self, name: str) -> ModelSpec:
         """The model of this queue name, which must be in the file."""
         return next(model for model in self.models if model.name == name)
+
+    @property
+    def rank_variables(self) -> tuple[str, ...]:
+        """Those of `environment` that every rank gets, wherever it is."""
+        return tuple(name for name in self.environment if not name.startswith(OWN_PREFIX))
 
     def gpu_memory(self, address: str) -> int | None:
         """Bytes of each GPU of the host, if anybody has said."""
@@ -162,7 +163,7 @@ class Fleet(Table):
         """HORTATOR_* variables that tell a worker of `model` what the file says, and only that.  `redis_url` may hold a
         password: for an environment, never for an argument list."""
         said: dict[str, Any] = self.model_dump(include={"redis_url", "namespace"}, exclude_unset=True)
-        said |= {"model": model.name, "model_path": model.path}
+        said |= {"model": model.name, "model_path": model.path, "rank_variables": ",".join(self.rank_variables) or None}
         said |= model.model_dump(exclude_unset=True, exclude={"name", "path", "replicas"})
         return {f"HORTATOR_{name.upper()}": str(value) for name, value in said.items() if value is not None}
 
@@ -186,22 +187,41 @@ def read_fleet(path: Path) -> Fleet:
 def parse_fleet(text: str, *, source: Path = Path("fleet.toml")) -> Fleet:
     """Check the file's text; relative paths in it are taken from the directory of `source`.  Raises BadFleet, naming
     file, key and what to do."""
-    if source.suffix.lower() in (".yaml", ".yml", ".json"):
-        raise BadFleet(
-            f"{source}: fleet files are TOML, so that no key is read twice or as something else: write a .toml"
-        )
-    try:
-        content = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise BadFleet(f"{source} is not valid TOML: {error}") from error
-    except RecursionError as error:
-        raise BadFleet(f"{source} is nested too deeply: it is no fleet file") from error
+    content = _content(text, source)
     try:
         fleet = Fleet.model_validate(content)
     except ValidationError as error:
         raise BadFleet(f"{source}: {'; '.join(_problems(error, content))}") from error
     _check_models(fleet, source)
     return _with_absolute_paths(fleet, source.parent)
+
+
+def _content(text: str, source: Path) -> dict[str, Any]:
+    """The tables, by the kind of file that its name says it is."""
+    reader = _READERS.get(source.suffix.lower())
+    if reader is None:
+        raise BadFleet(f"{source}: the name of a fleet file ends in {', '.join(_READERS)}: rename it, or write one")
+    try:
+        content = reader(text)
+    except RecursionError as error:
+        raise BadFleet(f"{source} is nested too deeply: it is no fleet file") from error
+    except ValueError as error:  # a number of thousands of digits is no error of the format's own
+        kind = "YAML" if isinstance(error, BadYaml) else "TOML"
+        raise BadFleet(f"{source} is not valid {kind}: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise BadFleet(f"{source} is no table of keys: begin with models:")
+    return content
+
+
+def _read_toml(text: str) -> dict[str, Any]:
+    if _LONG_KEY.search(text):
+        raise ValueError(f"a key has more than {MAX_KEY_PARTS} parts")
+    return tomllib.loads(text)
+
+
+_READERS: dict[str, Callable[[str], Any]] = {".toml": _read_toml, ".yaml": read_yaml, ".yml": read_yaml}
 
 
 def _check_models(fleet: Fleet, source: Path) -> None:
@@ -274,12 +294,25 @@ def _unknown_key(location: tuple[int | str, ...]) -> str:
     unknown = str(location[-1])
     if table is ModelSpec and (elsewhere := _PLACES.get(unknown)):
         return elsewhere
-    near = difflib.get_close_matches(unknown, table.model_fields, n=1, cutoff=0.5)
-    meant = f"did you mean {near[0]}?" if near else f"known here: {', '.join(table.model_fields)}"
+    if table is ModelSpec and unknown in _RULES:
+        return (
+            f"it is the same for all who use this Redis, producers too: HORTATOR_{unknown.upper()} in [environment],"
+            " and in theirs"
+        )
+    near = difflib.get_close_matches(unknown, table.model_fields, n=1, cutoff=0.75)
+    known = dict.fromkeys((*table.__annotations__, *table.model_fields))
+    meant = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
     return f"there is no such key; {meant}"
 
 
 _NO_MODELS = "there are none: add at least one [[models]] table with name and path"
+_RULES = frozenset(
+    {
+        *("journal_ttl_s", "idempotency_ttl_s", "require_known_model", "max_queued_per_model", "max_queued_per_tenant"),
+        *("max_message_bytes", "max_letters", "max_letters_bytes", "max_attempts", "default_deadline_s"),
+        "memory_headroom",
+    }
+)
 _PLACES = {
     "model": "a model's queue is its 'name'",
     "model_path": "a model's directory is its 'path'",

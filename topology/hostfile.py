@@ -3,6 +3,7 @@
     # a comment
     worker-0 slots=8      DeepSpeed's grammar (of 0.19.8)
     10.0.0.2 8            the short form
+    [2001:db8::1] 8       with brackets, as filters want them, or without
 
 Order is kept: it decides who is first.  What DeepSpeed reads, this reads alike, except where DeepSpeed would go on with
 something that nobody meant: text after the number of slots (`slots=2abc` is 2 there), no slots at all, one host under
@@ -14,11 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .address import address_problem, canonical, shown
+from .address import address_problem, canonical, shown, unbracketed
 from .errors import BadHostfile
 
 MAX_SLOTS = 1024
 MAX_HOSTS = 16_384
+MAX_TOTAL_SLOTS = 131_072  # a plan of more takes longer than people wait
 MAX_HOSTFILE_CHARS = 8 << 20
 
 _LINE = re.compile(r"(?P<host>\S+)\s+(?:slots=)?(?P<slots>[0-9]+)(?:\s+#.*)?")
@@ -67,6 +69,8 @@ def parse_hostfile(text: str, *, source: str = "hostfile") -> tuple[Host, ...]:
         raise BadHostfile(f"{source} lists no host: write one a line, as 'ADDRESS slots=NUMBER_OF_GPUS'")
     if len(hosts) > MAX_HOSTS:
         raise BadHostfile(f"{source} lists {len(hosts)} hosts: the limit is {MAX_HOSTS}; use several fleets")
+    if (total := sum(host.slots for host in hosts)) > MAX_TOTAL_SLOTS:
+        raise BadHostfile(f"{source} lists {total} slots: the limit is {MAX_TOTAL_SLOTS}; use several fleets")
     return tuple(hosts)
 
 
@@ -82,16 +86,15 @@ def _parse_line(line: str, where: str) -> Host:
     match = _LINE.fullmatch(line)
     if match is None:
         raise BadHostfile(f"{where}: {_line_problem(line)}")
-    if problem := address_problem(match["host"]):
+    address = unbracketed(match["host"])
+    if problem := address_problem(address):
         raise BadHostfile(f"{where}: {problem}")
     digits = match["slots"].lstrip("0")
     if not digits:
-        raise BadHostfile(
-            f"{where}: host {match['host']} has no slots: give the number of its GPUs, or remove the line"
-        )
+        raise BadHostfile(f"{where}: host {address} has no slots: give the number of its GPUs, or remove the line")
     if len(digits) > len(str(MAX_SLOTS)) or int(digits) > MAX_SLOTS:
         raise BadHostfile(f"{where}: {shown(digits)} slots on one host: the limit is {MAX_SLOTS}")
-    return Host(match["host"], int(digits))
+    return Host(address, int(digits))
 
 
 def _line_problem(line: str) -> str:

@@ -27,9 +27,10 @@ from typing import Any, NoReturn
 from .dial import PROBE_TIMEOUT_S, dial, probe
 from .errors import BadFrame, LeaderLost, Refused, TopologyError
 from .frames import Framer, Kind
-from .interfaces import interface_of
 from .join import Place, place_of, read_secret
 from .launch import LocalLauncher, RankCommand
+from .network import interface_of
+from .variables import variable_problem
 from .vitals import bearable_silence_s
 
 MUSTER_EPOCH = 0
@@ -44,8 +45,6 @@ TICK_S = 0.1
 MAX_LINES = 10_000
 LINES_PER_FRAME_BYTES = 64 * 1024  # JSON may make six bytes of one
 MAX_UNSENT_BYTES = 1 << 20
-ALLOWED_VARIABLES = ("HORTATOR_RANK_CONFIG", "GLOO_", "NCCL_", "OMP_NUM_THREADS", "PYTHONUNBUFFERED", "TORCH_", "UCX_")
-"""What the front may set in a rank's environment: names, or beginnings of names."""
 
 
 class Ended(Exception):
@@ -73,6 +72,7 @@ class Errand:
     place: Place
     rejoin: Rejoin
     token: str = ""
+    by_ssh: bool = False
 
 
 class Keeper:
@@ -227,8 +227,8 @@ class _Watch:
         """This process' own, without what is meant for the keeper; then what is found out here, then what was sent."""
         place = self._errand.place
         for name in env:
-            if not name.startswith(ALLOWED_VARIABLES):
-                raise BadFrame(f"the front may not set {name}")
+            if problem := variable_problem(name, by_ssh=self._errand.by_ssh):
+                raise BadFrame(f"the front may not set {name}: {problem}")
         own = {name: value for name, value in os.environ.items() if not name.startswith("HORTATOR_")}
         interface = interface_of(self._sock.getsockname()[0])
         num_local = int(own.get("LOCAL_WORLD_SIZE") or own.get("LOCAL_SIZE") or len(place.ranks))
@@ -328,7 +328,7 @@ def _from_stdin() -> Keeper:
     try:
         said = json.loads(line)
         place = Place(tuple(said["ranks"]), tuple(said["devices"]))
-        errand = Errand((said["host"], said["port"]), bytes.fromhex(said["key"]), place, Rejoin.NEVER)
+        errand = Errand((said["host"], said["port"]), bytes.fromhex(said["key"]), place, Rejoin.NEVER, by_ssh=True)
     except (ValueError, LookupError, TypeError) as error:
         raise Refused(f"standard input does not say where to join: {type(error).__name__}") from None
     return Keeper(errand, stdin=fd)

@@ -3,14 +3,21 @@
 import json
 from pathlib import Path
 
+from .deepspeed import check_hosts
 from .fleet import Fleet
 from .leaders import Order, Seat
 from .plan import PlannedGroup
+from .variables import check_variables
 
 
 def leader_order(fleet: Fleet, group: PlannedGroup, *, python: Path, launcher: str = "ssh") -> Order:
-    """A Celery worker command, with the group's settings and its place in the environment."""
+    """A Celery worker command, with the group's settings and its place in the environment.  Raises CannotStart for what
+    the launcher cannot reach."""
     spec = fleet.model_named(group.model)
+    if len(group.hosts) > 1:
+        check_variables(fleet.rank_variables, launcher=launcher)
+        if launcher == "deepspeed":
+            check_hosts(seat.host for seat in group.hosts)
     seats = [{"host": seat.host, "devices": seat.devices} for seat in group.hosts]
     place = {
         "GROUP": group.name,
@@ -21,6 +28,7 @@ def leader_order(fleet: Fleet, group: PlannedGroup, *, python: Path, launcher: s
         "SSH_PORT": fleet.ssh.port,
         "SSH_IDENTITY_FILE": fleet.ssh.identity_file,
         "SSH_KNOWN_HOSTS_FILE": fleet.ssh.known_hosts_file,
+        "SSH_CONNECT_TIMEOUT_S": fleet.ssh.connect_timeout_s,
     }
     said = {f"HORTATOR_{name}": str(value) for name, value in place.items() if value is not None}
     return Order(

@@ -4,16 +4,15 @@ Ranks are numbered stage by stage (mesh.py), and hosts are filled in order: so t
 together, and pipeline stages follow each other from host to host.
 """
 
-import ipaddress
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .address import address_problem, shown, unbracketed
 from .errors import BadPlacement
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
 _INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,14}")
 _LIST = re.compile(r"\s*\[\s*[{\]]")  # "[fd00::1]:2" is none
 MAX_RANKS = 65_000
@@ -81,11 +80,8 @@ def shares(nodes: Sequence[Node]) -> tuple[Share, ...]:
 
 def check_host(host: str) -> str:
     """The host, if it is a name or an address, which never begins with '-'.  Raises BadPlacement."""
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        if not _NAME.fullmatch(host):
-            raise BadPlacement(f"{host!r} is not the name or address of a host") from None
+    if problem := address_problem(host):
+        raise BadPlacement(f"hosts: {problem}")
     return host
 
 
@@ -102,7 +98,7 @@ def _from_compact(text: str) -> list[dict[str, Any]]:
         host, _, count = part.rpartition(":")
         if not host or not count.isascii() or not count.isdecimal():
             raise BadPlacement(f"{part!r} in hosts: write host:ranks, as in nodeA:2,nodeB:2")
-        entries.append({"host": host.removeprefix("[").removesuffix("]"), "ranks": int(count)})
+        entries.append({"host": unbracketed(host), "ranks": int(count)})
     return entries
 
 
@@ -113,7 +109,7 @@ def _from_object(item: object) -> Node:
     if unknown := sorted(set(item) - {"host", "devices", "ranks", "interface"}):
         raise BadPlacement(f"host {host}: unknown entry {unknown[0]!r}")
     if interface is not None and not (isinstance(interface, str) and _INTERFACE.fullmatch(interface)):
-        raise BadPlacement(f"host {host}: {interface!r} is not the name of a network interface")
+        raise BadPlacement(f"host {host}: {shown(str(interface))} is not the name of a network interface")
     return Node(host, _devices(host, item), interface)
 
 

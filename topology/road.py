@@ -23,14 +23,15 @@ class Road:
         """What to run here so that `command` runs there.  sshd hands it to a login shell, hence the quoting."""
         if host in self.here:
             return tuple(command)
-        patience = ("-o", f"ConnectTimeout={self.ssh.connect_timeout_s}")  # the first value counts
         options = ssh_options(self.ssh).arguments()
-        return (self.program, "-T", *patience, *options, "--", check_host(host), shlex.join(command))
+        return (self.program, "-T", *options, "--", check_host(host), shlex.join(command))
 
 
 def ssh_options(ssh: Ssh, *, python: str = sys.executable) -> SshOptions:
     """The fleet file's [ssh] as launchers want it."""
-    return SshOptions(ssh.user, ssh.port, ssh.identity_file, ssh.known_hosts_file, python)
+    return SshOptions(
+        ssh.user, ssh.port, ssh.identity_file, ssh.known_hosts_file, python, connect_timeout_s=ssh.connect_timeout_s
+    )
 
 
 def road(ssh: Ssh, hosts: Iterable[str], *, program: str = "ssh") -> Road:

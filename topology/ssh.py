@@ -6,7 +6,6 @@ the checked path of a Python; all that belongs to the launch, the key above all,
 
 import contextlib
 import json
-import re
 import subprocess
 import sys
 import threading
@@ -16,17 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Self
 
+from .address import python_problem, user_problem
 from .errors import CannotStart
 from .launch import LineSink, describe_exit, read_lines
 from .placement import Share, check_host
 from .tied import tied
 from .vitals import Cause, Trouble
 
-_SAFE_PATH = re.compile(r"[A-Za-z0-9_./+-]+")
-_USER = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}")
 FIXED_OPTIONS = (
     "BatchMode=yes",  # never ask
-    "ConnectTimeout=5",
     "ControlMaster=no",  # a connection of our own, which ends with us
     "ControlPath=none",
     "ClearAllForwardings=yes",
@@ -48,16 +45,17 @@ class SshOptions:
     identity_file: Path | None = None
     known_hosts_file: Path | None = None
     python: str = sys.executable
+    connect_timeout_s: int = 5
 
     def __post_init__(self) -> None:
-        if self.user is not None and not _USER.fullmatch(self.user):
-            raise CannotStart(f"ssh_user {self.user!r} is not the name of a user")
-        if not _SAFE_PATH.fullmatch(self.python) or self.python.startswith("-"):
-            raise CannotStart(f"remote_python {self.python!r}: a path of letters, digits and _./+- only")
+        if self.user is not None and (problem := user_problem(self.user)):
+            raise CannotStart(f"ssh_user {problem}")
+        if problem := python_problem(self.python):
+            raise CannotStart(f"remote_python {problem}")
 
     def arguments(self) -> list[str]:
         """Options of ssh, without host and command."""
-        own = [*FIXED_OPTIONS]
+        own = [*FIXED_OPTIONS, f"ConnectTimeout={self.connect_timeout_s}"]
         own += [f"IdentityFile={_quoted(self.identity_file)}"] if self.identity_file else []
         own += [f"UserKnownHostsFile={_quoted(self.known_hosts_file)}"] if self.known_hosts_file else []
         arguments = [word for option in own for word in ("-o", option)]

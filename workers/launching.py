@@ -3,24 +3,27 @@
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from hortator.topology.address import is_loopback, means_this_host
 from hortator.topology.deepspeed import DeepSpeedStarter
 from hortator.topology.errors import CannotStart
-from hortator.topology.interfaces import interface_of
 from hortator.topology.join import read_secret
 from hortator.topology.launch import Launcher, LocalLauncher, RankCommand
 from hortator.topology.muster import Muster
+from hortator.topology.network import interface_of
 from hortator.topology.placement import Seat, seats, shares
 from hortator.topology.remote import Awaited, RemoteLauncher, Starter
 from hortator.topology.ssh import SshOptions, SshStarter
+from hortator.topology.variables import check_variables
 
 from .rank import CONFIG_VARIABLE, RankConfig
 from .settings import WorkerSettings
 
 FORWARDED_VARIABLES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "UCX_")
-"""What ranks on other hosts get of the front's environment, except interfaces, which are called otherwise there."""
+"""What ranks on other hosts get of the front's environment unasked, except interfaces, which may be called otherwise
+there: these have to be named in rank_variables."""
 
 
 def make_launcher(settings: WorkerSettings, environment: Mapping[str, str]) -> Launcher:
@@ -64,12 +67,21 @@ def check_meeting_host(settings: WorkerSettings) -> None:
         address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0]
     except OSError as error:
         raise CannotStart(f"control_host: {host} cannot be resolved: {error.strerror}") from None
-    loopback = str(address).startswith("127.") or address == "::1"
-    if address in ("0.0.0.0", "::") or (loopback and settings.launcher != "external"):
+    external = settings.launcher == "external"
+    if address in ("0.0.0.0", "::") or (is_loopback(str(address)) and not (external and _all_here(settings))):
         raise CannotStart(
-            f"control_host: {host} is {address} here, where other hosts cannot reach it: "
-            "set control_host to this host's address in their network"
+            f"control_host: {host} is {address} here, where other hosts cannot reach it: set control_host"
+            " (HORTATOR_CONTROL_HOST) to this host's address in their network"
+            + (", or to 127.0.0.1 if all ranks will be on this host" if external else "")
         )
+
+
+def _all_here(settings: WorkerSettings) -> bool:
+    """Somebody has said that no rank will be elsewhere."""
+    said = [node.host for node in settings.hosts] or (
+        [settings.control_host] if "control_host" in settings.model_fields_set else []
+    )
+    return bool(said) and all(map(means_this_host, said))
 
 
 def rank_commands(
@@ -99,7 +111,9 @@ def rank_commands(
             interface = _interface(settings, seat) if spread else "lo"
             env |= rank_environment(environment, local_ranks=own, interface=interface)
         else:
-            env |= forwarded_environment(environment, interface=seat.interface if seat else None)
+            env |= forwarded_environment(
+                environment, settings.rank_variables, interface=seat.interface if seat else None
+            )
         pass_fds = (pipe.fileno(),) if rank == 0 else ()
         commands.append(RankCommand(rank, (sys.executable, "-m", "hortator.workers.rank"), env, pass_fds))
     return commands
@@ -119,21 +133,35 @@ def rank_environment(inherited: Mapping[str, str], *, local_ranks: int, interfac
     return defaults | {name: value for name, value in inherited.items() if not name.startswith("HORTATOR_")}
 
 
-def forwarded_environment(inherited: Mapping[str, str], *, interface: str | None) -> dict[str, str]:
-    """What a rank on another host gets beside what it finds there."""
+def forwarded_environment(
+    inherited: Mapping[str, str], names: Collection[str] = (), *, interface: str | None
+) -> dict[str, str]:
+    """What a rank on another host gets beside what it finds there: what concerns the network, and what is named.
+
+    A named interface wins over what the keeper finds out; the one of this very host wins over that.
+    """
     forwarded = {
         name: value
         for name, value in inherited.items()
         if name.startswith(FORWARDED_VARIABLES) and not name.endswith("_SOCKET_IFNAME")
     }
     chosen = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface is not None else {}
-    return {"PYTHONUNBUFFERED": "1"} | forwarded | chosen
+    named = {name: inherited[name] for name in names if name in inherited}
+    return {"PYTHONUNBUFFERED": "1"} | forwarded | named | chosen
 
 
 def _starter(settings: WorkerSettings, environment: Mapping[str, str]) -> tuple[Starter, bytes | None]:
     """The starter, and the lasting key of its keepers if they have one."""
     s = settings
-    options = SshOptions(s.ssh_user, s.ssh_port, s.ssh_identity_file, s.ssh_known_hosts_file, s.remote_python)
+    options = SshOptions(
+        s.ssh_user,
+        s.ssh_port,
+        s.ssh_identity_file,
+        s.ssh_known_hosts_file,
+        s.remote_python,
+        connect_timeout_s=s.ssh_connect_timeout_s,
+    )
+    check_variables(s.rank_variables, launcher=s.launcher)
     if s.launcher == "ssh":
         return SshStarter(options), None
     if s.secret_file is None:

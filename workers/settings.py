@@ -3,10 +3,11 @@
 import os
 import socket
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -16,10 +17,13 @@ from pydantic_settings import (
 )
 
 from hortator.producer.errors import ConfigError
+from hortator.producer.redis_url import RedisUrl
 from hortator.producer.schema import ModelName
 from hortator.producer.settings import RuleSettings
 from hortator.topology.errors import BadPlacement
+from hortator.topology.groupsettings import GroupSettings
 from hortator.topology.placement import Node, read_nodes
+from hortator.topology.variables import variable_problem
 
 
 def _nodes(value: object) -> tuple[Node, ...]:
@@ -29,75 +33,57 @@ def _nodes(value: object) -> tuple[Node, ...]:
         raise ValueError(str(error)) from None
 
 
-class WorkerSettings(RuleSettings):
+def _names(value: object) -> object:
+    names = [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+    if isinstance(names, Iterable) and (
+        problems := [why for name in names if (why := variable_problem(str(name), by_ssh=True))]
+    ):
+        raise ValueError(problems[0])
+    return names
+
+
+class WorkerSettings(RuleSettings, GroupSettings):
     """One model group.  Names are the field's standard ones; times are in seconds, sizes in tokens unless they say."""
 
-    model_config = SettingsConfigDict(env_prefix="HORTATOR_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="HORTATOR_",
+        frozen=True,
+        extra="ignore",
+        hide_input_in_errors=True,  # a URL may hold a password
+    )
 
     # the store; its rules are those of every producer
-    redis_url: str = "redis://127.0.0.1:6379/0"
+    redis_url: RedisUrl = "redis://127.0.0.1:6379/0"
     namespace: str = Field(default="", description="prefix of every key; the same as Celery's global_keyprefix")
 
     # the model
     model: ModelName | None = Field(default=None, description="queue name; default: the directory's name")
     model_path: Path | None = None
-    engine: str = Field(
-        default="paged",
-        pattern=r"^(paged|echo|[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*)$",
-        description="paged, echo, or module:factory, called as factory(RankConfig, Mesh) -> Engine on every rank",
-    )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    load_format: Literal["safetensors", "dummy"] = Field(
-        default="safetensors", description="dummy: random weights, for benchmarks of a model that is not there"
-    )
-    tensor_parallel_size: int = Field(default=1, ge=1, le=1024)
-    pipeline_parallel_size: int = Field(default=1, ge=1, le=1024)
-    max_num_seqs: int = Field(default=64, ge=1, le=65_536)
-    max_model_len: int | None = Field(default=None, ge=1, description="default: the model's own")
-    max_num_batched_tokens: int = Field(default=2048, ge=16, description="token budget of one step")
-    block_size: int = Field(default=16, ge=1, le=1024, description="tokens in one KV block")
-    kv_cache_bytes: int | None = Field(default=None, ge=1, description="per rank; default: from free memory")
-    gpu_memory_utilization: float = Field(
-        default=0.9, gt=0, le=1, description="share of a GPU's memory for weights, KV pool and all else"
-    )
-    prefix_caching: bool = Field(default=True, description="reuse the KV blocks of prompts that begin alike")
-    echo_latency_s: float = Field(default=0.0, ge=0, description="engine=echo: time until a job's first token")
 
     # the group
-    group: str = Field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")
+    group: str = Field(
+        default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}", pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,199}$"
+    )
     hosts: Annotated[tuple[Node, ...], NoDecode, BeforeValidator(_nodes)] = Field(
         default=(), description="nodeA:2,nodeB:2 or a JSON list of {host, devices, interface}; this host is the first"
     )
     launcher: Literal["local", "ssh", "deepspeed", "external"] = "local"
     front_ranks: int = Field(default=1, ge=1, description="launcher=external without hosts: ranks of the front's host")
+    rank_variables: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)] = Field(
+        default=(), description="NAME,NAME: variables of the front that every rank gets, on other hosts too"
+    )
     secret_file: Path | None = Field(default=None, description="lets keepers join: launcher=external and deepspeed")
     keeper_port: int = Field(default=0, ge=0, le=65_535, description="where keepers join; 0: any free port")
     ssh_user: str | None = None
     ssh_port: int | None = Field(default=None, ge=1, le=65_535)
     ssh_identity_file: Path | None = None
     ssh_known_hosts_file: Path | None = None
+    ssh_connect_timeout_s: int = Field(default=5, ge=1, le=600, description="until ssh gives a silent host up")
     remote_python: str = Field(default=sys.executable, description="launcher=ssh: hortator's Python on the other hosts")
     control_host: str = Field(default="127.0.0.1", description="default with hosts: the first of them")
     control_port: int = Field(default=0, ge=0, le=65_535, description="0: any free port")
     store_host: str | None = Field(default=None, description="where rank 0 listens for the mesh; default: control_host")
     store_port: int = Field(default=0, ge=0, le=65_535, description="where ranks meet; 0: any free port")
-    heartbeat_s: float = Field(default=1.0, gt=0)
-    heartbeat_timeout_s: float = Field(default=3.0, gt=0, description="a silent rank is dead after this")
-    stall_timeout_s: float = Field(default=5.0, gt=0, description="a busy rank without progress is hung after this")
-    start_timeout_s: float = Field(default=600.0, gt=0)
-    restart_backoff_s: float = Field(default=0.5, gt=0, description="doubles up to 30 s while starts fail")
-    restart_budget: int = Field(default=0, ge=0, description="restarts in restart_window_s, then give up; 0: never")
-    restart_window_s: float = Field(default=600.0, gt=0)
-    collective_timeout_s: float = Field(default=1800.0, gt=0)
-
-    # the queue
-    lease_s: float = Field(default=3.0, ge=1.0)
-    outage_s: float = Field(
-        default=15.0, ge=1.0, description="a leader that cannot renew its leases goes on computing for so long"
-    )
-    grace_s: float = Field(default=30.0, ge=0, description="SIGTERM: time to finish what runs")
-    probation_tokens: int = Field(default=8, ge=1, description="a suspect that gets this far is batched again")
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
@@ -136,10 +122,6 @@ class WorkerSettings(RuleSettings):
         assert self.model_path is not None
         return self.model_path.resolve().name
 
-    @property
-    def world_size(self) -> int:
-        return self.tensor_parallel_size * self.pipeline_parallel_size
-
     @classmethod
     def settings_customise_sources(
         cls,
@@ -152,6 +134,13 @@ class WorkerSettings(RuleSettings):
         toml = os.environ.get("HORTATOR_CONFIG")
         files = (_read(Path(toml), settings_cls),) if toml else ()
         return (init_settings, env_settings, *files)
+
+
+def read_setting(name: str, text: str) -> Any:
+    """The value of one setting as its environment variable would give it.  Raises ValidationError."""
+    field = WorkerSettings.model_fields[name]
+    adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
+    return adapter.validate_python(text)
 
 
 def _read(file: Path, settings_cls: type[BaseSettings]) -> PydanticBaseSettingsSource:

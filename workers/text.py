@@ -6,6 +6,7 @@
 import codecs
 import contextlib
 import logging
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -101,7 +102,12 @@ class HFText:
 
     @classmethod
     def load(cls, path: Path) -> "HFText":
-        """Read tokenizer.json, tokenizer_config.json and the chat template; ConfigError says what is missing."""
+        """Read tokenizer.json, tokenizer_config.json and the chat template; ConfigError says what is missing where."""
+        if not path.is_dir():
+            raise ConfigError(
+                f"model_path {path}: there is no such directory on {socket.gethostname()}: copy the model there, or"
+                " correct the path"
+            )
         if not (path / "tokenizer.json").is_file():
             raise ConfigError(f"{path}: no tokenizer.json; hortator reads tokenizers of that format only")
         from transformers import AutoTokenizer

@@ -4,7 +4,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 import typer
 
 from hortator.cli_errors import EXIT_FAILED, EXIT_OK, printable
-from hortator.cli_plan import Exclude, Hostfile, Include, NumGpus, NumNodes
+from hortator.cli_fleet_file import checked_fleet
+from hortator.cli_plan import Exclude, Hostfile, Include, NumGpus, NumNodes, hosts_of, plan_of
 from hortator.cli_store import AsJson
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from hortator.topology.errand import Answer
     from hortator.topology.findings import Finding
     from hortator.topology.fleet import Fleet
+    from hortator.topology.hostfilter import HostSlots
     from hortator.topology.probe import Address, HostReport, ProbeRequest
     from hortator.topology.road import Road
     from hortator.topology.survey import Team
@@ -36,7 +38,7 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(
-    fleet_file: Annotated[Path | None, typer.Argument(metavar="[FLEET]", help="fleet file (TOML)")] = None,
+    fleet_file: Annotated[Path | None, typer.Argument(metavar="[FLEET]", help="fleet file (TOML or YAML)")] = None,
     *,
     hostfile: Hostfile = None,
     include: Include = "",
@@ -57,8 +59,9 @@ def doctor(
     from hortator.topology.survey import survey
 
     filters = {"include": include, "exclude": exclude, "num_nodes": num_nodes, "num_gpus": num_gpus}
-    fleet, hosts = wanted_hosts(fleet_file, hostfile, **filters)
-    teams, planned = teams_of(fleet, hosts)
+    fleet, used = wanted_hosts(fleet_file, hostfile, **filters)
+    teams, planned = teams_of(fleet, used)
+    hosts = {host.address: host.slots for host in used}
     ward = Ward.of(
         fleet,
         hosts,
@@ -76,7 +79,10 @@ def doctor(
     if links:
         whole = [on_devices(team, reports) for team in teams if reports.keys() >= set(team.hosts)]
         findings += survey(
-            [team for team in whole if len(team.hosts) <= MAX_TEAM], ward.road, ward.measuring, environments
+            [team for team in whole if len(team.hosts) <= MAX_TEAM],
+            ward.road,
+            ward.measuring,
+            {host: {**environments.get(host, {}), **rank_environment(fleet)} for host in hosts},
         )
     if as_json:
         for finding in findings:
@@ -111,37 +117,29 @@ def checksum(model: Path) -> Mapping[str, str]:
 
 def wanted_hosts(
     fleet_file: Path | None, hostfile: Path | None, **filters: Any
-) -> tuple["Fleet | None", dict[str, tuple[int, ...]]]:
-    """The fleet file, if one is given, and the slots of every host that is used."""
-    from hortator.topology.fleet import read_fleet
+) -> "tuple[Fleet | None, tuple[HostSlots, ...]]":
+    """The fleet file, if one is given, and the hosts that are used, as `hortator plan` would have them."""
     from hortator.topology.hostfile import read_hostfile
     from hortator.topology.hostfilter import filter_hosts
 
-    if fleet_file is None and hostfile is None:
+    if fleet_file is not None:
+        fleet = checked_fleet(fleet_file)
+        return fleet, hosts_of(fleet, hostfile or fleet.hostfile, **filters)
+    if hostfile is None:
         raise typer.BadParameter("give a FLEET file or --hostfile")
-    fleet = read_fleet(fleet_file) if fleet_file is not None else None
-    source = hostfile or (fleet.hostfile if fleet else None)
-    if source is None:
-        raise typer.BadParameter(f'{fleet_file} names no hostfile: add hostfile = "..." or give --hostfile')
-    used = filter_hosts(read_hostfile(source), **filters)
-    return fleet, {host.address: host.slots for host in used}
+    return None, filter_hosts(read_hostfile(hostfile), **filters)
 
 
-def teams_of(
-    fleet: "Fleet | None", hosts: Mapping[str, tuple[int, ...]]
-) -> tuple["tuple[Team, ...]", "tuple[Finding, ...]"]:
+def teams_of(fleet: "Fleet | None", hosts: "Sequence[HostSlots]") -> "tuple[tuple[Team, ...], tuple[Finding, ...]]":
     """Who will work together: the planned groups; without a fleet file all hosts.  And what the plan says of itself."""
-    from hortator.cli_plan import read_shapes
     from hortator.topology.errors import PlanError
     from hortator.topology.findings import fine, wrong
-    from hortator.topology.hostfilter import HostSlots
-    from hortator.topology.plan import make_plan
     from hortator.topology.survey import Team
 
     if fleet is None:
-        return (Team("all", tuple((host, slot) for host, slots in hosts.items() for slot in slots), "auto"),), ()
+        return (Team("all", tuple((host.address, slot) for host in hosts for slot in host.slots), "auto"),), ()
     try:
-        plan = make_plan(fleet, [HostSlots(host, slots) for host, slots in hosts.items()], read_shapes(fleet))
+        plan = plan_of(fleet, hosts)
     except PlanError as error:
         return (), (wrong("plan", str(error), "change the fleet file, or find more hosts"),)
     teams = tuple(
@@ -153,6 +151,11 @@ def teams_of(
         for group in plan.groups
     )
     return teams, (fine("plan", f"{len(teams)} groups on {len(hosts)} hosts, {plan.num_free} slots free"),)
+
+
+def rank_environment(fleet: "Fleet | None") -> dict[str, str]:
+    """What the fleet file tells all ranks: links are measured over the interfaces that it names."""
+    return {name: fleet.environment[name] for name in fleet.rank_variables} if fleet else {}
 
 
 def on_devices(team: "Team", reports: Mapping[str, "HostReport"]) -> "Team":
@@ -271,8 +274,7 @@ def line(finding: "Finding") -> str:
 
 def suggestions(environments: Mapping[str, Mapping[str, str]]) -> Iterable[str]:
     """Once for all hosts that need the same."""
-    from hortator.topology.doctor import grouped
-    from hortator.topology.findings import named
+    from hortator.topology.findings import grouped, named
 
     worded = {host: " ".join(f"{k}={v}" for k, v in said.items()) for host, said in environments.items()}
     by_text = grouped(worded)

@@ -1,20 +1,23 @@
 """`hortator plan`: a fleet on its hosts, before anything starts.  `hortator plan-memory`: one model on its GPUs."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hortator.cli_errors import EXIT_OK
+from hortator.cli_fleet_file import checked_fleet
 from hortator.cli_store import AsJson, given
 
 if TYPE_CHECKING:
     from hortator.topology.fleet import Fleet, ModelSpec
+    from hortator.topology.hostfilter import HostSlots
     from hortator.topology.memory import MemoryFit
     from hortator.topology.modelshape import ModelShape
     from hortator.topology.plan import Plan
 
-FleetFile = Annotated[Path, typer.Argument(metavar="FLEET", help="fleet file (TOML)")]
+FleetFile = Annotated[Path, typer.Argument(metavar="FLEET", help="fleet file (TOML or YAML)")]
 Hostfile = Annotated[Path | None, typer.Option("--hostfile", "-H", help="default: the fleet file's")]
 Include = Annotated[str, typer.Option("--include", "-i", help="use only these: HOST[:GPU,GPU]@HOST...")]
 Exclude = Annotated[str, typer.Option("--exclude", "-e", help="use all but these: HOST[:GPU,GPU]@HOST...")]
@@ -122,20 +125,41 @@ def planned(
     num_gpus: int | None = None,
 ) -> "Plan":
     """The plan of this fleet on the hosts that the options leave."""
+    fleet = checked_fleet(fleet_file)
+    source = hostfile or fleet.hostfile
+    return plan_of(
+        fleet,
+        hosts_of(fleet, source, include=include, exclude=exclude, num_nodes=num_nodes, num_gpus=num_gpus),
+    )
+
+
+def hosts_of(
+    fleet: "Fleet",
+    hostfile: Path | None,
+    *,
+    include: str = "",
+    exclude: str = "",
+    num_nodes: int | None = None,
+    num_gpus: int | None = None,
+) -> "tuple[HostSlots, ...]":
+    """What the filters leave of the hostfile, in which every host of the fleet file stands."""
     from hortator.topology.errors import BadFleet
-    from hortator.topology.fleet import read_fleet
     from hortator.topology.hostfile import read_hostfile
     from hortator.topology.hostfilter import filter_hosts
-    from hortator.topology.plan import check_hosts, make_plan
+    from hortator.topology.plan import check_hosts
 
-    fleet = read_fleet(fleet_file)
-    source = hostfile or fleet.hostfile
-    if source is None:
-        raise BadFleet(f'{fleet_file}: hostfile: is missing: add hostfile = "..." or give --hostfile')
-    hosts = read_hostfile(source)
+    if hostfile is None:
+        raise BadFleet('fleet file: hostfile: is missing: add hostfile = "..." or give --hostfile')
+    hosts = read_hostfile(hostfile)
     check_hosts(fleet, hosts)
-    used = filter_hosts(hosts, include=include, exclude=exclude, num_nodes=num_nodes, num_gpus=num_gpus)
-    return make_plan(fleet, used, read_shapes(fleet))
+    return filter_hosts(hosts, include=include, exclude=exclude, num_nodes=num_nodes, num_gpus=num_gpus)
+
+
+def plan_of(fleet: "Fleet", hosts: "Sequence[HostSlots]") -> "Plan":
+    """The plan, with the sizes of those models that are on this host too."""
+    from hortator.topology.plan import make_plan
+
+    return make_plan(fleet, hosts, read_shapes(fleet))
 
 
 def read_shapes(fleet: "Fleet") -> dict[str, "ModelShape"]:

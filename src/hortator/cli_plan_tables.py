@@ -136,13 +136,17 @@ def _hosts(plan: "Plan") -> Table:
 
 
 def _links(plan: "Plan") -> Table:
-    """What travels, for the first group of each model."""
+    """What travels, once for the groups of a model in which the same of it crosses hosts."""
     table = _table("GROUP", "WHAT TRAVELS", "BETWEEN RANKS", "BYTES", "CROSSES HOSTS")
-    for group in {group.model: group for group in reversed(plan.groups)}.values():
-        for link in group.links:
+    alike: dict[tuple[str, tuple[bool, ...]], list[PlannedGroup]] = {}
+    for group in plan.groups:
+        alike.setdefault((group.model, tuple(link.crosses_hosts for link in group.links)), []).append(group)
+    for groups in alike.values():
+        name = groups[0].name + (f" and {len(groups) - 1} more" if len(groups) > 1 else "")
+        for link in groups[0].links:
             size = "-" if link.size_bytes is None else f"{human(link.size_bytes)} a {link.per}"
             crossing = "yes" if link.crosses_hosts else "no"
-            table.add_row(group.name, _WORDS[link.kind], _between(link), size, crossing)
+            table.add_row(name, _WORDS[link.kind], _between(link), size, crossing)
     return table
 
 

@@ -42,7 +42,7 @@ SETTINGS = {
 
 def mentioned_metrics() -> set[str]:
     """In the dashboard, the alerts and what Kubernetes scales by."""
-    files = ("grafana/dashboards/hortator.json", "prometheus/rules.yml", "kubernetes/scaling.yaml")
+    files = ("grafana/dashboards/hortator.json", "prometheus/rules.yml", "kubernetes/base/scaling.yaml")
     return {name for file in files for name in METRIC.findall((FOLDER / file).read_text())}
 
 

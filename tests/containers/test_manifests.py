@@ -1,16 +1,19 @@
 """The Kubernetes manifests, as far as they can be judged without a cluster."""
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml  # type: ignore[import-untyped]
 
 from hortator.workers.settings import WorkerSettings
+from tests.containers.kustomize import built, sources
 from tests.containers.manifests import problems
 from tests.containers.stack import ROOT
 
-FOLDER = ROOT / "compose" / "kubernetes"
+KUBERNETES = ROOT / "compose" / "kubernetes"
+FOLDER = KUBERNETES / "base"
 KUSTOMIZATION = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())
 DOCUMENTS: list[dict[str, Any]] = [
     document for file in KUSTOMIZATION["resources"] for document in yaml.safe_load_all((FOLDER / file).read_text())
@@ -53,6 +56,27 @@ def test_a_wrong_manifest_is_found_out() -> None:
 def test_every_manifest_of_the_folder_is_applied() -> None:
     files = {path.name for path in FOLDER.glob("*.yaml")} - {"kustomization.yaml"}
     assert files == set(KUSTOMIZATION["resources"])
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_each_kind_of_group_is_built_from_the_same_base(kind: str) -> None:
+    made = built(KUBERNETES / kind)
+    assert [found for document in made for found in problems(document)] == []
+    assert {(d["kind"], d["metadata"]["name"]) for d in made} == {(d["kind"], d["metadata"]["name"]) for d in DOCUMENTS}
+    [group] = [d["spec"]["leaderWorkerTemplate"] for d in made if d["kind"] == "LeaderWorkerSet"]
+    for role in ("leaderTemplate", "workerTemplate"):
+        [container] = group[role]["spec"]["containers"]
+        assert container["resources"]["limits"].get("nvidia.com/gpu") == (1 if kind == "gpu" else None)
+
+
+def test_a_folder_that_is_its_own_part_and_a_file_that_is_not_there_are_found_out(tmp_path: Path) -> None:
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / "kustomization.yaml").write_text("resources: [gone.yaml]\n")
+    (tmp_path / "gpu" / "kustomization.yaml").write_text("resources: ['..']\n")
+    with pytest.raises(ValueError, match="cycle detected"):
+        list(sources(tmp_path / "gpu"))
+    with pytest.raises(ValueError, match=r"gone\.yaml is not there"):
+        list(sources(tmp_path))
 
 
 def test_a_leader_pod_has_the_settings_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,7 +120,9 @@ def test_hosts_that_do_not_answer_are_grouped_by_why_and_the_others_still_examin
         ("Host key verification failed.", "accept it once"),
         ("ssh: Could not resolve hostname h: Name or service not known", "hostfile"),
         ("/usr/bin/python3: No module named hortator", "install hortator"),
-        ("ssh: connect to host h port 22: Connection refused", "does sshd listen"),
+        ("no answer within 30 s", "ping 10.0.0.1"),
+        ("kex_exchange_identification: read: Connection reset", "try it by hand: ssh 10.0.0.1 true"),
+        ("ssh: connect to host h port 22: Connection refused", "no sshd listens on that port"),
     ],
 )
 def test_every_complaint_of_ssh_has_its_own_advice(complaint: str, advice: str) -> None:

@@ -16,7 +16,7 @@ OWN_KEYS = {"name", "path", "replicas"}
 PLACED_BY_THE_PLAN = {"group", "control_host", "control_port", "store_host", "store_port", "model", "model_path"}
 SAID_BY_WHO_STARTS_IT = {
     *("hosts", "launcher", "front_ranks", "secret_file", "keeper_port", "remote_python"),
-    *("ssh_user", "ssh_port", "ssh_identity_file", "ssh_known_hosts_file"),
+    *("ssh_user", "ssh_port", "ssh_identity_file", "ssh_known_hosts_file", "ssh_connect_timeout_s", "rank_variables"),
 }
 OF_THE_FLEET = {"redis_url", "namespace"}
 OF_THE_NAMESPACE = set(RuleSettings.model_fields)  # the same for producers too: they go into `environment`
@@ -28,6 +28,13 @@ def refusal(text: str) -> str:
     return str(problem.value)
 
 
+def test_a_rule_of_the_whole_namespace_is_told_its_place() -> None:
+    for name in OF_THE_NAMESPACE - set(ModelSpec.model_fields):
+        said = refusal(MODEL + f"{name} = 3")
+        assert f"HORTATOR_{name.upper()} in [environment]" in said
+        assert "did you mean" not in said
+
+
 def test_a_model_may_have_every_setting_of_the_worker_with_the_workers_own_default() -> None:
     ours, theirs = ModelSpec.model_fields, WorkerSettings.model_fields
     assert (
@@ -36,6 +43,8 @@ def test_a_model_may_have_every_setting_of_the_worker_with_the_workers_own_defau
     )
     for name in set(ours) & set(theirs):
         assert (name, ours[name].default) == (name, theirs[name].default)
+        if name != "kv_cache_bytes":  # which the file may say in GiB
+            assert (name, ours[name].metadata) == (name, theirs[name].metadata)
 
 
 def test_the_workers_settings_take_what_the_file_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,16 +109,25 @@ def test_a_host_may_have_other_gpus_than_the_rest() -> None:
         (MODEL + "tensor_paralel_size = 2", "models['m'].tensor_paralel_size: there is no such key; did you mean"),
         (MODEL + 'model_path = "x"', "models['m'].model_path: a model's directory is its 'path'"),
         (MODEL + 'group = "x"', "models['m'].group: groups are named by model and replica: leave it out"),
+        (MODEL + "max_attempt_s = 1", "models['m'].max_attempt_s: there is no such key; known here: name"),
         (MODEL + "zzz = 1", "models['m'].zzz: there is no such key; known here: name, path, replicas"),
         (MODEL + "replicas = 0", "models['m'].replicas: Input should be greater than or equal to 1 (got '0')"),
         (MODEL + 'device = "gpu"', "models['m'].device: Input should be 'auto', 'cpu' or 'cuda' (got 'gpu')"),
         (MODEL + 'kv_cache_bytes = "lots"', "models['m'].kv_cache_bytes: could not parse value and unit"),
         (MODEL + "lease_s = nan", "models['m'].lease_s: Input should be a finite number"),
-        (MODEL + '[ssh]\nuser = "-oProxyCommand=x"', "ssh.user: '-oProxyCommand=x' does not match"),
+        (MODEL + '[ssh]\nuser = "-oProxyCommand=x"', "ssh.user: '-oProxyCommand=x' is not the name of a user"),
+        (MODEL + f'[ssh]\nuser = "{"u" * 42}"', "is not the name of a user (32 letters, digits and _.-)"),
+        (
+            'python = "/opt/my venv/bin/python"\n' + MODEL,
+            "python: '/opt/my venv/bin/python': a path of letters, digits",
+        ),
         (MODEL + "[ssh]\nport = 0", "ssh.port: Input should be greater than or equal to 1"),
         (MODEL + "[hosts.-x]", "hosts.-x: host '-x' begins with '-'"),
-        (MODEL + "[hosts.x]\ngpu_mem = 2", "hosts.x.gpu_mem: there is no such key; did you mean gpu_memory_bytes?"),
-        (MODEL + '[environment]\n"A B" = "x"', "environment.A B: 'A B' does not match"),
+        (
+            MODEL + "[hosts.x]\ngpu_memory = 2",
+            "hosts.x.gpu_memory: there is no such key; did you mean gpu_memory_bytes?",
+        ),
+        (MODEL + '[environment]\n"A B" = "x"', "environment.A B: 'A B' is no variable's name"),
         ('hostfile = "a\\u0000b"\n' + MODEL, "hostfile: has a control character: remove it"),
         ('hostfile = "~nobody-here/h"\n' + MODEL, "hostfile: there is no such user"),
         (MODEL + MODEL, "'m' stands twice: rename one, or use replicas"),
@@ -124,9 +142,74 @@ def test_a_password_in_the_redis_url_is_not_repeated() -> None:
     assert "secret" not in refusal('redis_url = "redis://:secret@\\u0001"\n' + MODEL)
 
 
-def test_a_yaml_file_is_refused_by_its_name() -> None:
-    with pytest.raises(BadFleet, match=r"fleet files are TOML.*write a \.toml"):
-        parse_fleet("models: []", source=Path("fleet.yaml"))
+IN_YAML = """
+redis_url: redis://r/0
+gpu_memory_bytes: 80 GiB
+hosts:
+  10.0.0.17: {gpu_memory_bytes: 48 GiB}
+environment: {NCCL_DEBUG: no, NCCL_SOCKET_IFNAME: "eth1"}
+ssh:
+  port: 2222
+models:
+  - name: m
+    path: /models/m
+    max_model_len: ~
+    gpu_memory_utilization: 0.5
+    prefix_caching: false
+"""
+IN_TOML = """
+redis_url = "redis://r/0"
+gpu_memory_bytes = "80 GiB"
+hosts."10.0.0.17" = { gpu_memory_bytes = "48 GiB" }
+environment = { NCCL_DEBUG = "no", NCCL_SOCKET_IFNAME = "eth1" }
+[ssh]
+port = 2222
+[[models]]
+name = "m"
+path = "/models/m"
+gpu_memory_utilization = 0.5
+prefix_caching = false
+"""
+
+
+@pytest.mark.parametrize("name", ["fleet.yaml", "fleet.YML"])
+def test_a_fleet_may_be_written_in_yaml_with_the_same_keys(name: str) -> None:
+    assert parse_fleet(IN_YAML, source=Path(name)) == parse_fleet(IN_TOML)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "models: there are none"),
+        ("- a", "is no table of keys"),
+        ("a: [", "is not valid YAML: while parsing"),
+        ("models: []\nmodels: []", "is not valid YAML: line 2: key 'models' stands twice"),
+        ("models:\n  - name: m\n    'name': n", "line 3: key 'name' stands twice"),
+        ("a: &x 1", "line 1: anchors (&) and aliases (*) are not read"),
+        ("a: *x", "line 1: anchors (&) and aliases (*) are not read"),
+        ("a: !!python/object/apply:os.system [id]", "line 1: tags (!) are not read"),
+        ("? [a]\n: 1", "line 1: a key must be a word"),
+        ("a: 1\n---\na: 2", "expected a single document"),
+        ("redis_ur: x", "redis_ur: there is no such key; did you mean redis_url?"),
+        (
+            "models: [{name: m, engine: echo, prefix_caching: yes please}]",
+            "models['m'].prefix_caching: Input should be",
+        ),
+        ("models: [{name: m, engine: echo, max_num_seqs: 1:30}]", "max_num_seqs: Input should be a valid integer"),
+        ("models: [{name: 2026-01-01, engine: echo, grace_s: -1}]", "models['2026-01-01'].grace_s: "),
+        ("a: " + "[" * 3000, "nested too deeply"),
+    ],
+)
+def test_what_is_wrong_in_yaml_is_said_with_its_place(text: str, problem: str) -> None:
+    with pytest.raises(BadFleet, match=r"^fleet\.yaml") as caught:
+        parse_fleet(text, source=Path("fleet.yaml"))
+    assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["fleet.json", "fleet", "fleet.conf"])
+def test_a_file_of_another_kind_is_told_what_is_read(name: str) -> None:
+    with pytest.raises(BadFleet, match=r"ends in \.toml, \.yaml, \.yml: rename it"):
+        parse_fleet(IN_TOML, source=Path(name))
 
 
 @pytest.mark.parametrize(("content", "problem"), [(b"\xff", "not UTF-8 at byte 0"), (b"#" * (1 << 21), "larger than")])

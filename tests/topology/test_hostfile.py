@@ -155,3 +155,11 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         read_hostfile(tmp_path / "none")
     (tmp_path / "hosts").write_text("a 2\r\n")
     assert read_hostfile(tmp_path / "hosts") == (Host("a", 2),)
+
+
+def test_an_ipv6_address_may_stand_in_brackets_as_filters_want_it() -> None:
+    assert parse_hostfile("[2001:db8::4] 8\n") == parse_hostfile("2001:db8::4 slots=8\n")
+    with pytest.raises(BadHostfile, match="stands in line 1 already"):
+        parse_hostfile("[2001:db8::4] 8\n2001:db8:0::4 8\n")
+    with pytest.raises(BadHostfile, match="no host name"):
+        parse_hostfile("[a] 8\n")

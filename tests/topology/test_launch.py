@@ -9,7 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hortator.topology.launch import MAX_LINE_BYTES, FakeLauncher, LocalLauncher, RankCommand, describe_exit
+from hortator.topology.launch import MAX_LINE_BYTES, LocalLauncher, RankCommand, describe_exit
+from tests.topology.fake_launcher import FakeLauncher
 
 Lines = list[tuple[int, str]]
 

@@ -219,11 +219,21 @@ def test_who_does_not_know_the_key_learns_nothing(hall: Hall) -> None:
     assert hall.muster.absent == [1]
 
 
-def test_a_front_cannot_set_any_variable_that_it_likes(hall: Hall) -> None:
-    hall.begin(1, LD_PRELOAD="/tmp/evil.so")
+def test_what_the_front_says_of_a_ranks_environment_wins_over_what_its_keeper_finds_out(hall: Hall) -> None:
+    hall.begin(1, FOO_MARK="seven", NCCL_SOCKET_IFNAME="eth9")
+    hall.keeper(
+        "1", "import os; print(*(os.environ[n] for n in ('FOO_MARK', 'NCCL_SOCKET_IFNAME', 'GLOO_SOCKET_IFNAME')))"
+    )
+    hall.wait(lambda: hall.lines)
+    assert hall.lines == [(1, "seven eth9 lo")]
+
+
+@pytest.mark.parametrize("name", ["LD_PRELOAD", "PYTHONPATH", "PATH", "HORTATOR_REDIS_URL"])
+def test_a_front_cannot_set_any_variable_that_it_likes(hall: Hall, name: str) -> None:
+    hall.begin(1, **{name: "/tmp/evil.so"})
     keeper = hall.keeper("1")
     hall.wait(lambda: keeper.poll() is not None)
-    assert "the front may not set LD_PRELOAD" in keeper.communicate()[1]
+    assert f"the front may not set {name}: " in keeper.communicate()[1]
     assert hall.pids() == []
 
 

@@ -40,8 +40,10 @@ def test_hosts_are_filled_in_order_so_stages_stay_together() -> None:
         ("nodeA:٢", "write host:ranks"),
         ("nodeA:0", "at least 1"),
         ("nodeA:1,nodeA:1", "host nodeA is named twice"),
-        ("-oProxyCommand=x:1", "is not the name or address of a host"),
-        ("a b:1", "is not the name or address of a host"),
+        ("-oProxyCommand=x:1", "begins with '-'"),
+        ("a b:1", "'a b' is no host name"),
+        ("a_b.:1", "is no host name"),
+        ("10.0.0.256:1", "is no IPv4 address"),
         ("[{", "not JSON"),
         ('[{"devices": [0]}]', "has no host"),
         ('[{"host": "a", "devices": [0, 0]}]', "hold one rank each"),
@@ -56,7 +58,7 @@ def test_what_makes_no_sense_is_told(text: str, words: str) -> None:
         read_nodes(text)
 
 
-@pytest.mark.parametrize("host", ["", "-a", "a;b", "a/b", "a\n", "$(x)", "a" * 300, "user@host"])
+@pytest.mark.parametrize("host", ["", "-a", "a;b", "a/b", "a\n", "$(x)", "a" * 300, "user@host", "a_b", "1.2.3"])
 def test_no_host_can_be_anything_but_a_name(host: str) -> None:
     with pytest.raises(BadPlacement):
         check_host(host)

@@ -22,6 +22,7 @@ def test_the_remote_command_is_fixed_words_and_a_checked_python() -> None:
     assert command[end + 1 :] == ("nodeB", sys.executable, "-m", "hortator.topology.keeper", "--stdin")
     assert "BatchMode=yes" in command
     assert "ConnectTimeout=5" in command
+    assert "ConnectTimeout=30" in keeper_command("nodeB", SshOptions(connect_timeout_s=30))
     assert 'IdentityFile="/home/me/my key"' in command
     assert command[command.index("-p") + 1] == "2222"
     assert command[command.index("-l") + 1] == "me"
@@ -39,7 +40,7 @@ def test_a_python_that_a_shell_would_read_otherwise_is_refused(python: str) -> N
         SshOptions(python=python)
 
 
-@pytest.mark.parametrize("user", ["-l", "a b", "x;y", ""])
+@pytest.mark.parametrize("user", ["-l", "a b", "x;y", "", "u" * 42])
 def test_a_user_that_is_no_name_is_refused(user: str) -> None:
     with pytest.raises(CannotStart, match="ssh_user"):
         SshOptions(user=user)
@@ -87,6 +88,12 @@ def test_deepspeed_is_refused_where_a_path_would_break_its_remote_command(tmp_pa
         deepspeed_command(
             shares(NODES), hostfile=tmp_path, address=("a", 1), secret_file=Path("/a b/secret"), token="0f"
         )
+
+
+def test_deepspeed_is_refused_where_a_host_has_an_address_with_colons(tmp_path: Path) -> None:
+    nodes = read_nodes("a:1,[fd00::4]:1")
+    with pytest.raises(CannotStart, match="cannot reach fd00::4, an IPv6 address: use launcher=ssh, or names"):
+        deepspeed_command(shares(nodes), hostfile=tmp_path, address=("a", 1), secret_file=Path("/s"), token="0f")
 
 
 def test_deepspeed_without_pdsh_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

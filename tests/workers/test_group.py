@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from hortator.producer.errors import GroupFailed
-from hortator.topology.launch import FakeLauncher, LineSink, LocalLauncher, RankCommand
+from hortator.topology.launch import LineSink, LocalLauncher, RankCommand
 from hortator.workers.engine.step import Finish
 from hortator.workers.group import Down, Group, Ready, Stepped
 from hortator.workers.rank import CONFIG_VARIABLE
+from tests.topology.fake_launcher import FakeLauncher
 from tests.workers.group_driver import Driver, alive, settings, wait_for
 
 COLLECTIVE_TIMEOUT_S = 2.0

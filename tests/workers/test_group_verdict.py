@@ -4,10 +4,10 @@ import time
 
 import pytest
 
-from hortator.topology.launch import FakeLauncher
 from hortator.topology.vitals import Cause, Trouble
 from hortator.workers.rank import Exit
 from hortator.workers.supervisor import HEALTHY_S, MAX_BACKOFF_S, Failure, Supervisor, verdict
+from tests.topology.fake_launcher import FakeLauncher
 from tests.workers.group_driver import settings
 
 NAMES = {rank: f"rank {rank} (pid {rank} on h)" for rank in range(4)}

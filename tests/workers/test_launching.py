@@ -16,12 +16,13 @@ from pydantic import ValidationError
 
 from hortator.producer.errors import ConfigError
 from hortator.topology.errors import CannotStart
-from hortator.topology.launch import FakeLauncher, LocalLauncher, RankCommand
+from hortator.topology.launch import LocalLauncher, RankCommand
 from hortator.topology.remote import RemoteLauncher
 from hortator.workers.group import Group
 from hortator.workers.launching import check_meeting_host, make_launcher, num_own, rank_commands
 from hortator.workers.rank import CONFIG_VARIABLE
 from hortator.workers.settings import WorkerSettings
+from tests.topology.fake_launcher import FakeLauncher
 from tests.workers.group_driver import Driver, alive, settings, wait_for
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -86,7 +87,7 @@ def test_the_first_host_is_the_fronts_and_where_the_others_find_it(monkeypatch: 
         ({"launcher": "ssh"}, "launcher=ssh needs hosts"),
         ({"launcher": "external"}, "needs a keeper_port"),
         ({"launcher": "external", "keeper_port": 1, "front_ranks": 3}, "the group has 2 ranks"),
-        ({"hosts": "a;b:2"}, "is not the name or address of a host"),
+        ({"hosts": "a;b:2"}, "'a;b' is no host name"),
     ],
 )
 def test_settings_that_contradict_each_other_are_told(chosen: dict[str, Any], words: str) -> None:
@@ -112,6 +113,33 @@ def test_a_secret_that_is_not_there_is_told_at_once(launcher: str) -> None:
 def test_an_address_that_other_hosts_cannot_reach_is_refused_before_anything_starts(host: str, words: str) -> None:
     with pytest.raises(CannotStart, match=words):
         check_meeting_host(spread(control_host=host))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "here"),
+    [
+        ({"control_host": "127.0.0.1"}, True),
+        ({"control_host": "localhost"}, True),
+        ({"hosts": "127.0.0.1:1,localhost:1"}, True),
+        ({}, False),
+        ({"hosts": "localhost:1,10.1.1.2:1"}, False),
+        ({"control_host": "my-node"}, False),
+        ({"control_host": "0.0.0.0"}, False),
+    ],
+)
+def test_ranks_that_others_start_find_no_loopback_address_unless_somebody_says_that_all_are_here(
+    chosen: dict[str, Any], here: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`my-node` is what a host often calls itself: its name leads to 127.0.1.1."""
+    known = {"my-node": "127.0.1.1"}
+    resolve = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **k: resolve(known.get(host, host), *a, **k))
+    group = settings(launcher="external", keeper_port=4700, **chosen)
+    if here:
+        check_meeting_host(group)
+        return
+    with pytest.raises(CannotStart, match=r"control_host: .* is .* here.*HORTATOR_CONTROL_HOST.*or to 127\.0\.0\.1"):
+        check_meeting_host(group)
 
 
 # --- what ranks are told
@@ -145,6 +173,16 @@ def test_an_interface_that_is_named_for_a_host_reaches_its_ranks() -> None:
     assert (other.env["GLOO_SOCKET_IFNAME"], other.env["NCCL_SOCKET_IFNAME"]) == ("ib1", "ib1")
 
 
+def test_named_variables_reach_the_ranks_of_every_host_and_a_named_interface_wins_over_one_that_is_found() -> None:
+    front = {"FOO_MARK": "1", "NCCL_SOCKET_IFNAME": "eth9", "OTHER": "2"}
+    group = spread(rank_variables="FOO_MARK,NCCL_SOCKET_IFNAME,NOT_SET")
+    for command in commands(group, front):
+        assert (command.env["FOO_MARK"], command.env["NCCL_SOCKET_IFNAME"]) == ("1", "eth9")
+    assert "OTHER" not in commands(group, front)[2].env
+    with pytest.raises(ValidationError, match="HORTATOR_REDIS_URL is the front's alone"):
+        spread(rank_variables="FOO_MARK,HORTATOR_REDIS_URL")
+
+
 # --- a budget
 
 
@@ -167,7 +205,7 @@ def test_a_group_that_comes_down_too_often_is_given_up() -> None:
 def joinable(secret: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Settings of a group whose rank 1 somebody else has to start."""
     monkeypatch.setenv("HORTATOR_LAUNCHER", "external")
-    return {"keeper_port": free_port(), "secret_file": secret}
+    return {"keeper_port": free_port(), "secret_file": secret, "control_host": "127.0.0.1"}
 
 
 @pytest.fixture

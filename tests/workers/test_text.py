@@ -3,11 +3,13 @@
 import itertools
 import json
 import random
+import re
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import pytest
@@ -203,3 +205,11 @@ assert "torch" not in sys.modules, "torch was imported"
 """
     done = subprocess.run([sys.executable, "-c", script], check=True, timeout=60, capture_output=True, text=True)
     assert done.stderr == ""
+
+
+def test_a_model_directory_that_is_not_there_is_told_before_its_files_with_the_host(tmp_path: Path) -> None:
+    said = f"model_path {tmp_path / 'gone'}: there is no such directory on {gethostname()}: "
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)}"):
+        HFText.load(tmp_path / "gone")
+    with pytest.raises(ConfigError, match=r"no tokenizer\.json"):
+        HFText.load(tmp_path)

@@ -5,6 +5,7 @@ reads its own slices from the shards, straight to its device.
 """
 
 import copy
+import socket
 from collections.abc import Container, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,10 @@ class LoadedModel:
 def read_config(model_path: Path, *, dtype: str = "auto") -> ModelConfig:
     """Check the directory's config; what cannot be served is refused with a ConfigError that says why."""
     if not model_path.is_dir():
-        raise ConfigError(f"model_path {model_path} is no directory: give one with config.json and safetensors")
+        raise ConfigError(
+            f"model_path {model_path} is no directory on {socket.gethostname()}:"
+            " give one with config.json and safetensors"
+        )
     if not (model_path / "config.json").is_file():
         raise ConfigError(f"{model_path} has no config.json: it is not a Hugging Face model directory")
     raw = read_json(model_path / "config.json")

@@ -19,7 +19,7 @@ NAMES = ["nodeA", "nodeB"]
 FLEET = """
 redis_url = "{redis}"
 hostfile = "hosts"
-environment = {{ PYTHONPATH = "{repository}", OMP_NUM_THREADS = "1" }}
+environment = {{ PYTHONPATH = "{repository}", OMP_NUM_THREADS = "1", FOO_MARK = "7", NCCL_SOCKET_IFNAME = "eth9" }}
 
 [ssh]
 identity_file = "{identity}"
@@ -76,7 +76,12 @@ def sh(cluster: Cluster) -> Shell:
 
 def test_a_fleet_is_started_read_and_ended_over_ssh(cluster: Cluster, sh: Shell) -> None:
     assert "echo-0 is ready" in sh("up", str(sh.fleet_file), *sh.state())
-    assert [len(cluster.machines[name].ranks()) for name in NAMES] == [1, 1]
+    ranks = [cluster.machines[name].ranks() for name in NAMES]
+    assert [len(found) for found in ranks] == [1, 1]
+    told = [found[0].environ() for found in ranks]
+    assert [(env["FOO_MARK"], env["NCCL_SOCKET_IFNAME"], env["GLOO_SOCKET_IFNAME"]) for env in told] == [
+        ("7", "eth9", "eth0")
+    ] * 2
     [job] = cluster.enqueue(["over two machines;"], max_tokens=20)
     assert cluster.finished([job], timeout_s=20)[job].state is State.SUCCEEDED
     [queue] = map(json.loads, sh("status", "--json", "--redis-url", cluster.redis.url).splitlines())
