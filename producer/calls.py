@@ -301,6 +301,11 @@ def _evicts(policy: str) -> StoreUnsuitable:
 # Redis 6.2 wraps what a script met in an error of its own, so the code may stand anywhere
 _UNAVAILABLE = re.compile(r"\b(OOM|MISCONF|READONLY|LOADING|BUSY|MASTERDOWN|NOREPLICAS)\b")
 
+_NO_PASSWORD = re.compile(
+    r"\bNOAUTH\b|Authentication required|HELLO must be called with the client already authenticated"
+)
+_PROTECTED = re.compile(r"\bDENIED\b.*protected mode")
+_HOW = "write redis://:PASSWORD@HOST:PORT/DB"
 _FORBIDDEN = re.compile(r"\b(NOAUTH|WRONGPASS|NOPERM)\b|can't run this command|can't access at least one of the keys")
 
 
@@ -308,6 +313,14 @@ def translate(error: Exception, where: str) -> HortatorError:
     """What to raise for what redis-py raised.  Whatever a server answers that nobody foresaw is an outage as well: what
     is at that address now, or what somebody did to our keys, may be mended while workers and clients wait."""
     text = str(error)
+    if _NO_PASSWORD.search(text):
+        return StoreForbidden(f"Redis at {where} wants a password, and the URL has none: {_HOW}", retry_after_s=5)
+    if _PROTECTED.search(text):
+        return StoreForbidden(
+            f"Redis at {where} is in protected mode: without a password it takes nobody from another machine;"
+            f" give it one (requirepass in its configuration) and {_HOW}",
+            retry_after_s=5,
+        )
     if isinstance(error, broken.AuthenticationError | broken.NoPermissionError) or _FORBIDDEN.search(text):
         return StoreForbidden(f"Redis at {where} refuses our credentials: {text[:200]}", retry_after_s=5.0)
     if isinstance(error, broken.ConnectionError | broken.TimeoutError | OSError):

@@ -5,7 +5,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Self
 
-from .errors import HortatorError, StoreUnavailable, UnknownJob
+from pydantic import ValidationError
+
+from .errors import ConfigError, HortatorError, StoreUnavailable, UnknownJob
 from .job import (
     Follower,
     Pace,
@@ -246,11 +248,17 @@ class Client:
 def settings_for(
     url: str | None, namespace: str | None, require_known_model: bool | None, timeout_s: float | None
 ) -> StoreSettings:
-    """The environment's settings with what the caller said on top."""
+    """The environment's settings with what the caller said on top.  Raises ConfigError."""
     given = {
         "redis_url": url,
         "namespace": namespace,
         "require_known_model": require_known_model,
         "timeout_s": timeout_s,
     }
-    return StoreSettings.model_validate({name: value for name, value in given.items() if value is not None})
+    try:
+        return StoreSettings.model_validate({name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:  # its text holds the values, and one is a URL with a password
+        problems = error.errors(include_url=False)
+        raise ConfigError(
+            "; ".join(f"{problem['loc'][0]}: {problem['msg'].removeprefix('Value error, ')}" for problem in problems)
+        ) from None

@@ -55,8 +55,9 @@ def server_version(executable: str | Path) -> tuple[int, int, int]:
 class EmbeddedRedis:
     """A redis-server of our own, as a context manager.
 
-    `directory` (default: a temporary one, removed at the end) keeps the append-only file: give it to find the jobs
-    again.  `port` 0 takes any free one.  `executable` forces a server; the default is PATH's first, then the bundled.
+    `directory` (default: a temporary one, removed at the end, even if its owner is killed) keeps the append-only file:
+    give it to find the jobs again.  `port` 0 takes any free one.  `executable` forces a server; the default is PATH's
+    first, then the bundled.
     Raises ConfigError with the reason when the server cannot start.
     """
 
@@ -169,9 +170,10 @@ class EmbeddedRedis:
 
     def _launch(self) -> None:
         warden = Path(__file__).with_name("warden.py")
+        ours = ("--remove", str(self.directory)) if self._own_directory else ()
         with self.log.open("ab") as log:  # what it says before it opens its log itself
             self._warden = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(warden), *self._arguments()],
+                [sys.executable, "-I", "-S", str(warden), *ours, *self._arguments()],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

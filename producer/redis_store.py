@@ -17,6 +17,7 @@ from .calls import Call, Calls, naming_jobs, refuse_unsuitable, script, translat
 from .errors import ConfigError
 from .ids import Mint, new_secret
 from .names import Names
+from .redis_url import checked_redis_url, is_unix
 from .rules import Rules
 from .schema import Chunk, Job, State, Status
 from .settings import CONNECT_TIMEOUT_S, TIMEOUT_S, StoreSettings
@@ -64,10 +65,9 @@ class RedisStore:
         self._mint: Mint | None = None
         self._mint_lock = threading.Lock()
         retry = Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,))
-        with _readable(url):
-            self._redis = redis.Redis.from_url(
-                url, retry=retry, socket_keepalive=True, **_connection(timeout_s, connect_timeout_s)
-            )
+        self._redis = redis.Redis.from_url(
+            _readable(url), retry=retry, **_connection(url, timeout_s, connect_timeout_s)
+        )
         self._where = _where(self._redis)
 
     @classmethod
@@ -211,10 +211,9 @@ class AsyncRedisStore:
         self._calls = Calls(self.names, self.rules)
         self._mint: Mint | None = None
         retry = AsyncRetry(NoBackoff(), 1, supported_errors=(RedisConnectionError,))
-        with _readable(url):
-            self._redis = redis.asyncio.Redis.from_url(
-                url, retry=retry, socket_keepalive=True, **_connection(timeout_s, connect_timeout_s)
-            )
+        self._redis = redis.asyncio.Redis.from_url(
+            _readable(url), retry=retry, **_connection(url, timeout_s, connect_timeout_s)
+        )
         self._where = _where(self._redis)
 
     @classmethod
@@ -303,8 +302,9 @@ class AsyncRedisStore:
             raise translate(error, self._where) from error
 
 
-def _connection(timeout_s: float, connect_timeout_s: float) -> dict[str, Any]:
-    return {
+def _connection(url: str, timeout_s: float, connect_timeout_s: float) -> dict[str, Any]:
+    keepalive = {} if is_unix(url) else {"socket_keepalive": True}
+    return keepalive | {
         "socket_timeout": timeout_s,
         "socket_connect_timeout": connect_timeout_s,
         "health_check_interval": HEALTH_CHECK_S,
@@ -317,10 +317,8 @@ def _where(client: "redis.Redis | redis.asyncio.Redis") -> str:
     return str(options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}")
 
 
-@contextlib.contextmanager
-def _readable(url: str) -> Iterator[None]:
+def _readable(url: str) -> str:
     try:
-        yield
+        return checked_redis_url(url)
     except ValueError as error:
-        scheme = url.partition("://")[0][:20]
-        raise ConfigError(f"bad Redis URL (it begins {scheme!r}): {error}; write redis://HOST:PORT/DB") from None
+        raise ConfigError(str(error)) from None

@@ -5,6 +5,7 @@ from dataclasses import fields
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from .redis_url import RedisUrl
 from .rules import Rules
 from .schema import MAX_DEADLINE_S
 
@@ -39,9 +40,14 @@ class RuleSettings(BaseSettings):
 class StoreSettings(RuleSettings):
     """Where the store is, and its rules."""
 
-    model_config = SettingsConfigDict(env_prefix="HORTATOR_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="HORTATOR_",
+        frozen=True,
+        extra="ignore",
+        hide_input_in_errors=True,  # a URL may hold a password
+    )
 
-    redis_url: str = "redis://127.0.0.1:6379/0"
+    redis_url: RedisUrl = "redis://127.0.0.1:6379/0"
     namespace: str = Field(default="", description="prefix of every key; the same as Celery's global_keyprefix")
     connect_timeout_s: float = Field(default=CONNECT_TIMEOUT_S, gt=0)
     timeout_s: float = Field(default=TIMEOUT_S, gt=0, description="longest wait for one answer of Redis")

@@ -141,7 +141,7 @@ def test_what_crosses_hosts_in_any_group_of_a_model_is_shown(sh: Shell, fleet: P
         (("replicas", "replicsa"), [], "models['elsewhere'].replicsa: there is no such key; did you mean replicas?"),
         (('"80 GiB"', '"4 GiB"'), [], "llama: rank 0 needs 11.0 GiB"),
         (("[[models]]", "[hosts.node-x]\n[[models]]"), [], "hosts.node-x: the hostfile has no such host"),
-        (("hostfile", 'redis_url = "http://foo"\nhostfile'), [], "redis_url: bad Redis URL (it begins 'http')"),
+        (("hostfile", 'redis_url = "http://foo"\nhostfile'), [], "redis_url: the URL of Redis begins with none of redis://"),
         (("[[models]]", '[environment]\nHORTATOR_MAX_NUM_SEQZ = "8"\n[[models]]'), [],
          "environment: HORTATOR_MAX_NUM_SEQZ is no setting: is HORTATOR_MAX_NUM_SEQS meant?"),
         (("[[models]]", '[environment]\nHORTATOR_MAX_ATTEMPTS = "many"\n[[models]]'), [],

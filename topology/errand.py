@@ -11,12 +11,18 @@ import signal
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 MAX_AT_ONCE = 128
 """An ssh client costs some 10 MB and 30 ms of a core; at 10 s for a silent host, 1,000 silent ones take 80 s."""
 
 MAX_ANSWER_BYTES = 8 << 20
 MAX_COMPLAINT_BYTES = 64 << 10
+MAX_SHOWN_BYTES = 30
+
+Said = TypeVar("Said", bound=BaseModel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +136,17 @@ async def _hear(pipe: asyncio.StreamReader, limit: int) -> tuple[bytes, float]:
     while data := await pipe.read(1 << 16):
         kept += data[: limit - len(kept)]
     return bytes(kept), time.time()
+
+
+def read_answer(answer: Answer, model: type[Said]) -> "Said | str":
+    """What a host said at last (a login shell may have greeted first); or in one printable line why it is nothing."""
+    if not answer.ok:
+        return answer.problem
+    last = answer.stdout.strip().rpartition(b"\n")[2]
+    try:
+        return model.model_validate_json(last)
+    except ValidationError:
+        return f"answered with something that is no {model.__name__}: {ascii(last[:MAX_SHOWN_BYTES])[1:]}"
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:

@@ -17,6 +17,7 @@ Pure, but for `read_fleet`.
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -33,7 +34,10 @@ from .plainyaml import BadYaml, read_yaml
 from .variables import OWN_PREFIX, variable_problem
 
 MAX_FLEET_BYTES = 1 << 20
+MAX_KEY_PARTS = 32  # the parser takes the square of it
 MAX_REPLICAS = 16_384
+
+_LONG_KEY = re.compile(rf"""(?<![\w'"-])(?:[\w'"-]++[ \t]*+\.[ \t]*+){{{MAX_KEY_PARTS}}}""")
 
 
 Text = TypeVar("Text", str, Path)
@@ -201,7 +205,7 @@ def _content(text: str, source: Path) -> dict[str, Any]:
         content = reader(text)
     except RecursionError as error:
         raise BadFleet(f"{source} is nested too deeply: it is no fleet file") from error
-    except (tomllib.TOMLDecodeError, BadYaml) as error:
+    except ValueError as error:  # a number of thousands of digits is no error of the format's own
         kind = "YAML" if isinstance(error, BadYaml) else "TOML"
         raise BadFleet(f"{source} is not valid {kind}: {error}") from error
     if content is None:
@@ -211,7 +215,13 @@ def _content(text: str, source: Path) -> dict[str, Any]:
     return content
 
 
-_READERS: dict[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".yaml": read_yaml, ".yml": read_yaml}
+def _read_toml(text: str) -> dict[str, Any]:
+    if _LONG_KEY.search(text):
+        raise ValueError(f"a key has more than {MAX_KEY_PARTS} parts")
+    return tomllib.loads(text)
+
+
+_READERS: dict[str, Callable[[str], Any]] = {".toml": _read_toml, ".yaml": read_yaml, ".yml": read_yaml}
 
 
 def _check_models(fleet: Fleet, source: Path) -> None:

@@ -20,6 +20,7 @@ from .errors import BadHostfile
 
 MAX_SLOTS = 1024
 MAX_HOSTS = 16_384
+MAX_TOTAL_SLOTS = 131_072  # a plan of more takes longer than people wait
 MAX_HOSTFILE_CHARS = 8 << 20
 
 _LINE = re.compile(r"(?P<host>\S+)\s+(?:slots=)?(?P<slots>[0-9]+)(?:\s+#.*)?")
@@ -68,6 +69,8 @@ def parse_hostfile(text: str, *, source: str = "hostfile") -> tuple[Host, ...]:
         raise BadHostfile(f"{source} lists no host: write one a line, as 'ADDRESS slots=NUMBER_OF_GPUS'")
     if len(hosts) > MAX_HOSTS:
         raise BadHostfile(f"{source} lists {len(hosts)} hosts: the limit is {MAX_HOSTS}; use several fleets")
+    if (total := sum(host.slots for host in hosts)) > MAX_TOTAL_SLOTS:
+        raise BadHostfile(f"{source} lists {total} slots: the limit is {MAX_TOTAL_SLOTS}; use several fleets")
     return tuple(hosts)
 
 

@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from .address import shown
 from .errors import BadPlacement, BadSecret
+from .placement import MAX_RANKS
 
 MIN_SECRET_CHARACTERS = 32
+MAX_RANKS_PER_NODE = 1024
 MAX_SECRET_BYTES = 4096
 
 # rank, local rank, number of ranks: as they are called by torchrun and DeepSpeed, by Slurm, and by Open MPI
@@ -39,10 +42,14 @@ def place_of(environment: Mapping[str, str], *, ranks: str = "", ranks_per_node:
         numbers = tuple(_number("--ranks", part) for part in ranks.split(","))
         return Place(numbers, tuple(range(len(numbers))))
     if ranks_per_node:
+        if not 1 <= ranks_per_node <= MAX_RANKS_PER_NODE:
+            raise BadPlacement(f"--ranks-per-node {ranks_per_node}: give a number from 1 to {MAX_RANKS_PER_NODE}")
         node = next((_number(name, environment[name]) for name in _NODE_VARIABLES if name in environment), None)
         if node is None:
             raise BadPlacement(f"--ranks-per-node needs the node's number: set one of {', '.join(_NODE_VARIABLES)}")
         first = node * ranks_per_node
+        if first + ranks_per_node > MAX_RANKS:
+            raise BadPlacement(f"node {node} would begin with rank {first}: a group has at most {MAX_RANKS} ranks")
         return Place(tuple(range(first, first + ranks_per_node)), tuple(range(ranks_per_node)))
     for rank, local_rank, world_size in _DIALECTS:
         if rank in environment:
@@ -76,5 +83,8 @@ def read_secret(path: Path) -> bytes:
 
 def _number(name: str, text: str) -> int:
     if not text.strip().isascii() or not text.strip().isdecimal():
-        raise BadPlacement(f"{name} is {text!r}, not a number")
-    return int(text)
+        raise BadPlacement(f"{name} is {shown(text)}, not a number")
+    digits = text.strip().lstrip("0")
+    if len(digits) > len(str(MAX_RANKS)) or int(digits or "0") > MAX_RANKS:
+        raise BadPlacement(f"{name} is {shown(digits)}: a group has at most {MAX_RANKS} ranks")
+    return int(digits or "0")

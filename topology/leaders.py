@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ LOOK_S = 1.5
 
 POLL_S = 0.05
 OWNER = "fleet"
+GATE = Path(__file__).with_name("gate.py")
 RANK_MODULE = "hortator.workers.rank"
 TAIL_BYTES = 64 << 10
 
@@ -75,6 +77,24 @@ class Leader(BaseModel):
     """The last line of its log; of one that has ended the last complaint, if there is one."""
 
 
+class Leaders(BaseModel):
+    """A host's answer: all that it knows of."""
+
+    leaders: tuple[Leader, ...]
+
+
+class Ended(BaseModel):
+    """A host's answer: whether there was anything to end."""
+
+    ended: bool
+
+
+class Left(BaseModel):
+    """A host's answer: those of the processes that still are ranks."""
+
+    left: tuple[int, ...]
+
+
 class Record(BaseModel):
     """The file: a process, told apart from a later one of the same number."""
 
@@ -83,6 +103,10 @@ class Record(BaseModel):
     model: str = ""
     seats: tuple[Seat, ...] = ()
     started: float = 0.0
+
+    @property
+    def lives(self) -> bool:
+        return bool(self.born) and birth(self.pid) == self.born
 
 
 class StateDirectory:
@@ -124,26 +148,56 @@ class StateDirectory:
         with self._lock(order.group):
             if (leader := self.look(order.group)).pid is not None:
                 return leader
-            self.log(order.group).touch(mode=0o600)
+            try:
+                process, record = self._begin(order)
+            except OSError as error:
+                raise CannotStart(f"group {order.group} is not started: {error.filename}: {error.strerror}") from None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = process.wait(LOOK_S)
+            raise CannotStart(f"group {order.group} ended at once with {code}: {self._last_words(order.group)}")
+        process.returncode = 0  # it is meant to be left running, of which Popen would warn
+        return self._leader(order.group, record).model_copy(update={"fresh": True})
+
+    def _begin(self, order: Order) -> "tuple[subprocess.Popen[bytes], Record]":
+        """The process, which becomes the leader only when it has been recorded: an unknown one could not be ended."""
+        self.log(order.group).touch(mode=0o600)
+        held, go = os.pipe()
+        try:
             with self.log(order.group).open("ab") as log:
                 process = subprocess.Popen(
-                    order.argv,
+                    [sys.executable, "-I", "-S", str(GATE), str(held), *order.argv],
                     env=os.environ | dict(order.environment),
                     cwd=self.directory,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
+                    pass_fds=(held,),
                 )
             record = Record(
                 pid=process.pid, born=birth(process.pid), model=order.model, seats=order.seats, started=time.time()
             )
-            self._record(order.group).write_text(record.model_dump_json())
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            code = process.wait(LOOK_S)
-            raise CannotStart(f"group {order.group} ended at once with {code}: {self._last_words(order.group)}")
-        process.returncode = 0  # it is meant to be left running, of which Popen would warn
-        return self._leader(order.group, record).model_copy(update={"fresh": True})
+            try:
+                self._write(order.group, record)
+            except OSError:
+                process.kill()
+                process.wait()
+                raise
+            os.write(go, b"1")
+        finally:
+            os.close(held)
+            os.close(go)
+        return process, record
+
+    def _write(self, group: str, record: Record) -> None:
+        """Whole, or not at all."""
+        new = self.directory / f"{group}.json.new"
+        try:
+            new.write_text(record.model_dump_json())
+        except OSError as error:
+            error.filename = str(new)
+            raise
+        new.replace(self._record(group))
 
     def look(self, group: str) -> Leader:
         """The leader, if it runs."""
@@ -157,7 +211,7 @@ class StateDirectory:
     def _leader(self, group: str, record: Record | None) -> Leader:
         if record is None:
             return Leader(group=group, pid=None, log=self.log(group), last_words=self._last_words(group))
-        lives = birth(record.pid) == record.born
+        lives = record.lives
         return Leader(
             **record.model_dump() | {"pid": record.pid if lives else None},
             group=group,
@@ -173,10 +227,14 @@ class StateDirectory:
         for number, wait_s in ((signal.SIGTERM, patience_s), (signal.SIGKILL, 5.0)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-            until = time.monotonic() + wait_s
+            until, told = time.monotonic() + wait_s, image(pid)
             while self._living(group) == pid:
                 if time.monotonic() > until:
                     break
+                if (now := image(pid)) != told:  # it had just started itself anew, and has not heard of it
+                    told = now
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, number)
                 time.sleep(POLL_S)
             else:
                 return True
@@ -241,7 +299,7 @@ class StateDirectory:
 
     def _living(self, group: str) -> int | None:
         record = self._read(group)
-        return record.pid if record is not None and birth(record.pid) == record.born else None
+        return record.pid if record is not None and record.lives else None
 
     def _record(self, group: str) -> Path:
         return self.directory / f"{group}.json"
@@ -271,3 +329,13 @@ def birth(pid: int) -> str:
         return ""
     fields = re.sub(r"^.*\) ", "", stat, flags=re.DOTALL).split()
     return "" if fields[0] == "Z" else f"{boot}:{fields[19]}"
+
+
+def image(pid: int) -> str:
+    """Where the kernel has put the program of a process, which is another place after each exec; '' if that cannot be
+    seen."""
+    try:
+        fields = re.sub(r"^.*\) ", "", Path(f"/proc/{pid}/stat").read_text(), flags=re.DOTALL).split()
+    except OSError:
+        return ""
+    return f"{fields[44]}:{fields[45]}"  # start_brk, arg_start

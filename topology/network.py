@@ -1,13 +1,19 @@
 """The network interfaces of this host: addresses, speed, and whether RDMA (InfiniBand, RoCE) sits on them."""
 
+import re
 import socket
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Annotated
 
 import psutil
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, StringConstraints
 
 SYS_INFINIBAND = Path("/sys/class/infiniband")
+
+
+_NAME = r"^[A-Za-z0-9._:@-]{1,32}$"  # a host says it, and people are told to put it into an environment
+InterfaceName = Annotated[str, StringConstraints(pattern=_NAME)]
 
 
 class Interface(BaseModel):
@@ -15,7 +21,7 @@ class Interface(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    name: str
+    name: InterfaceName
     addresses: tuple[str, ...]
     up: bool
     speed_mbit: int = 0
@@ -31,7 +37,7 @@ class RdmaPort(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    device: str
+    device: InterfaceName
     port: int
     active: bool
     rate: str
@@ -40,12 +46,12 @@ class RdmaPort(BaseModel):
 
 
 def read_interfaces() -> tuple[Interface, ...]:
-    """All interfaces that have an address, loopback included."""
+    """All interfaces that have an address, loopback included; those whose names need quotes are left out."""
     stats = psutil.net_if_stats()
     found = []
     for name, addresses in sorted(psutil.net_if_addrs().items()):
         known = tuple(a.address.partition("%")[0] for a in addresses if a.family in (socket.AF_INET, socket.AF_INET6))
-        if known and name in stats:
+        if known and name in stats and re.match(_NAME, name):
             at = stats[name]
             found.append(Interface(name=name, addresses=known, up=at.isup, speed_mbit=max(at.speed, 0), mtu=at.mtu))
     return tuple(found)

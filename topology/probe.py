@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from .codeprint import code_digest
 from .gpus import Gpu, read_gpus
@@ -76,7 +76,7 @@ class HostReport(BaseModel):
     interfaces: tuple[Interface, ...] = ()
     own_interface: str | None = None
     rdma: tuple[RdmaPort, ...] = ()
-    clock_s: float
+    clock_s: FiniteFloat
 
 
 def probe(request: ProbeRequest, *, checksum: Checksum) -> HostReport:

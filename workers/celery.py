@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from hortator.producer.errors import ConfigError
+from hortator.producer.redis_url import RedisUrl, kombu_url
 from hortator.producer.rules import Rules
 from hortator.producer.schema import TASK_NAME
 
@@ -36,9 +37,9 @@ STORE_TIMEOUT_S = 2.0  # how long a stalled Redis may keep the front from its gr
 class BrokerSettings(BaseSettings):
     """What even a process without a model must know; the same names and sources as WorkerSettings."""
 
-    model_config = SettingsConfigDict(env_prefix="HORTATOR_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="HORTATOR_", frozen=True, extra="ignore", hide_input_in_errors=True)
 
-    redis_url: str = "redis://127.0.0.1:6379/0"
+    redis_url: RedisUrl = "redis://127.0.0.1:6379/0"
     namespace: str = ""
     result_ttl_s: float = Rules.result_ttl_s
 
@@ -116,13 +117,14 @@ def _line(problem: Any) -> str:
 
 def _config(settings: WorkerSettings | BrokerSettings) -> dict[str, Any]:
     options = {"global_keyprefix": settings.namespace, "socket_timeout": 2.0, "socket_connect_timeout": 2.0}
+    url = kombu_url(settings.redis_url, transport="hortator")
     no_waiting = {"max_retries": 0, "interval_start": 0, "interval_step": 0}  # kombu would sleep in the front's thread
     return {
-        "broker_url": _kombu_url(settings.redis_url),
+        "broker_url": url,
         "broker_transport": "hortator",
         "broker_transport_options": options | no_waiting | {"socket_keepalive": True},
         "broker_connection_retry_on_startup": True,
-        "result_backend": f"hortator.workers.backend:StoreBackend+{settings.redis_url}",
+        "result_backend": f"hortator.workers.backend:StoreBackend+{url.removeprefix('hortator+')}",
         "result_backend_transport_options": {"global_keyprefix": settings.namespace},
         "result_expires": settings.result_ttl_s,
         "redis_socket_timeout": 5.0,
@@ -143,11 +145,6 @@ def _config(settings: WorkerSettings | BrokerSettings) -> dict[str, Any]:
         "worker_cancel_long_running_tasks_on_connection_loss": False,
         "worker_enable_prefetch_count_reduction": False,
     }
-
-
-def _kombu_url(url: str) -> str:
-    """kombu spells a unix socket in another way than redis-py."""
-    return f"redis+socket://{url.removeprefix('unix://')}" if url.startswith("unix://") else url
 
 
 def _route(name: str, args: Any, kwargs: Any, options: Any, task: Any = None, **_: Any) -> Any:

@@ -24,7 +24,8 @@ logger = logging.getLogger("hortator.front")
 LIFE = uuid.uuid4().hex
 """Of this process image: a leader that started again answers with another."""
 
-_again = False
+_told: list[EnginePool] = []
+"""Whose leader was told to start again; the wish itself is the pool's, where a later stop takes it back."""
 
 
 def _command(act: Callable[[EnginePool], None], doc: str, name: str) -> None:
@@ -77,24 +78,32 @@ def resume(pool: EnginePool) -> None:
 
 
 def stop(pool: EnginePool) -> None:
-    """Celery's warm shutdown, as after SIGTERM."""
+    """Celery's warm shutdown, as after SIGTERM.  It wins over a restart that is under way."""
     logger.info("told to stop")
+    pool.again = False
+    _end(pool)
+
+
+def restart(pool: EnginePool) -> None:
+    """Stop, and then be started anew in the same process: same command, same environment, the code of that time.  Who
+    has been told to stop stays told."""
+    logger.info("told to restart")
+    if worker_state.should_stop is None:
+        pool.again = True
+        _told.append(pool)
+    _end(pool)
+
+
+def _end(pool: EnginePool) -> None:
     pool.front.drain()
     if worker_state.should_stop is None:
         worker_state.should_stop = EX_OK
 
 
-def restart(pool: EnginePool) -> None:
-    """Stop, and then be started anew in the same process: same command, same environment, the code of that time."""
-    global _again  # noqa: PLW0603
-    _again = True
-    stop(pool)
-
-
 @atexit.register
 def _start_again() -> None:
     """After everything has been put away.  Descriptors are not inherited, but for standard output and error."""
-    if _again and worker_state.should_stop == EX_OK:
+    if worker_state.should_stop == EX_OK and any(pool.again for pool in _told):
         sys.stdout.flush()
         sys.stderr.flush()
         os.execv(sys.executable, sys.orig_argv)  # noqa: S606

@@ -8,6 +8,7 @@ from typing import Any
 from celery import Celery
 
 from hortator.producer.errors import GroupFailed, HortatorError
+from hortator.producer.redis_url import kombu_url
 from hortator.producer.store import GroupBeat, Store
 
 REPLY_TIMEOUT_S = 5.0
@@ -50,8 +51,7 @@ class FleetControl:
 
     def __init__(self, redis_url: str, namespace: str, store: Store) -> None:
         options = {"global_keyprefix": namespace, "socket_timeout": REPLY_TIMEOUT_S, "socket_connect_timeout": 2.0}
-        url = f"redis+socket://{redis_url.removeprefix('unix://')}" if redis_url.startswith("unix://") else redis_url
-        self._app = Celery("hortator-control", broker=url, set_as_current=False)
+        self._app = Celery("hortator-control", broker=kombu_url(redis_url), set_as_current=False)
         self._app.conf.update(broker_transport_options=options, accept_content=["json"])
         self._store = store
 
@@ -81,8 +81,8 @@ class FleetControl:
             heard |= self._ask(command, missing)
         if missing:
             raise GroupFailed(
-                f"{', '.join(missing)} did not answer within {REPLY_TIMEOUT_S:g} s: is the leader stuck, or cut off"
-                " from Redis? (hortator status, hortator logs)"
+                f"{', '.join(missing)} did not answer within {REPLY_TIMEOUT_S:g} s: it may be draining, which ends"
+                " by itself; else its leader is stuck, or cut off from Redis (hortator status, hortator logs)"
             )
         return heard
 

@@ -54,6 +54,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
         self._timer_at = 0.0
         self._stopping = False
         self._num_signals = 0
+        self.again = False  # once all has ended, start anew in the same process
         self._now = False  # do not wait for what runs
         self._hand_back_at = math.inf  # a drained group's patience
 
@@ -258,6 +259,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
     def _on_signal(self, celerys: Any) -> Callable[[int, Any], None]:
         def handle(number: int, frame: Any) -> None:
             self._num_signals += 1
+            self.again = False
             if self.front is not None:
                 self.front.drain()
             if self._num_signals == 1 and number != signal.SIGQUIT and callable(celerys):

@@ -17,6 +17,7 @@ from pydantic_settings import (
 )
 
 from hortator.producer.errors import ConfigError
+from hortator.producer.redis_url import RedisUrl
 from hortator.producer.schema import ModelName
 from hortator.producer.settings import RuleSettings
 from hortator.topology.errors import BadPlacement
@@ -44,10 +45,15 @@ def _names(value: object) -> object:
 class WorkerSettings(RuleSettings, GroupSettings):
     """One model group.  Names are the field's standard ones; times are in seconds, sizes in tokens unless they say."""
 
-    model_config = SettingsConfigDict(env_prefix="HORTATOR_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="HORTATOR_",
+        frozen=True,
+        extra="ignore",
+        hide_input_in_errors=True,  # a URL may hold a password
+    )
 
     # the store; its rules are those of every producer
-    redis_url: str = "redis://127.0.0.1:6379/0"
+    redis_url: RedisUrl = "redis://127.0.0.1:6379/0"
     namespace: str = Field(default="", description="prefix of every key; the same as Celery's global_keyprefix")
 
     # the model
@@ -55,7 +61,9 @@ class WorkerSettings(RuleSettings, GroupSettings):
     model_path: Path | None = None
 
     # the group
-    group: str = Field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")
+    group: str = Field(
+        default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}", pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,199}$"
+    )
     hosts: Annotated[tuple[Node, ...], NoDecode, BeforeValidator(_nodes)] = Field(
         default=(), description="nodeA:2,nodeB:2 or a JSON list of {host, devices, interface}; this host is the first"
     )

@@ -52,7 +52,10 @@ def create_app(store: AsyncStore, *, api_settings: ApiSettings) -> FastAPI:
             watcher.drain()
             await end(tasks)
 
-    app = FastAPI(title="hortator", version=__version__, lifespan=lifespan, redirect_slashes=False)
+    # The framework's pages would load scripts from elsewhere into the origin of the API: /openapi.json says as much.
+    app = FastAPI(
+        title="hortator", version=__version__, lifespan=lifespan, redirect_slashes=False, docs_url=None, redoc_url=None
+    )
     app.state.watcher = watcher
     app.include_router(JobRoutes(patient, watcher, api_settings).router())
     app.include_router(FleetRoutes(patient, watcher, metrics, api_settings).router())

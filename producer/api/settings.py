@@ -19,7 +19,7 @@ class ApiSettings(BaseSettings):
 
     keys: tuple[str, ...] = Field(default=(), description="lines as `hortator keys new` prints them")
     keys_file: Path | None = Field(default=None, description="the same lines in a file")
-    open_paths: frozenset[Literal["/metrics", "/docs", "/openapi.json", "/v1/queues"]] = Field(
+    open_paths: frozenset[Literal["/metrics", "/openapi.json", "/v1/queues"]] = Field(
         default=frozenset(), description="paths that need no key, beside /healthz and /readyz"
     )
 

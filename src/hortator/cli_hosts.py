@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hortator.cli_errors import EXIT_FAILED, fail_line
+from hortator.cli_errors import EXIT_FAILED, fail_line, printable
 from hortator.cli_store import client
 
 if TYPE_CHECKING:
@@ -152,20 +152,22 @@ class FleetOnHosts:
 
     def inventory(self, hosts: Iterable[str] | None = None) -> Inventory:
         """Of these hosts; of all that may be used."""
-        from hortator.topology.leaders import Leader
+        from hortator.topology.errand import read_answer
+        from hortator.topology.leaders import Leaders
 
         asked = list(hosts) if hosts is not None else [host.address for host in self.hosts]
         found, unreached = [], {}
         for answer in self.ask((host, host, {"do": "list"}) for host in asked):
-            if answer.ok:
-                leaders = [Leader(**said) for said in last_json(answer)["leaders"]]
-                found += [FoundLeader(place_of(leader, answer.host, asked), leader) for leader in leaders]
+            said = read_answer(answer, Leaders)
+            if isinstance(said, str):
+                unreached[answer.host] = said.removeprefix("error: ")
             else:
-                unreached[answer.host] = answer.problem.removeprefix("error: ")
+                found += [FoundLeader(place_of(leader, answer.host, asked), leader) for leader in said.leaders]
         return Inventory(tuple(found), unreached)
 
     def start(self, groups: "Sequence[PlannedGroup]", launcher: str) -> dict[str, FoundLeader]:
         """Start leaders, say what became of each; those that run."""
+        from hortator.topology.errand import read_answer
         from hortator.topology.leaders import Leader
         from hortator.topology.orders import leader_order
 
@@ -176,12 +178,13 @@ class FleetOnHosts:
         ]
         run = {}
         for (name, host, _), answer in zip(errands, self.ask(errands), strict=True):
-            if answer.ok:
-                run[name] = FoundLeader(host, Leader.model_validate(last_json(answer)))
-                said = "starts" if run[name].leader.fresh else "runs already"
-                typer.echo(f"{name} {said}: {run[name]}, {run[name].leader.log}")
+            found = read_answer(answer, Leader)
+            if isinstance(found, str):
+                fail_line(f"{name} on {host}: {found.removeprefix('error: ')}", EXIT_FAILED)
             else:
-                fail_line(f"{name} on {host}: {answer.problem.removeprefix('error: ')}", EXIT_FAILED)
+                run[name] = FoundLeader(host, found)
+                said = "starts" if found.fresh else "runs already"
+                typer.echo(printable(f"{name} {said}: {run[name]}, {found.log}"))
         return run
 
     def end(self, leaders: Sequence[FoundLeader]) -> "Iterator[Answer]":
@@ -223,12 +226,6 @@ def place_of(leader: "Leader", host: str, asked: Collection[str]) -> str:
     """Hosts with one home directory know of each other's leaders; that one lives is seen on its own host only."""
     first = leader.seats[0].host if leader.seats else host
     return first if first in asked else host
-
-
-def last_json(answer: "Answer") -> dict[str, Any]:
-    """What a host said at last; a login shell may have greeted first."""
-    said: dict[str, Any] = json.loads(answer.stdout.strip().rpartition(b"\n")[2])
-    return said
 
 
 def leftovers(fleet: FleetOnHosts, inventory: Inventory, alive: "Mapping[str, GroupBeat]") -> Iterator[str]:

@@ -89,7 +89,9 @@ def serve(
             if isinstance(problem, ConfigError):  # wrong credentials: nothing to wait for
                 raise
             typer.echo(f"warning: {problem.message}; serving, not ready until it answers", err=True)
-        typer.echo(f"hortator API on {address_of(sock)} (pages: /docs), {redacted(where.redis_url)}", err=True)
+        typer.echo(
+            f"hortator API on {address_of(sock)} (described at /openapi.json), {redacted(where.redis_url)}", err=True
+        )
         return create_app(store, api_settings=settings)
 
     run(make_app, store.aclose, sock=sock, settings=settings)

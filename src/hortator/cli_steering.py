@@ -7,7 +7,7 @@ import typer
 
 from hortator.cli_errors import EXIT_FAILED, EXIT_OK, fail_line, printable
 from hortator.cli_fleet import fleet_control
-from hortator.cli_hosts import FleetOnHosts, Inventory, last_json, leftovers
+from hortator.cli_hosts import FleetOnHosts, Inventory, leftovers
 from hortator.cli_up import leaders_hosts, stranger, taken, tell_unreached, tell_what_runs
 from hortator.cli_waiting import wait_ready
 
@@ -61,6 +61,9 @@ def plan_again(fleet: FleetOnHosts, name: str, inventory: Inventory) -> "Plan":
 
 def down_fleet(fleet: FleetOnHosts, names: Sequence[str]) -> int:
     """Over Redis first, which lets jobs finish; then over ssh, so that nothing is left."""
+    from hortator.topology.errand import read_answer
+    from hortator.topology.leaders import Ended, Left
+
     inventory = fleet.inventory()
     alive = alive_or_warning(fleet)
     models = set(fleet.names.values())
@@ -68,16 +71,17 @@ def down_fleet(fleet: FleetOnHosts, names: Sequence[str]) -> int:
     ranks = stop_over_redis(fleet, [name for name in chosen if name in alive])
     failed = tell_unreached(inventory)
     for answer in fleet.end([one for name, one in inventory.living.items() if name in chosen]):
-        if not answer.ok:
-            failed = bool(fail_line(f"{answer.host}: {answer.problem}", EXIT_FAILED))
-        elif last_json(answer)["ended"]:
+        ended = read_answer(answer, Ended)
+        if isinstance(ended, str):
+            failed = bool(fail_line(f"{answer.host}: {ended}", EXIT_FAILED))
+        elif ended.ended:
             typer.echo(f"{answer.host} is ended on its host")
     for answer in fleet.left(pids_by_host(inventory, ranks)):
-        if not answer.ok:
-            problem = f"{answer.host} cannot be asked whether ranks are left: {answer.problem}"
-            failed = bool(fail_line(problem, EXIT_FAILED))
-        elif pids := last_json(answer)["left"]:
-            listed = ", ".join(map(str, pids))
+        left = read_answer(answer, Left)
+        if isinstance(left, str):
+            failed = bool(fail_line(f"{answer.host} cannot be asked whether ranks are left: {left}", EXIT_FAILED))
+        elif left.left:
+            listed = ", ".join(map(str, left.left))
             failed = bool(fail_line(f"{answer.host}: ranks are left: pid {listed}; kill them", EXIT_FAILED))
     if not names:
         still = {name: beat for name, beat in alive.items() if name not in chosen}

@@ -60,6 +60,13 @@ def test_without_a_key_nothing_but_the_probes_is_open(api: Api, authorization: s
     assert [api.http.get(path, headers=headers).status_code for path in ("/healthz", "/readyz")] == [200, 200]
 
 
+def test_no_page_loads_scripts_from_elsewhere(api: Api) -> None:
+    """The description is data; a page around it would run a stranger's code in the origin of the API."""
+    headers = {"authorization": f"Bearer {OPS}"}
+    assert [api.http.get(path, headers=headers).status_code for path in ("/docs", "/redoc")] == [404, 404]
+    assert "/v1/jobs" in api.http.get("/openapi.json", headers=headers).json()["paths"]
+
+
 def test_a_route_that_the_operator_opened_needs_no_key(newest_redis_url: str) -> None:
     with served(newest_redis_url, keys=LINES, open_paths={"/metrics"}) as api:
         assert api.http.get("/metrics").status_code == 200

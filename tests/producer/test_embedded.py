@@ -197,3 +197,28 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match=r"cannot keep Redis's files in .*file/redis: Not a directory"):
         EmbeddedRedis(tmp_path / "file" / "redis").start()
+
+
+def test_a_temporary_directory_does_not_outlive_an_owner_that_is_killed() -> None:
+    script = (
+        "from hortator.producer.embedded import *; s = EmbeddedRedis().start(); print(s.directory, flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as owner:
+        assert owner.stdout is not None
+        directory = Path(owner.stdout.readline().strip())
+        assert directory.is_dir()
+        owner.kill()
+    until = time.monotonic() + 15
+    while directory.exists():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_a_temporary_directory_outlives_the_kill_of_its_server() -> None:
+    with EmbeddedRedis() as server:
+        server.kill()
+        time.sleep(0.1)
+        assert server.directory.is_dir()
+        server.restart()

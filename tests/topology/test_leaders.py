@@ -26,6 +26,12 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StateDire
         os.kill(pid, signal.SIGKILL)
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two interpreters start one after the other, on a machine that does other things as well."""
+    monkeypatch.setattr("hortator.topology.leaders.LOOK_S", 10.0)
+
+
 def order(code: str, **environment: str) -> Order:
     return Order(group="g", argv=(sys.executable, "-c", code), environment=environment)
 
@@ -48,7 +54,7 @@ def test_a_group_that_runs_is_not_started_twice(state: StateDirectory) -> None:
     assert (first.fresh, again.fresh, again.pid) == (True, False, first.pid)
 
 
-def test_one_that_ends_at_once_is_an_error_with_its_last_words(state: StateDirectory) -> None:
+def test_one_that_ends_at_once_is_an_error_with_its_last_words(state: StateDirectory, patient: None) -> None:
     with pytest.raises(CannotStart, match="ended at once with 78: hortator: model_path is not set"):
         state.start(order("import sys; print('hortator: model_path is not set'); sys.exit(78)"))
     assert state.look("g").pid is None
@@ -63,6 +69,8 @@ def test_a_later_process_of_the_same_number_is_not_taken_for_the_leader(state: S
 def test_one_that_ignores_sigterm_is_killed_when_the_patience_is_over(state: StateDirectory) -> None:
     pid = state.start(order(STUBBORN)).pid
     assert pid is not None
+    while state.tail("g", 1) != ["up"]:
+        time.sleep(0.02)
     began = time.monotonic()
     assert state.stop("g", patience_s=0.3) is True
     assert 0.3 <= time.monotonic() - began < 3
@@ -71,6 +79,8 @@ def test_one_that_ignores_sigterm_is_killed_when_the_patience_is_over(state: Sta
 
 def test_what_it_is_told_is_in_its_environment_and_on_no_disk(state: StateDirectory) -> None:
     state.start(order("import os, time; print(os.environ['SEKRET'][:2], flush=True); time.sleep(60)", SEKRET="s3kret"))
+    while not state.tail("g", 5):
+        time.sleep(0.02)
     assert state.tail("g", 5) == ["s3"]
     assert not any("s3kret" in file.read_text() for file in state.directory.iterdir())
     assert {oct(file.stat().st_mode & 0o077) for file in state.directory.glob("*.log")} == {"0o0"}
@@ -113,3 +123,42 @@ def test_where_the_ranks_are_is_remembered_also_of_a_leader_that_has_ended(state
 def test_the_last_words_of_a_leader_are_its_complaint_not_its_farewell(state: StateDirectory) -> None:
     with pytest.raises(CannotStart, match=r"CRITICAL/MainProcess\] group g is led by pid 7"):
         state.start(order("print('[x: CRITICAL/MainProcess] group g is led by pid 7\\n[x: INFO/MainProcess] drained')"))
+
+
+STARTS_AGAIN = """
+import os, signal, sys, time
+if sys.argv[1:]:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    print("again", flush=True)
+else:
+    signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.2), os.execv(sys.executable, [*sys.orig_argv, "again"])))
+    print("up", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_leader_that_starts_itself_anew_when_it_is_ended_is_told_again(state: StateDirectory) -> None:
+    state.start(order(STARTS_AGAIN))
+    began = time.monotonic()
+    assert state.stop("g", patience_s=30) is True
+    assert time.monotonic() - began < 15
+
+
+def test_a_leader_that_cannot_be_recorded_is_not_begun(state: StateDirectory, tmp_path: Path) -> None:
+    state.directory.mkdir(exist_ok=True)
+    state.directory.joinpath("g.json.new").mkdir()
+    begun = tmp_path / "begun"
+    with pytest.raises(CannotStart, match=r"group g is not started: .*/g\.json\.new: Is a directory"):
+        state.start(Order(group="g", argv=("touch", str(begun)), environment={}))
+    assert not begun.exists()
+    assert state.look("g").pid is None
+
+
+def test_a_program_that_is_not_there_is_an_error_that_names_it(state: StateDirectory, patient: None) -> None:
+    with pytest.raises(CannotStart, match="ended at once with 127: hortator: cannot start /no/such: No such file"):
+        state.start(Order(group="g", argv=("/no/such",), environment={}))
+
+
+def test_a_record_without_a_birth_is_no_living_leader(state: StateDirectory) -> None:
+    state.directory.joinpath("g.json").write_text('{"pid": 4194304, "born": ""}')
+    assert state.look("g").pid is None

@@ -1,15 +1,18 @@
 """What a probe says of this host, and of machines that are played by files."""
 
+import json
 import os
 import socket
 import stat
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from hortator.topology.gpus import parse_gpus, read_gpus
 from hortator.topology.network import read_rdma
 from hortator.topology.probe import Address, HostReport, ProbeRequest, probe
+from tests.topology.reports import report
 
 
 def sums(path: Path) -> dict[str, str]:
@@ -84,3 +87,16 @@ def test_rdma_ports_are_read_as_the_kernel_lists_them(tmp_path: Path) -> None:
     [found] = read_rdma(tmp_path)
     assert (found.device, found.active, found.netdev, found.rate) == ("mlx5_0", True, "ib0", "400 Gb/sec (4X NDR)")
     assert read_rdma(tmp_path / "none") == ()
+
+
+@pytest.mark.parametrize("name", ["eth0\x1b[2J", "eth0;reboot", "$(id)", ""])
+def test_a_report_with_an_interface_that_no_shell_should_see_is_no_report(name: str) -> None:
+    text = report("a").model_dump_json().replace('"name":"eth0"', f'"name":{json.dumps(name)}')
+    with pytest.raises(ValidationError, match="name"):
+        HostReport.model_validate_json(text)
+
+
+@pytest.mark.parametrize("clock", ["NaN", "Infinity"])
+def test_a_clock_that_is_no_time_is_no_report(clock: str) -> None:
+    with pytest.raises(ValidationError, match="clock_s"):
+        HostReport.model_validate_json(report("a").model_dump_json().replace('"clock_s":0.0', f'"clock_s":{clock}'))

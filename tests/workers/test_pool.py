@@ -7,6 +7,7 @@ import pytest
 from celery.worker import state as worker_state
 
 from hortator.producer.schema import State
+from hortator.workers import commands
 from hortator.workers.engine.step import Finish
 from hortator.workers.pool import EnginePool
 from hortator.workers.request import PromptRequest
@@ -58,8 +59,9 @@ def leader() -> Leader:
 
 
 @pytest.fixture
-def pool(leader: Leader) -> Pool:
+def pool(leader: Leader, monkeypatch: pytest.MonkeyPatch) -> Pool:
     worker_state.reset_state()
+    monkeypatch.setattr(worker_state, "should_stop", None)
     return Pool(leader)
 
 
@@ -182,3 +184,22 @@ def test_the_first_signal_is_celerys_and_the_second_ends_the_waiting(
 def test_the_pool_runs_nothing_but_prompts(pool: Pool) -> None:
     with pytest.raises(NotImplementedError):
         pool.apply_async(print)
+
+
+def test_a_stop_after_a_restart_wins(pool: Pool) -> None:
+    commands.restart(pool)
+    assert pool.again
+    commands.stop(pool)
+    assert not pool.again
+
+
+def test_a_signal_after_a_restart_wins(pool: Pool) -> None:
+    commands.restart(pool)
+    pool._on_signal(lambda *_: None)(signal.SIGTERM, None)
+    assert not pool.again
+
+
+def test_a_restart_does_not_call_back_who_stops_already(pool: Pool) -> None:
+    commands.stop(pool)
+    commands.restart(pool)
+    assert not pool.again
