@@ -196,11 +196,13 @@ class EmbeddedRedis:
         return f"no answer within {START_TIMEOUT_S:.0f} s; its log ends: {self._last_words()}"
 
     def _answers(self) -> bool:
-        """True when the server on our port is ours: another one on a taken port would answer too."""
+        """True when the server on our port is ours, for another one on a taken port would answer too, and has loaded its
+        data."""
         try:
             with socket.create_connection(("127.0.0.1", self.port), timeout=1.0) as link:
-                link.sendall(b"INFO server\r\n")
-                return f"process_id:{self.pid}\r".encode() in link.recv(65536)
+                link.sendall(b"INFO server\r\nPING\r\n")
+                answer = link.recv(65536)
+                return f"process_id:{self.pid}\r".encode() in answer and answer.endswith(b"+PONG\r\n")
         except OSError:
             return False
 

@@ -91,6 +91,15 @@ def test_a_given_directory_keeps_the_data(executable: Path, tmp_path: Path) -> N
             client.set("a", 1)
 
 
+def test_it_is_there_only_when_it_has_loaded_its_data(executable: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        with (
+            EmbeddedRedis(tmp_path / "data", executable=executable) as server,
+            redis.Redis.from_url(server.url) as client,
+        ):
+            client.eval("for i = 1, 200000 do redis.call('SET', i, i) end", 0)
+
+
 def test_after_kill_minus_nine_it_restarts_where_it_was(executable: Path) -> None:
     with EmbeddedRedis(executable=executable) as server, redis.Redis.from_url(server.url) as client:
         port, pid = server.port, server.pid
