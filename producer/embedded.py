@@ -196,7 +196,7 @@ class EmbeddedRedis:
         return f"no answer within {START_TIMEOUT_S:.0f} s; its log ends: {self._last_words()}"
 
     def _answers(self) -> bool:
-        """True when the server on our port is ours and has loaded its data; on a taken port another one would answer."""
+        """True when the server on our port is ours and has loaded its data; on a taken port another answers."""
         try:
             with socket.create_connection(("127.0.0.1", self.port), timeout=1.0) as link:
                 link.sendall(b"INFO server\r\nPING\r\n")
