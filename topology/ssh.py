@@ -159,6 +159,6 @@ class _Session:
 
 def _quoted(path: Path) -> str:
     """A path as ssh's configuration wants it."""
-    if any(character in str(path) for character in '"\n%'):
-        raise CannotStart(f"{path}: ssh cannot be given a path with quotes, percent signs or line breaks")
+    if any(character in str(path) for character in "\"'\\\n%$"):
+        raise CannotStart(f"{path}: ssh cannot be given a path with quotes, line breaks or any of \\ $ %")
     return f'"{path}"' if any(character.isspace() for character in str(path)) else str(path)

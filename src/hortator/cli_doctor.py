@@ -46,7 +46,9 @@ def doctor(
     num_nodes: NumNodes = None,
     num_gpus: NumGpus = None,
     model: Annotated[list[Path] | None, typer.Option("--model", help="also check this model directory")] = None,
-    port: Annotated[list[int] | None, typer.Option("--port", help="must be free on every host")] = None,
+    port: Annotated[
+        list[int] | None, typer.Option("--port", min=1, max=65535, help="must be free on every host")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto | cpu | cuda; default: what the fleet's models say")] = "",
     python: Annotated[Path | None, typer.Option("--python", help="interpreter on the hosts; default: this one")] = None,
     ssh_program: Annotated[str, typer.Option("--ssh", help="the ssh client")] = "ssh",

@@ -46,9 +46,10 @@ def test_a_user_that_is_no_name_is_refused(user: str) -> None:
         SshOptions(user=user)
 
 
-def test_a_path_that_ssh_could_misread_is_refused() -> None:
+@pytest.mark.parametrize("name", ['a"b', "a'b", "a\\b", "${HOME}", "%h", "a\nb"])
+def test_a_path_that_ssh_could_misread_is_refused(name: str) -> None:
     with pytest.raises(CannotStart, match="quotes"):
-        keeper_command("a", SshOptions(known_hosts_file=Path('/tmp/a"b')))
+        keeper_command("a", SshOptions(known_hosts_file=Path("/tmp") / name))
 
 
 def test_a_host_that_cannot_be_reached_is_named_with_what_ssh_says() -> None:
