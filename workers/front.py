@@ -305,13 +305,13 @@ class Front:
         self._gauges.count(event.step, output)
         self._claimer.stepped(event.step)
         by_handle, unjournalled = self._by_handle, self._unjournalled
-        for token in output.tokens:
-            found = by_handle.get(token.handle)
+        for handle, token_id, logprob, top in output.tokens:
+            found = by_handle.get(handle)
             if found is None:
                 continue  # cancelled, or ended by a stop string, a step or two ago
             live, strand = found
             unjournalled.add(live)
-            if strand.output.feed(token.token_id, token.logprob, token.top):
+            if strand.output.feed(token_id, logprob, top):
                 self._leave_engine(strand)
                 self._finish(live, strand, FinishReason.STOP)
         for handle, finish in output.finished:
