@@ -15,11 +15,11 @@ those behind it (or itself); the first one alone fits the pool, because admissio
 from array import array
 from bisect import insort
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
-from itertools import islice
+from itertools import islice, takewhile
 
 from .blocks import BlockPool, Prefix, prefix_of
 from .step import Finish, Request
@@ -30,7 +30,7 @@ RETURN_SPARE = 4
 """Free blocks for each that runs, before one that was preempted comes back: it would be preempted again in a few steps,
 and all that it has would be computed again each time."""
 LOOK_AHEAD = 16
-"""How many of a class are looked at for the best to admit next, and how often the first of them may be passed over."""
+"""How many of a class are looked at for the best to admit next, and how often any of them may be passed over."""
 
 
 @dataclass(eq=False)
@@ -172,8 +172,10 @@ class Scheduler:
         self._speculate = speculate
         self._prefix_cache = prefix_cache
         self._live: dict[int, Sequence] = {}
-        self._returning: deque[Sequence] = deque()  # preempted: before all that wait
+        # By class: preempted ones, who come before all that wait; those that wait, in the order of arrival.
+        self._returning: tuple[deque[Sequence], ...] = tuple(deque() for _ in CLASS_WEIGHTS)
         self._lines: tuple[deque[Sequence], ...] = tuple(deque() for _ in CLASS_WEIGHTS)
+        self._short_since: dict[int, int] = {}  # class -> admissions before it was its turn and it did not fit
         self._credits = [0] * len(CLASS_WEIGHTS)
         self._num_admitted = 0
         self._fresh: list[int] = []
@@ -189,7 +191,7 @@ class Scheduler:
     @property
     def waiting(self) -> list[Sequence]:
         """In no particular order beyond: preempted ones first, then by class and arrival."""
-        return [*self._returning, *(sequence for line in self._lines for sequence in line)]
+        return [sequence for line in (*self._returning, *self._lines) for sequence in line]
 
     @property
     def num_waiting(self) -> int:
@@ -214,10 +216,8 @@ class Scheduler:
         if sequence.blocks:
             self.running.remove(sequence)
             self._release(sequence)
-        elif sequence in self._returning:
-            self._returning.remove(sequence)
         else:
-            self._lines[sequence.request.priority].remove(sequence)
+            self._leave(sequence)
 
     def retract(self, handle: int) -> None:
         """What this request has computed is not fit to be read by others."""
@@ -265,7 +265,7 @@ class Scheduler:
         self.pool.retract(sequence.blocks)
         self.running.remove(sequence)
         self._release(sequence)
-        self._returning.append(sequence)
+        self._returning[sequence.request.priority].append(sequence)
 
     def _row(self, sequence: Sequence, count: int) -> Row:
         """Count the row as computed: whatever is scheduled later runs later."""
@@ -312,29 +312,29 @@ class Scheduler:
             yield sequence
 
     def _admit_next(self) -> Sequence | None:
+        """Who does not fit bars its own class and those below it; everybody, once those above who went past it are all
+        that it waits for."""
         if len(self.running) >= self.max_num_seqs:
             return None
-        if self._returning:
-            sequence = self._returning[0]
-            if sequence.num_pending or not self._admit(sequence, spare_each=RETURN_SPARE):
+        barred = len(CLASS_WEIGHTS)
+        while (chosen := self._next_class(above=barred)) is not None:
+            sequence = self._next_in(chosen)
+            if not sequence.num_pending and self._fits(sequence):
+                self._admit(sequence)
+                return sequence
+            since = self._short_since.setdefault(chosen, self._num_admitted)
+            if self._fits(sequence, without=[s for s in self.running if s.rank[0] < chosen and s.rank[1] > since]):
                 return None
-            self._returning.popleft()
-            return sequence
-        if (chosen := self._next_class()) is None:
-            return None
-        line = self._lines[chosen]
-        sequence = self._next_in(line)
-        if not self._admit(sequence):
-            return None
-        if sequence is not line[0]:
-            line[0].overtaken += 1
-        line.remove(sequence)
-        self._charge(chosen)
-        return sequence
+            barred = chosen
+        return None
 
-    def _next_class(self) -> int | None:
-        """Smooth weighted round robin over the classes that wait: none starves."""
-        waiting = [c for c, line in enumerate(self._lines) if line]
+    def _next_class(self, *, above: int) -> int | None:
+        """That of a preempted sequence, or by smooth weighted round robin over the classes that wait: none starves."""
+        classes = range(above)
+        for c in classes:
+            if self._returning[c]:
+                return c
+        waiting = [c for c in classes if self._lines[c]]
         return max(waiting, key=lambda c: self._credits[c] + CLASS_WEIGHTS[c], default=None)
 
     def _charge(self, chosen: int) -> None:
@@ -343,9 +343,13 @@ class Scheduler:
             self._credits[c] += CLASS_WEIGHTS[c]
         self._credits[chosen] -= sum(CLASS_WEIGHTS[c] for c in waiting)
 
-    def _next_in(self, line: deque[Sequence]) -> Sequence:
-        """The nearest deadline, then the longest cached prefix, then who came first; nobody is passed over for ever."""
-        if len(line) == 1 or line[0].overtaken >= LOOK_AHEAD:
+    def _next_in(self, chosen: int) -> Sequence:
+        """Who was preempted, then the nearest deadline, then the longest cached prefix, then who came first; nobody is
+        passed over for ever."""
+        if returning := self._returning[chosen]:
+            return returning[0]
+        line = self._lines[chosen]
+        if len(line) == 1 or line[0].overtaken >= LOOK_AHEAD:  # nobody was overtaken more often than the first
             return line[0]
         return max(islice(line, LOOK_AHEAD), key=self._urgency)
 
@@ -359,12 +363,25 @@ class Scheduler:
             return []
         return self.pool.find(sequence.prefixes(len(sequence.tokens) - 1))
 
-    def _admit(self, sequence: Sequence, *, spare_each: int = 1) -> bool:
-        """If there is room for all its tokens and the next one, and then so many blocks for each that runs."""
+    def _fits(self, sequence: Sequence, *, without: Collection[Sequence] = ()) -> bool:
+        """There is room for all its tokens and the next one, and then some blocks for each that runs; or would be, if
+        some did not run."""
         pool, cached = self.pool, self._cached(sequence)
+        spare_each = RETURN_SPARE if sequence in self._returning[sequence.request.priority] else 1
         wanted = pool.blocks_for(len(sequence.tokens) + 1) - len(cached)
-        if wanted + spare_each * len(self.running) > pool.num_free - pool.num_unused(cached):
-            return False
+        wanted += spare_each * (len(self.running) - len(without))
+        return wanted <= pool.num_free - pool.num_unused(cached) + sum(len(s.blocks) for s in without)
+
+    def _admit(self, sequence: Sequence) -> None:
+        """It is its turn, and it fits."""
+        pool, chosen = self.pool, sequence.request.priority
+        if not self._returning[chosen]:
+            for passed in takewhile(lambda s: s is not sequence, self._lines[chosen]):
+                passed.overtaken += 1
+            self._charge(chosen)
+        self._leave(sequence)
+        self._short_since.pop(chosen, None)
+        cached = self._cached(sequence)
         pool.share(cached)
         self._shared += cached
         sequence.blocks.extend(cached)
@@ -374,9 +391,16 @@ class Scheduler:
         self.num_prompt_tokens += len(sequence.tokens)
         self.num_cached_tokens += sequence.num_computed
         self._num_admitted += 1
-        sequence.rank = (sequence.request.priority, self._num_admitted)
+        sequence.rank = (chosen, self._num_admitted)
         insort(self.running, sequence, key=lambda s: s.rank)
-        return True
+
+    def _leave(self, sequence: Sequence) -> None:
+        """It waits no longer."""
+        chosen = sequence.request.priority
+        returning, line = self._returning[chosen], self._lines[chosen]
+        (returning if sequence in returning else line).remove(sequence)
+        if not returning and not line:
+            self._short_since.pop(chosen, None)
 
     def _has_room(self, sequence: Sequence) -> bool:
         """Make sure that the newest token has a slot, preempting the last; False if that was the sequence."""
@@ -391,7 +415,7 @@ class Scheduler:
         """Take its blocks; it keeps its tokens and is prefilled again, before all that wait."""
         victim = self.running.pop()
         self._release(victim)
-        self._returning.appendleft(victim)
+        self._returning[victim.request.priority].appendleft(victim)
         self.preemptions += 1
         return victim
 

@@ -329,6 +329,61 @@ def test_who_shares_a_cached_prefix_goes_first_but_nobody_is_passed_over_for_eve
     assert order.index(1) == LOOK_AHEAD
 
 
+def test_nobody_of_a_class_is_passed_over_more_often_than_the_first() -> None:
+    harness = Harness(num_blocks=64, max_num_seqs=1, budget=64)
+    harness.add(0, (5,) * 16, 1)
+    harness.finish_all()
+    harness.add(1, (9,) * 16, 1)
+    harness.add(2, (8,) * 16, 1)
+    for handle in range(3, 60):
+        harness.add(handle, (5,) * 16, 1)
+    order = []
+    while not harness.idle:
+        order += [row.sequence.handle for row in harness.step().rows]
+    assert order[LOOK_AHEAD : LOOK_AHEAD + 2] == [1, 2]
+
+
+def crowded_out(waiting: int) -> Harness:
+    """A standard job holds most of a pool; a batch job was preempted, or is too large to begin (`waiting`)."""
+    harness = Harness(num_blocks=40, block_size=4, budget=256, max_num_seqs=8)
+    harness.add(1, (1,) * 100, 56, priority=1)
+    harness.add(2, (2,) * (80 if waiting else 44), 60, priority=2)
+    while not (waiting or harness.scheduler.preemptions):
+        harness.step()
+    if waiting:
+        harness.step()
+    assert [s.handle for s in harness.scheduler.running] == [1]
+    return harness
+
+
+@pytest.mark.parametrize("waiting", [0, 1], ids=["preempted", "too large"])
+def test_a_batch_job_without_room_does_not_lock_out_interactive_ones(waiting: int) -> None:
+    harness = crowded_out(waiting)
+    harness.add(3, (3,) * 4, 1, priority=2)  # of its own class, and behind it
+    for handle in range(4, 20):  # by then it was the turn of all classes
+        harness.add(handle, (handle,) * 4, 1, priority=0)
+        harness.step()
+        assert handle in harness.finished
+    assert 1 not in harness.finished
+    assert [s.handle for s in harness.scheduler.waiting] == [2, 3]
+
+
+@pytest.mark.parametrize("waiting", [0, 1], ids=["preempted", "too large"])
+def test_a_batch_job_without_room_is_next_once_only_those_who_went_past_it_are_in_its_way(waiting: int) -> None:
+    harness = crowded_out(waiting)
+    handle = 3
+    while 2 not in {s.handle for s in harness.scheduler.running}:
+        while len(harness.scheduler.waiting) < 8:
+            harness.add(handle, (handle,) * 15, 8, priority=0)
+            handle += 1
+        harness.step()
+        assert handle < 200, "it starves"
+    assert 1 in harness.finished
+    assert handle > 10
+    harness.finish_all()
+    assert harness.out[2] == continuation((2,) * (80 if waiting else 44), (80 if waiting else 44) + 60)
+
+
 def test_a_decode_that_depends_on_its_tokens_sits_out_while_they_are_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
     harness = Harness(num_blocks=64, depth=1, speculate=True)
     harness.add(1, (1, 2), 4)
