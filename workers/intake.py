@@ -11,6 +11,7 @@ from hortator.producer.errors import BadRequest, PromptTooLong
 from hortator.producer.schema import Chunk, Job, Priority
 from hortator.producer.store import Claimed
 
+from .engine.admission import lack_of_room
 from .engine.step import EngineInfo, Request, SamplingParams, Structure, StructureKind
 from .live import Live, Strand
 from .output import Output
@@ -97,20 +98,9 @@ def _fit(job: Job, prompt: Sequence[int], info: EngineInfo) -> int:
         raise BadRequest("the prompt has no tokens")
     if job.token_ids is not None and max(prompt) >= info.vocab_size:
         raise BadRequest(f"token id {max(prompt)} is not in the vocabulary of {info.vocab_size}")
-    room = info.max_model_len - len(prompt)
-    if room < 1:
-        raise PromptTooLong(
-            f"the prompt has {len(prompt)} tokens; the limit is {info.max_model_len - 1}"
-            f" (max_model_len {info.max_model_len}, and one to generate)"
-        )
-    max_tokens = min(job.sampling.max_tokens, room)
-    n = job.sampling.n
-    if len(prompt) + n * max_tokens > info.kv_tokens:
-        times, or_n = (f"{n} times ", ", n") if n > 1 else ("", "")
-        raise PromptTooLong(
-            f"prompt ({len(prompt)}) and {times}max_tokens ({max_tokens}) need {len(prompt) + n * max_tokens} tokens;"
-            f" the KV pool holds {info.kv_tokens}: lower max_tokens{or_n} or shorten the prompt"
-        )
+    max_tokens = min(job.sampling.max_tokens, info.max_model_len - len(prompt))
+    if lack := lack_of_room(len(prompt), max_tokens, info, n=job.sampling.n):
+        raise PromptTooLong(lack)
     return max_tokens
 
 

@@ -232,7 +232,12 @@ def test_a_full_group_with_slow_steps_asks_for_jobs_no_more_than_twice_a_step() 
             "prompt_too_long",
             "100 characters, too many for any number of tokens up to the limit; the limit is 63",
         ),
-        ("x" * 40, {"max_tokens": 20}, "prompt_too_long", r"need 60 tokens; the KV pool holds 50"),
+        (
+            "x" * 40,
+            {"max_tokens": 20},
+            "prompt_too_long",
+            "need 60 tokens; the KV pool holds 50: lower max_tokens to 10",
+        ),
     ],
 )
 def test_a_prompt_that_does_not_fit_is_told_the_real_limit(

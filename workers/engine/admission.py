@@ -2,11 +2,10 @@
 
 import math
 
-from .step import EngineInfo, Fault, Request
+from hortator.producer.errors import BadRequest, PromptTooLong
+from hortator.producer.schema import MAX_TOP_LOGPROBS
 
-BAD_REQUEST = "bad_request"
-PROMPT_TOO_LONG = "prompt_too_long"
-MAX_TOP = 20
+from .step import EngineInfo, Fault, Request
 
 
 def length_limit(request: Request, info: EngineInfo) -> int:
@@ -16,27 +15,32 @@ def length_limit(request: Request, info: EngineInfo) -> int:
 
 def refusal(request: Request, info: EngineInfo) -> Fault | None:
     """Why this request can never run here, or None."""
-    return _too_long(request, info) or _malformed(request, info)
+    max_tokens = length_limit(request, info) - len(request.prompt)
+    if lack := lack_of_room(len(request.prompt), max_tokens, info):
+        return Fault(request.handle, PromptTooLong.code, lack)
+    return _malformed(request, info)
 
 
-def _too_long(request: Request, info: EngineInfo) -> Fault | None:
-    num_prompt = len(request.prompt)
+def lack_of_room(num_prompt: int, max_tokens: int, info: EngineInfo, *, n: int = 1) -> str | None:
+    """Why a prompt and `n` outputs of at most `max_tokens` can never be held at a time, and what to do; else None.
+
+    `max_tokens` is what is left of it once it is clipped to the model's context.
+    """
     if num_prompt >= info.max_model_len:
-        return Fault(
-            request.handle,
-            PROMPT_TOO_LONG,
-            f"the prompt has {num_prompt} tokens; max_model_len is {info.max_model_len} and at least one new token "
-            f"must fit: send at most {info.max_model_len - 1}",
+        return (
+            f"the prompt has {num_prompt} tokens; the limit is {info.max_model_len - 1}"
+            f" (max_model_len {info.max_model_len}, and one to generate): shorten it"
         )
-    if length_limit(request, info) > info.kv_tokens:
-        return Fault(
-            request.handle,
-            PROMPT_TOO_LONG,
-            f"the prompt's {num_prompt} tokens and max_tokens={request.sampling.max_tokens} need "
-            f"{length_limit(request, info)} places in the KV pool, which holds {info.kv_tokens}: shorten the prompt, "
-            f"lower max_tokens, or give the group more kv_cache_bytes",
-        )
-    return None
+    needed = num_prompt + n * max_tokens
+    if needed <= info.kv_tokens:
+        return None
+    times, or_n = (f"{n} times ", " or n") if n > 1 else ("", "")
+    most = (info.kv_tokens - num_prompt) // n
+    cure = f"lower max_tokens to {most}{or_n}" if most > 0 else f"shorten the prompt{or_n and ', lower n'}"
+    return (
+        f"prompt ({num_prompt}) and {times}max_tokens ({max_tokens}) need {needed} tokens; the KV pool holds "
+        f"{info.kv_tokens}: {cure}, or give the group more kv_cache_bytes"
+    )
 
 
 def _malformed(request: Request, info: EngineInfo) -> Fault | None:
@@ -44,9 +48,10 @@ def _malformed(request: Request, info: EngineInfo) -> Fault | None:
         _token_problem(request, info)
         or _sampling_problem(request)
         or _bias_problem(request, info)
+        or _stop_problem(request, info)
         or _end_problem(request, info)
     )
-    return Fault(request.handle, BAD_REQUEST, problem) if problem else None
+    return Fault(request.handle, BadRequest.code, problem) if problem else None
 
 
 def _bias_problem(request: Request, info: EngineInfo) -> str | None:
@@ -55,6 +60,13 @@ def _bias_problem(request: Request, info: EngineInfo) -> str | None:
             return f"logit_bias: token id {token_id} is outside the vocabulary of {info.vocab_size}"
         if not -100 <= value <= 100:
             return f"logit_bias: {value} for token id {token_id} is not from -100 to 100"
+    return None
+
+
+def _stop_problem(request: Request, info: EngineInfo) -> str | None:
+    for token_id in request.sampling.stop_token_ids:
+        if not 0 <= token_id < info.vocab_size:
+            return f"stop_token_ids: token id {token_id} is outside the vocabulary of {info.vocab_size}"
     return None
 
 
@@ -91,7 +103,10 @@ def _sampling_problem(request: Request) -> str | None:
         (-2 <= s.presence_penalty <= 2, f"presence_penalty must be from -2 to 2, got {s.presence_penalty}"),
         (-2 <= s.frequency_penalty <= 2, f"frequency_penalty must be from -2 to 2, got {s.frequency_penalty}"),
         (s.min_tokens >= 0, f"min_tokens must be >= 0, got {s.min_tokens}"),
-        (0 <= s.top_logprobs <= MAX_TOP, f"top_logprobs must be between 0 and {MAX_TOP}, got {s.top_logprobs}"),
+        (
+            0 <= s.top_logprobs <= MAX_TOP_LOGPROBS,
+            f"top_logprobs must be between 0 and {MAX_TOP_LOGPROBS}, got {s.top_logprobs}",
+        ),
         (len(dict(s.logit_bias)) == len(s.logit_bias), "logit_bias names a token twice"),
     )
     return next((message for holds, message in rules if not holds), None)

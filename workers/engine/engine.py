@@ -1,12 +1,14 @@
 """The paged engine: scheduler, model and sampler, one step at a time, the same on every rank.
 
 apply    plan -> admission -> scheduler -> batch (and its digest)
-execute  batch -> tensors -> layers -> logits and tokens on the first rank -> tokens on all -> scheduler
+execute  batch -> tensors -> layers -> logits and tokens on the last stage's first rank -> tokens on all -> scheduler
 """
 
 import logging
 from collections import deque
 from dataclasses import dataclass
+
+from hortator.producer.errors import BadRequest
 
 from . import admission, sampler
 from .blocks import BlockPool
@@ -132,7 +134,7 @@ class PagedEngine:
         if request.handle in self._scheduler:
             self._scheduler.drop(request.handle)
             message = f"handle {request.handle} was admitted twice in one epoch"
-            self._faults.append(Fault(request.handle, admission.BAD_REQUEST, message))
+            self._faults.append(Fault(request.handle, BadRequest.code, message))
             return
         if fault := admission.refusal(request, self._info):
             self._faults.append(fault)

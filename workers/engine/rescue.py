@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from .runner import Flight, Runner
 from .scheduler import Batch, Row, Scheduler
 from .shortage import OutOfMemory, lacking
-from .step import Fault
+from .step import OUT_OF_MEMORY, Fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Lost:
             settings = f"max_num_batched_tokens, {settings}"
         return Fault(
             row.sequence.handle,
-            "out_of_memory",
+            OUT_OF_MEMORY,
             f"the device has no memory for {row.count} tokens of this request behind {row.start} others, even alone "
             f"and with all caches freed ({self.lack}): shorten the prompt, or lower the group's {settings}",
         )

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 
 import torch
 
+from hortator.producer.errors import BadRequest
+
 from .draw import Draw
 from .scores import Score, scores
 from .steering import Steered, Steering
-from .step import Fault, SamplingParams
+from .step import BAD_LOGITS, Fault, SamplingParams
 from .structure import Grammars
 from .transfer import column, indices
 
@@ -29,7 +31,8 @@ _FIRST_WIDTH = 256  # candidates sorted at first; a row whose nucleus is larger 
 
 
 class Sampler:
-    """Chooses on the first rank; what it chose, negative numbers included, is all that other ranks need to know."""
+    """Chooses on the first rank of the last stage; what it chose, negative numbers included, is all that other ranks
+    need to know."""
 
     def __init__(self, grammars: Grammars | None = None) -> None:
         """Without `grammars`, rows with a structure fail."""
@@ -88,8 +91,8 @@ class Sampler:
 def fault_of(handle: int, mark: int, reason: str | None, *, context: int) -> Fault:
     """What to say of a request that got BAD_ROW or BAD_STRUCTURE after `context` tokens."""
     if mark == BAD_STRUCTURE:
-        return Fault(handle, "bad_request", reason or "structure: no output can follow it")
-    return Fault(handle, "bad_logits", f"the model's logits after token {context} are not finite")
+        return Fault(handle, BadRequest.code, reason or "structure: no output can follow it")
+    return Fault(handle, BAD_LOGITS, f"the model's logits after token {context} are not finite")
 
 
 def splitmix64(x: int) -> int:

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple, Protocol
 
+# Codes of faults that are the engine's own; all others are those of producer.errors.
+BAD_LOGITS = "bad_logits"
+OUT_OF_MEMORY = "out_of_memory"
 _GREEDY_BELOW = 1e-5
 
 
@@ -106,7 +109,7 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One request that cannot go on; the others are not affected.  `code` is a code of producer.errors' tree."""
+    """One request that cannot go on; others are not affected.  `code` is one of producer.errors' or of the above."""
 
     handle: int
     code: str
@@ -167,7 +170,7 @@ class Engine(Protocol):
         """Nothing is running or waiting; derived, hence equal on all ranks."""
 
     def apply(self, plan: StepPlan) -> int:
-        """Take admissions and cancels, schedule the step, and return a 64-bit digest of what was derived (scheduled
+        """Take admissions and cancels, schedule the step, and return a 63-bit digest of what was derived (scheduled
         rows, lengths, block tables).  Ranks whose digests differ have diverged."""
 
     def execute(self) -> StepOutput:

@@ -18,6 +18,7 @@ from tests.workers.engine.drive import TIGHT, Outcome, build, run, step
 
 PROMPT = tuple(range(10, 30))
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
+TIGHT_LEN = 160  # tokens of a pool as in TIGHT, and hence of a sequence
 SEEDED = replace(GREEDY, temperature=1.2, top_p=0.95, top_k=100, seed=42)
 
 
@@ -71,7 +72,7 @@ def test_a_complete_journal_finishes_without_a_token(
 def test_a_stop_token_is_the_last_one_reported_even_with_ignore_eos(llama: Checkpoint) -> None:
     tokens = run(build(llama.path), [Request(1, PROMPT, GREEDY)]).tokens[1]
     stop = next(t for i, t in enumerate(tokens) if i >= 3 and t not in tokens[:i])
-    stopping = replace(GREEDY, stop_token_ids=(stop, 99_999))
+    stopping = replace(GREEDY, stop_token_ids=(stop, VOCAB - 1))
     outcome = run(build(llama.path), [Request(1, PROMPT, stopping)])
     assert outcome.tokens[1] == tokens[: tokens.index(stop) + 1]
     assert outcome.finished == {1: Finish.STOP}
@@ -109,13 +110,17 @@ def test_a_leak_is_an_internal_error_when_idle(llama: Checkpoint) -> None:
 @pytest.mark.parametrize(
     ("request_", "code", "words"),
     [
-        (Request(1, (3,) * MAX_MODEL_LEN, GREEDY), "prompt_too_long", f"max_model_len is {MAX_MODEL_LEN}"),
-        (Request(1, (3,) * 200, replace(GREEDY, max_tokens=100)), "prompt_too_long", "which holds 160"),
+        (Request(1, (3,) * TIGHT_LEN, GREEDY), "prompt_too_long", f"tokens; the limit is {TIGHT_LEN - 1}"),
         (Request(1, (), GREEDY), "bad_request", "no tokens"),
         (Request(1, (3, VOCAB), GREEDY), "bad_request", f"token id {VOCAB} at position 1 of the prompt"),
         (Request(1, (3, -1), GREEDY), "bad_request", "token id -1"),
         (Request(1, (3, 2**40), GREEDY), "bad_request", "outside the vocabulary"),
         (Request(1, (3,), GREEDY, generated=(VOCAB + 5,)), "bad_request", "journal"),
+        (
+            Request(1, (3,), replace(GREEDY, stop_token_ids=(5, 99_999))),
+            "bad_request",
+            f"stop_token_ids: token id 99999 is outside the vocabulary of {VOCAB}",
+        ),
         (Request(1, (3,), replace(GREEDY, max_tokens=0)), "bad_request", "max_tokens"),
         (Request(1, (3,), replace(GREEDY, temperature=math.nan)), "bad_request", "temperature"),
         (Request(1, (3,), replace(GREEDY, top_p=0.0)), "bad_request", "top_p"),
@@ -230,8 +235,8 @@ def test_an_empty_step_is_harmless(llama: Checkpoint) -> None:
 
 
 def test_info_tells_the_limits(llama: Checkpoint) -> None:
-    info = build(llama.path, **TIGHT, max_model_len=300, max_num_seqs=7).info
-    assert (info.max_num_seqs, info.max_model_len, info.vocab_size, info.kv_tokens) == (7, 300, VOCAB, 160)
+    info = build(llama.path, **TIGHT, max_model_len=150, max_num_seqs=7).info
+    assert (info.max_num_seqs, info.max_model_len, info.vocab_size, info.kv_tokens) == (7, 150, VOCAB, 160)
     assert info.eos_token_ids == (EOS,)
     assert info.details["architecture"] == "LlamaForCausalLM"
 
@@ -244,13 +249,33 @@ def test_the_pool_is_no_larger_than_all_sequences_could_need(llama: Checkpoint) 
     ("changes", "words"),
     [
         ({"max_model_len": MAX_MODEL_LEN + 1}, "is more than the 512 positions"),
-        ({"kv_cache_bytes": 100}, "raise kv_cache_bytes"),
+        ({"kv_cache_bytes": 100}, r"kv_cache_bytes=100 .* 0 tokens .*: kv_cache_bytes=8192 is the least"),
+        (
+            {"kv_cache_bytes": 50_000, "max_model_len": 512},
+            " 96 tokens .* less than one sequence of 512: kv_cache_bytes=262144 is .*, or lower max_model_len to 96",
+        ),
         ({"max_model_len": 1}, "leaves no room"),
     ],
 )
 def test_limits_that_cannot_work_are_refused(changes: dict[str, object], words: str, llama: Checkpoint) -> None:
     with pytest.raises(ConfigError, match=words):
         build(llama.path, **changes)  # type: ignore[arg-type]
+
+
+def test_what_the_refusal_names_works(llama: Checkpoint) -> None:
+    assert build(llama.path, kv_cache_bytes=8192).info.kv_tokens == 16
+    assert build(llama.path, kv_cache_bytes=262_144, max_model_len=512).info.max_model_len == 512
+    assert build(llama.path, kv_cache_bytes=50_000, max_model_len=96).info.max_model_len == 96
+
+
+def test_a_pool_smaller_than_the_model_s_context_clips_a_max_model_len_that_was_not_set(
+    llama: Checkpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = build(llama.path, kv_cache_bytes=50_000)
+    assert (engine.info.kv_tokens, engine.info.max_model_len) == (96, 96)
+    assert "max_model_len is 96, not the model's 512" in caplog.text
+    outcome = run(engine, [Request(1, PROMPT, replace(GREEDY, max_tokens=256))])
+    assert len(outcome.tokens[1]) == 96 - len(PROMPT)
 
 
 def test_bfloat16_works(llama: Checkpoint) -> None:
