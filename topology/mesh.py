@@ -86,8 +86,13 @@ def pick_device(device: Literal["auto", "cpu", "cuda"], local_rank: int) -> torc
     """The device of the local_rank-th rank of this host."""
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise NoDevice(f"no CUDA device for local rank {local_rank}: this host has {torch.cuda.device_count()}")
+    if local_rank >= (count := torch.cuda.device_count()):
+        fewer = f"put at most {count} ranks on it" if count else "use device=cpu"
+        raise NoDevice(
+            f"no CUDA device for local rank {local_rank}: this host shows {count}: {fewer}, or make more visible (does "
+            f"nvidia-smi list them? CUDA_VISIBLE_DEVICES and a container's --gpus hide them, and so does a torch "
+            f"without CUDA)"
+        )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 

@@ -70,5 +70,7 @@ def test_a_store_that_nobody_serves_is_an_error_that_names_it() -> None:
 
 
 def test_a_device_that_is_not_there_is_an_error() -> None:
-    with pytest.raises(NoDevice, match="no CUDA device for local rank 999"):
+    with pytest.raises(
+        NoDevice, match="no CUDA device for local rank 999: .*(use device=cpu|at most .* ranks).*CUDA_VISIBLE"
+    ):
         pick_device("cuda", 999)
