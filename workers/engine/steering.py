@@ -98,7 +98,7 @@ class Steering:
         self, logits: torch.Tensor, rows: Sequence[int], draws: Sequence[Draw], pasts: Sequence[Past]
     ) -> Steered:
         if self._grammars is None:
-            reason = "structure: this group's model directory has no tokenizer.json, or names no end-of-sequence token"
+            reason = "structure: this model names no end-of-sequence token, so no output could end"
             return Steered(failed=tuple((row, reason) for row in rows))
         failed = self._begin(rows, draws, pasts, self._grammars)
         dead = set[int]()

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from hortator.producer.errors import BadRequest, ConfigError
 
 from . import bounds
+from .complaints import complaint
 from .plain import PlainVocabulary
 from .step import Structure, StructureKind
 
@@ -97,7 +98,7 @@ class Grammars:
 
     @classmethod
     def of(cls, model_path: Path, *, vocab_size: int, eos_token_ids: Sequence[int]) -> "Grammars | None":
-        """None where nothing can be structured: without a tokenizer.json, or without a token that ends an output."""
+        """None where nothing can be structured: without a token that ends an output, or (in benchmarks) a tokenizer."""
         path = model_path / "tokenizer.json"
         if not path.is_file() or not eos_token_ids:
             return None
@@ -178,7 +179,7 @@ def _compile(tokenizer: "Future[llguidance.LLTokenizer]", structure: Structure) 
     except (ValueError, ConfigError) as error:  # JSON that is none; a tokenizer that cannot be used
         raise BadRequest(f"structure: {first_line(str(error))}") from None
     if matcher.is_error():  # of a description, which its sender knows: all lines may be told
-        raise BadRequest(f"structure: {' '.join(matcher.get_error().split())[:_MAX_REASON]}")
+        raise BadRequest(f"structure: {complaint(structure, matcher.get_error())[:_MAX_REASON]}")
     matcher.compute_bitmask()
     if (spent := time.thread_time() - started) > _PATIENCE_S:
         raise BadRequest(f"structure: it takes {spent:.1f} s to begin, the limit is {_PATIENCE_S:.0f} s: simplify it")

@@ -203,6 +203,22 @@ BAD = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("pattern", "says"),
+    [
+        ("ab(c", "unclosed group, at character 3"),
+        ("([/", "unclosed character class, at character 2"),
+        ("a/b\\/c\n(", "unclosed group, at character 8"),
+        ("(?<=a)b", "look-around, including look-ahead and look-behind, is not supported, at character 1"),
+    ],
+)
+def test_what_is_wrong_with_a_regex_is_said_of_the_regex_that_was_sent(
+    grammars: Grammars, pattern: str, says: str
+) -> None:
+    error = grammars.compile(regex(pattern)).exception()
+    assert str(error) == f"structure: regex: {says}"
+
+
 @pytest.mark.parametrize(("bad", "said"), BAD)
 def test_a_bad_structure_fails_its_own_row_with_the_reason(grammars: Grammars, bad: Structure, said: str) -> None:
     sampler, rows = Sampler(grammars), Rows([params(regex("ab")), params(bad), params(None, temperature=0.0)])
@@ -307,11 +323,12 @@ def test_equal_structures_are_compiled_once(grammars: Grammars, monkeypatch: pyt
     assert len(compiled) == 1
 
 
-def test_without_a_tokenizer_a_structure_is_refused_and_says_so(tmp_path: Path) -> None:
-    assert Grammars.of(tmp_path, vocab_size=VOCAB, eos_token_ids=(EOS,)) is None
+def test_without_an_end_of_sequence_token_a_structure_is_refused_and_says_so(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    assert Grammars.of(tmp_path, vocab_size=VOCAB, eos_token_ids=()) is None
     sampler, rows = Sampler(None), Rows([params(JSON)])
     assert rows.step(sampler, [0]) == [BAD_STRUCTURE]
-    assert "tokenizer.json" in sampler.take_reasons()[0]
+    assert "names no end-of-sequence token" in sampler.take_reasons()[0]
 
 
 def test_a_vocabulary_of_characters_is_understood_too() -> None:
