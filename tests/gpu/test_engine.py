@@ -13,6 +13,7 @@ from tests.workers.engine.drive import build, run
 
 pytestmark = pytest.mark.gpu
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "mixtral")
+NEAR_TIE = 1e-3  # in logits: closer, rounding may make the second choice the first
 CUDA = SingleRank(torch.device("cuda"))
 TIGHT = {"max_num_batched_tokens": 64, "block_size": 16, "kv_cache_bytes": 40 * 16 * 1024}
 
@@ -23,11 +24,10 @@ def test_greedy_float32_tokens_are_those_of_generate(name: str, tmp_path: Path) 
     extra = {"num_key_value_heads": 2} if name in ("llama", "mistral") else {}
     checkpoint = make_checkpoint(name, tmp_path / name, **extra)
     requests = mixed_requests(48)
-    wanted = {r.handle: list(checkpoint.expected(r.prompt, r.sampling.max_tokens)) for r in requests}
     engine = build(checkpoint.path, CUDA, dtype="float32", **TIGHT)
     outcome = run(engine, requests, stagger=3)
-    wrong = [handle for handle in wanted if outcome.tokens[handle] != wanted[handle]]
-    assert len(wrong) <= 1, f"{len(wrong)} of {len(wanted)} differ"  # a near tie may fall the other way
+    gaps = {r.handle: checkpoint.gap(r.prompt, outcome.tokens[r.handle], r.sampling.max_tokens) for r in requests}
+    assert {handle: gap for handle, gap in gaps.items() if gap > NEAR_TIE} == {}
     assert engine.stats().free_blocks == engine.stats().total_blocks
 
 

@@ -70,7 +70,5 @@ def test_a_store_that_nobody_serves_is_an_error_that_names_it() -> None:
 
 
 def test_a_device_that_is_not_there_is_an_error() -> None:
-    with pytest.raises(
-        NoDevice, match="no CUDA device for local rank 999: .*(use device=cpu|at most .* ranks).*CUDA_VISIBLE"
-    ):
+    with pytest.raises(NoDevice, match=r"local rank 999: .*(use device=cpu|at most \d ranks).*CUDA_VIS"):
         pick_device("cuda", 999)

@@ -1,6 +1,8 @@
 """Tiny random checkpoints of every supported architecture, and what transformers' generate() says about them."""
 
+import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -65,6 +67,19 @@ class Checkpoint:
                 rows, attention_mask=torch.ones_like(rows), max_new_tokens=max_tokens, do_sample=False, pad_token_id=EOS
             )
         return tuple(output[0, len(prompt) :].tolist())
+
+    def gap(self, prompt: tuple[int, ...], got: Sequence[int], max_tokens: int) -> float:
+        """0 if `got` is the expected continuation.  Else how much likelier (in logits) the reference finds its own
+        token at the first place that differs; infinite unless `got` has its second choice there."""
+        wanted = self.expected(prompt, max_tokens)
+        at = next((i for i, pair in enumerate(zip(got, wanted, strict=False)) if pair[0] != pair[1]), None)
+        if at is None:
+            return 0.0 if len(got) == len(wanted) else math.inf
+        with torch.inference_mode():
+            best = self.reference()(torch.tensor([[*prompt, *wanted[:at]]])).logits[0, -1].topk(2)
+        if {got[at], wanted[at]} != set(best.indices.tolist()):
+            return math.inf
+        return float(best.values[0] - best.values[1])
 
 
 def make_checkpoint(architecture: str, path: Path, *, seed: int = 0, **changes: Any) -> Checkpoint:
