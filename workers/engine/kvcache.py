@@ -2,7 +2,17 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int32]
+
+
+def slots_of(blocks: Ints, at: NDArray[np.integer], block_size: int) -> Ints:
+    """Where the tokens at these positions of a sequence that has these blocks are in the cache."""
+    slots: Ints = (blocks[at // block_size] * block_size + at % block_size).astype(np.int32)
+    return slots
 
 
 @dataclass(frozen=True, slots=True)

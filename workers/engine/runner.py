@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .attention import Paged, Pulse
-from .kvcache import PagedCache
+from .kvcache import PagedCache, slots_of
 from .model import LoadedModel
 from .parallel import Ranks
 from .pipeline import Arrival, Link, make_link
@@ -157,11 +157,8 @@ class TorchRunner(Runner):
 
     def _slots(self, row: Row) -> np.ndarray:
         """Where the row's tokens go in the cache."""
-        size = self._cache.block_size
-        if row.count == 1:
-            return np.array([row.sequence.blocks[row.start // size] * size + row.start % size])
-        at = np.arange(row.start, row.context)
-        return np.frombuffer(row.sequence.blocks, dtype=np.int32)[at // size].astype(np.int64) * size + at % size
+        blocks = np.frombuffer(row.sequence.blocks, dtype=np.int32)
+        return slots_of(blocks, np.arange(row.start, row.context), self._cache.block_size)
 
     def _indices(self, values: Sequence[int] | np.ndarray) -> torch.Tensor:
         return torch.as_tensor(values, dtype=torch.int64).to(self._device, non_blocking=True)

@@ -24,7 +24,7 @@ from .parallel import Cut
 
 NUM_READERS = 4  # threads: one alone is slower than the disk, and than the way to a GPU
 BUFFER_BYTES = 4 << 20  # each
-_DTYPES = {
+_STORED_AS = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -135,9 +135,9 @@ def _place(rows: torch.Tensor, columns: tuple[slice, ...], target: torch.Tensor)
 
 
 def _dtype_of(entry: TensorEntry) -> torch.dtype:
-    if entry.dtype not in _DTYPES:
+    if entry.dtype not in _STORED_AS:
         raise ConfigError(
             f"{entry.file} holds tensors of type {entry.dtype}, which is not supported: use a checkpoint in "
-            f"{', '.join(_DTYPES)}"
+            f"{', '.join(_STORED_AS)}"
         )
-    return _DTYPES[entry.dtype]
+    return _STORED_AS[entry.dtype]

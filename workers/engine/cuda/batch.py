@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from hortator.workers.engine.kvcache import Ints, slots_of
 from hortator.workers.engine.scheduler import Row
 
-Ints = NDArray[np.int32]
+Array = TypeVar("Array", Ints, torch.Tensor)
+_NONE = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +48,44 @@ class Attended:
     chunks: tuple[Chunks, ...] = ()
 
 
-def slots_of(blocks: Ints, at: NDArray[np.integer], block_size: int) -> Ints:
-    """Where the tokens at these positions are in the cache."""
-    slots: Ints = (blocks[at // block_size] * block_size + at % block_size).astype(np.int32)
-    return slots
+class DecodeArrays(NamedTuple):
+    """Of rows of one token each."""
+
+    positions: Ints = _NONE
+    slots: Ints = _NONE
+    contexts: Ints = _NONE
+    page_starts: Ints = _NONE
+    pages: Ints = _NONE
+
+
+class ChunkArrays(NamedTuple):
+    """Of rows of several tokens; no `key_slots` if none has a past."""
+
+    positions: Ints = _NONE
+    slots: Ints = _NONE
+    query_ends: Ints = _NONE
+    key_ends: Ints = _NONE
+    key_slots: Ints = _NONE
+
+
+class Packed(NamedTuple, Generic[Array]):
+    """All of one step that travels to the device, here or there: decodes, then prompts' beginnings, then later parts
+    of prompts."""
+
+    ids: Array
+    sources: Array
+    last: Array  # places of the tokens after which rows sample
+    positions: Array
+    slots: Array
+    contexts: Array  # of the decodes, as the next two
+    page_starts: Array
+    pages: Array
+    first_query_ends: Array
+    first_key_ends: Array
+    first_key_slots: Array
+    later_query_ends: Array
+    later_key_ends: Array
+    later_key_slots: Array
 
 
 def blocks_of(row: Row) -> Ints:
@@ -57,19 +93,23 @@ def blocks_of(row: Row) -> Ints:
     return np.frombuffer(row.sequence.blocks, dtype=np.int32)
 
 
-def decode_arrays(rows: Sequence[Row], block_size: int) -> tuple[Ints, Ints, Ints, Ints, Ints]:
-    """Positions, slots, contexts, page starts and pages of rows of one token each."""
+def decode_arrays(rows: Sequence[Row], block_size: int) -> DecodeArrays:
+    """Of rows of one token each."""
+    if not rows:
+        return DecodeArrays()
     positions = np.fromiter((row.start for row in rows), np.int32, len(rows))
     counts = positions // block_size + 1
     starts = np.zeros(len(rows), np.int32)
     np.cumsum(counts[:-1], out=starts[1:])
     pages = np.concatenate([blocks_of(row)[:count] for row, count in zip(rows, counts, strict=True)])
     slots = pages[starts + counts - 1] * block_size + positions % block_size
-    return positions, slots, positions + 1, starts, pages
+    return DecodeArrays(positions, slots, positions + 1, starts, pages)
 
 
-def chunk_arrays(rows: Sequence[Row], block_size: int) -> tuple[Ints, Ints, Ints, Ints, Ints]:
-    """Positions, slots, query ends, key ends and key slots (none if no row has a past) of rows of several tokens."""
+def chunk_arrays(rows: Sequence[Row], block_size: int) -> ChunkArrays:
+    """Of rows of several tokens, of which all or none have a past."""
+    if not rows:
+        return ChunkArrays()
     spans = [np.arange(row.start, row.context) for row in rows]
     slots = np.concatenate([slots_of(blocks_of(row), at, block_size) for row, at in zip(rows, spans, strict=True)])
     key_slots = np.zeros(0, np.int32)
@@ -77,10 +117,10 @@ def chunk_arrays(rows: Sequence[Row], block_size: int) -> tuple[Ints, Ints, Ints
         key_slots = np.concatenate([slots_of(blocks_of(row), np.arange(row.context), block_size) for row in rows])
     query_ends = np.cumsum([0, *(row.count for row in rows)], dtype=np.int32)
     key_ends = np.cumsum([0, *(row.context for row in rows)], dtype=np.int32)
-    return np.concatenate(spans).astype(np.int32), slots, query_ends, key_ends, key_slots
+    return ChunkArrays(np.concatenate(spans).astype(np.int32), slots, query_ends, key_ends, key_slots)
 
 
-def to_device(arrays: Sequence[Ints], device: torch.device) -> list[torch.Tensor]:
+def packed_to_device(arrays: Sequence[Ints], device: torch.device) -> list[torch.Tensor]:
     """All arrays in one copy, for which the host does not wait; the tensors are views of one.
 
     Each begins at a multiple of 16 bytes: Triton compiles a kernel anew for pointers that do not.

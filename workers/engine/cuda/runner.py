@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from hortator.workers.engine.engine import Limits
+from hortator.workers.engine.kvcache import Ints
 from hortator.workers.engine.model import LoadedModel
 from hortator.workers.engine.parallel import Ranks
 from hortator.workers.engine.pipeline import Arrival
@@ -20,11 +21,11 @@ from hortator.workers.engine.scheduler import Batch, Row
 from hortator.workers.engine.shortage import memory_for
 from hortator.workers.engine.structure import Grammars
 
-from .batch import Attended, Chunks, Decodes, aligned, chunk_arrays, decode_arrays, to_device
+from .batch import Attended, Chunks, Decodes, Packed, aligned, chunk_arrays, decode_arrays, packed_to_device
 from .body import FusedBody, Operations
 
 _COLUMNS = 6  # per row in a graph's inputs: id, source, position, slot, context, first page
-_NONE, _UNKNOWN = np.zeros(0, np.int32), np.zeros(1, np.int32)
+_UNKNOWN = np.zeros(1, np.int32)
 _PROGRAMS = 512  # that a decode should have, so that every multiprocessor is busy
 
 
@@ -92,36 +93,39 @@ class CudaRunner(Runner):
 
     def _arrange(self, kinds: list[list[Row]], sampling: list[Row]) -> tuple[torch.Tensor, Attended, torch.Tensor]:
         """Token ids, what they attend to, and the places of the rows that sample.  One copy to the device."""
-        singles, *several = kinds
+        singles, beginnings, later = kinds
+        there = Packed[torch.Tensor](*packed_to_device(self._pack(kinds, sampling), self._device))
+        decodes = None
+        if singles:
+            decodes = Decodes(there.pages, there.page_starts, there.contexts, self._splits(len(singles)))
+        chunks = []
+        if beginnings:
+            chunks.append(_chunks(beginnings, there.first_query_ends, there.first_key_ends, None))
+        if later:
+            chunks.append(_chunks(later, there.later_query_ends, there.later_key_ends, there.later_key_slots))
+        attended = Attended(there.positions, there.slots, len(singles), decodes, tuple(chunks))
+        return resolve(there.ids, there.sources, self._newest), attended, there.last
+
+    def _pack(self, kinds: list[list[Row]], sampling: list[Row]) -> Packed[Ints]:
         rows = [row for kind in kinds for row in kind]
+        singles, beginnings, later = kinds
         ids = np.concatenate([np.frombuffer(row.tokens, np.int32) if row.tokens else _UNKNOWN for row in rows])
         sources = np.full(len(ids), -1, np.int32)
         sources[: len(singles)] = [self._source(row) for row in singles]
         ends = np.cumsum([row.count for row in rows])
         place = {id(row): end - 1 for row, end in zip(rows, ends, strict=True)}
-        last = np.array([place[id(row)] for row in sampling], np.int32)
-        ones = decode_arrays(singles, self._block_size) if singles else (_NONE,) * 5
-        chunked = [chunk_arrays(group, self._block_size) if group else (_NONE,) * 5 for group in several]
-        positions, slots = (np.concatenate((ones[i], *(group[i] for group in chunked))) for i in range(2))
-        arrays = [ids, sources, last, positions, slots, *ones[2:], *(array for group in chunked for array in group[2:])]
-        there = to_device(arrays, self._device)
-        decodes = None
-        if singles:
-            decodes = Decodes(there[7], there[6], there[5], self._splits(len(singles)))
-        chunks = tuple(
-            Chunks(
-                sum(row.count for row in group),
-                there[first],
-                there[first + 1],
-                max(row.count for row in group),
-                max(row.context for row in group),
-                there[first + 2] if group[0].start else None,
-            )
-            for group, first in zip(several, (8, 11), strict=True)
-            if group
+        ones = decode_arrays(singles, self._block_size)
+        first, second = (chunk_arrays(group, self._block_size) for group in (beginnings, later))
+        return Packed(
+            ids,
+            sources,
+            np.array([place[id(row)] for row in sampling], np.int32),
+            np.concatenate((ones.positions, first.positions, second.positions)),
+            np.concatenate((ones.slots, first.slots, second.slots)),
+            *ones[2:],
+            *first[2:],
+            *second[2:],
         )
-        attended = Attended(there[3], there[4], len(singles), decodes, chunks)
-        return resolve(there[0], there[1], self._newest), attended, there[2]
 
     def _source(self, row: Row) -> int:
         """Where the step before left the row's token, if only the device knows it."""
@@ -144,7 +148,9 @@ class CudaRunner(Runner):
             return graph.hidden[:count], None, None
         if len(sampling) == count:
             return graph.hidden[:count], logits[:count], ids[:count]
-        places = to_device([np.array([i for i, row in enumerate(rows) if row.samples], np.int32)], self._device)[0]
+        places = packed_to_device([np.array([i for i, row in enumerate(rows) if row.samples], np.int32)], self._device)[
+            0
+        ]
         return graph.hidden[:count], logits[places], ids[places]
 
     def _flight(self, sampling: list[Row], logits: torch.Tensor | None, ids: torch.Tensor | None) -> Flight:
@@ -255,6 +261,19 @@ class Graph:
             weight: Any = model.head.weight
             torch.mm(self.hidden, weight.t(), out=self.logits)
             self.ids = runner._do.greedy(self.logits)
+
+
+def _chunks(
+    rows: Sequence[Row], query_ends: torch.Tensor, key_ends: torch.Tensor, key_slots: torch.Tensor | None
+) -> Chunks:
+    return Chunks(
+        sum(row.count for row in rows),
+        query_ends,
+        key_ends,
+        max(row.count for row in rows),
+        max(row.context for row in rows),
+        key_slots,
+    )
 
 
 def kind_of(row: Row) -> int:
