@@ -1,5 +1,6 @@
 """From settings to a rank's engine: load, size the KV pool, choose how steps run."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from hortator.producer.errors import ConfigError
@@ -40,33 +41,12 @@ def build_engine(
     config = read_config(model_path, dtype=dtype)
     model_len = _model_len(max_model_len, config)
     model, grammars = _load(config, mesh, load_format)
-    room = Room.of(
-        mesh,
-        _work_bytes(config, mesh, num_tokens=max_num_batched_tokens, num_rows=max_num_seqs),
-        kv_cache_bytes=kv_cache_bytes,
-        gpu_memory_utilization=gpu_memory_utilization,
-    )
-    token_bytes = config.cache_shape(mesh).token_bytes
-    size = size_pool(
-        room,
-        mesh,
-        token_bytes=token_bytes,
-        block_size=block_size,
-        max_num_seqs=max_num_seqs,
-        model_len=model_len,
-        is_set=max_model_len is not None,
-    )
-    limits = Limits(
-        num_blocks=size.num_blocks,
-        block_size=block_size,
-        max_num_seqs=max_num_seqs,
-        max_model_len=size.max_model_len,
-        max_num_batched_tokens=max_num_batched_tokens,
-        prefix_cache=prefix_cache,
-    )
-    with memory_for(
-        f"the KV pool of {human(limits.kv_tokens * token_bytes)} beside the weights", f"lower {room.smaller}"
-    ):
+    work_bytes = _work_bytes(config, mesh, num_tokens=max_num_batched_tokens, num_rows=max_num_seqs)
+    room = Room.of(mesh, work_bytes, kv_cache_bytes=kv_cache_bytes, gpu_memory_utilization=gpu_memory_utilization)
+    wanted = Limits(0, block_size, max_num_seqs, model_len, max_num_batched_tokens, prefix_cache)
+    limits = _within(room, wanted, config, mesh, is_set=max_model_len is not None)
+    pool_bytes = limits.kv_tokens * config.cache_shape(mesh).token_bytes
+    with memory_for(f"the KV pool of {human(pool_bytes)} beside the weights", f"lower {room.smaller}"):
         runner = make_runner(model, mesh, limits, grammars)
     return PagedEngine(config, runner, ranks=mesh, limits=limits)
 
@@ -92,6 +72,20 @@ def _load(config: ModelConfig, mesh: Ranks, load_format: LoadFormat) -> tuple[Lo
     if grammars is not None:
         grammars.wait()
     return model, grammars
+
+
+def _within(room: Room, wanted: Limits, config: ModelConfig, mesh: Ranks, *, is_set: bool) -> Limits:
+    """With as many blocks as there is room for, and sequences no longer than those hold."""
+    size = size_pool(
+        room,
+        mesh,
+        token_bytes=config.cache_shape(mesh).token_bytes,
+        block_size=wanted.block_size,
+        max_num_seqs=wanted.max_num_seqs,
+        model_len=wanted.max_model_len,
+        is_set=is_set,
+    )
+    return replace(wanted, num_blocks=size.num_blocks, max_model_len=size.max_model_len)
 
 
 def _fewer_weights(config: ModelConfig, ranks: Ranks) -> str:
