@@ -323,7 +323,8 @@ class Scheduler:
                 self._admit(sequence)
                 return sequence
             since = self._short_since.setdefault(chosen, self._num_admitted)
-            if self._fits(sequence, without=[s for s in self.running if s.rank[0] < chosen and s.rank[1] > since]):
+            past = [s for s in self.running if s.rank[0] < chosen and s.rank[1] > since]
+            if (past or sequence.num_pending) and self._fits(sequence, without=past):
                 return None
             barred = chosen
         return None
