@@ -1,14 +1,20 @@
 -- beat: a group says that it is alive.
 --
--- | key    | type | here                            |
--- |--------|------|---------------------------------|
--- | groups | hash | group -> "ms JSON"              |
--- | models | hash | makes the model known           |
+-- | key    | type | here                                                                     |
+-- |--------|------|--------------------------------------------------------------------------|
+-- | groups | hash | group -> "ms JSON"                                                       |
+-- | models | hash | a ready group makes its model known; any of its groups keeps it known    |
 --
--- args: group model json down ('1': the group takes its leave)
+-- args: group model json state ('gone': the group takes its leave)
 even_when_full()
-redis.call('HSET', own .. 'models', arg(2), now)
-if arg(4) == '1' then
+local models = own .. 'models'
+local served = (redis.call('HGET', models, arg(2)) or '0') ~= '0'
+if arg(4) == 'ready' or served then
+  redis.call('HSET', models, arg(2), now)
+else
+  redis.call('HSETNX', models, arg(2), 0) -- listed, with its groups, but it takes no jobs
+end
+if arg(4) == 'gone' then
   redis.call('HDEL', own .. 'groups', arg(1))
 else
   redis.call('HSET', own .. 'groups', arg(1), now .. ' ' .. arg(3))

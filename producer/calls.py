@@ -214,7 +214,7 @@ class Calls:
     def beat(self, beat: GroupBeat) -> Call[None]:
         said = {name: getattr(beat, name) for name in GroupBeat.__slots__}
         text = json.dumps(said, separators=(",", ":"))
-        return self._call("beat", [beat.group, beat.model, text, int(beat.state == "gone")], _nothing)
+        return self._call("beat", [beat.group, beat.model, text, beat.state], _nothing)
 
     def hold(self, holder: Holder, replacing: str, *, leave: bool = False) -> Call[Holder | None]:
         text = json.dumps(asdict(holder), separators=(",", ":"))
@@ -384,7 +384,11 @@ def _refuse_no_room(reply: list[Any]) -> None:
 
 def unknown_model(model: str, known: Iterable[str], job_id: str) -> UnknownModel:
     names = ", ".join(sorted(known)) or "none yet: start a worker first"
-    return UnknownModel(f"no group serves model {model!r}, nor did lately; known models: {names}", job_id=job_id)
+    return UnknownModel(
+        f"no group serves model {model!r}, nor did lately (one that starts counts once it is ready); "
+        f"known models: {names}",
+        job_id=job_id,
+    )
 
 
 def idempotency_conflict(job_id: str) -> IdempotencyConflict:

@@ -83,7 +83,7 @@ class _Queue:
     dead: int = 0  # messages of jobs that ended while they were queued
     turn: int = 0
     holder: tuple[str, int] | None = None  # who makes room for suspects, or tries the last few; until when
-    beaten: int = 0  # when a group last said that it is alive
+    beaten: int = 0  # when a group last said that it is alive; 0: none of its groups was ever ready
 
     @property
     def known(self) -> bool:
@@ -455,7 +455,9 @@ class MemoryStore:
 
     def beat(self, beat: GroupBeat) -> None:
         with self._lock:
-            self._queue(beat.model).beaten = self._now()
+            queue = self._queue(beat.model)
+            if beat.state == "ready" or queue.known:
+                queue.beaten = self._now()
             if beat.state == "gone":
                 self._groups.pop(beat.group, None)
             else:
@@ -500,6 +502,7 @@ class MemoryStore:
     def _forget_models(self, now: int) -> None:
         busy = {record.model for record in self._records.values() if record.state is State.RUNNING}
         silent = now - round(self.rules.result_ttl_s * 1000)
+        busy |= {beat.model for at, beat in self._groups.values() if at >= silent}
         for model, queue in list(self._queues.items()):
             waits = queue.suspects or any(queue.lists.values())
             if queue.beaten < silent and model not in busy and not waits:

@@ -85,7 +85,7 @@ TABLE: tuple[Key, ...] = (
     Key(
         "hortator:models",
         "hash",
-        "model -> last beat of any of its groups, ms; 0: none ever",
+        "model -> last beat of any of its groups, ms; 0: none was ever ready",
         "one that is empty: after result_ttl_s of silence",
     ),
     Key("hortator:groups", "hash", "group -> its last beat as JSON", "a silent group: after an hour"),

@@ -7,7 +7,7 @@
 -- | depth:{model}, pace:{model}, turn:{model} | hash, string | dropped with the model  |
 -- | leases:{model}                      | zset | read: which ran out                    |
 -- | deadlines                           | zset | read: which have passed                |
--- | groups                              | hash | groups silent for an hour are dropped  |
+-- | groups                              | hash | groups silent for an hour are dropped; read: whose models to keep |
 -- | all of record.lua's crashed, finish |      |                                        |
 --
 -- args: limit, expired_before ('' for now): leases that ended before it are dead; conviction_grace_ms
@@ -55,18 +55,25 @@ local function is_empty(model)
   return waiting == 0
 end
 
+local spoken = {} -- models whose groups beat, even if they were never ready
+local groups = redis.call('HGETALL', own .. 'groups')
+for i = 1, #groups, 2 do
+  local beaten, json = groups[i + 1]:match('^(%d+) (.*)$')
+  if not beaten or now - tonumber(beaten) > 3600000 then
+    redis.call('HDEL', own .. 'groups', groups[i])
+  elseif now - tonumber(beaten) <= RESULT_TTL_MS then
+    local read, beat = pcall(cjson.decode, json)
+    if read and type(beat) == 'table' and beat.model then spoken[beat.model] = true end
+  end
+end
+
 local known = redis.call('HGETALL', own .. 'models')
 for i = 1, #known, 2 do
   local model = known[i]
-  if now - tonumber(known[i + 1]) > RESULT_TTL_MS and is_empty(model) then
+  if now - tonumber(known[i + 1]) > RESULT_TTL_MS and not spoken[model] and is_empty(model) then
     redis.call('HDEL', own .. 'models', model)
     redis.call('DEL', own .. 'depth:' .. model, own .. 'pace:' .. model, own .. 'turn:' .. model)
   end
 end
 
-local groups = redis.call('HGETALL', own .. 'groups')
-for i = 1, #groups, 2 do
-  local beaten = tonumber(groups[i + 1]:match('^(%d+) '))
-  if not beaten or now - beaten > 3600000 then redis.call('HDEL', own .. 'groups', groups[i]) end
-end
 return {now, requeued, ended, poisoned}

@@ -294,7 +294,7 @@ class Front:
     def _ready(self, event: Ready) -> None:
         info = self._info = event.info
         self._stats = None
-        self._claimer.at = self._clock()
+        self._claimer.at = self._beat_at = self._clock()  # from this beat on the model takes jobs
         logger.info(
             "group %s is ready after %.1f s: %s, epoch %d, %d sequences of up to %d tokens",
             self._settings.group, event.start_s, self._queue, event.epoch, info.max_num_seqs, info.max_model_len,

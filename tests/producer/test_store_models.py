@@ -3,6 +3,7 @@
 import pytest
 
 from hortator.producer.errors import UnknownModel
+from hortator.producer.store import GroupBeat
 from tests.producer.rig import MODEL, Rig, done
 
 
@@ -28,3 +29,21 @@ def test_a_model_is_forgotten_when_it_is_silent_and_empty_and_nothing_of_it_runs
     rig.beat()
     assert rig.enqueue("z")
     assert models(rig) == [MODEL]
+
+
+def test_a_model_takes_jobs_only_once_a_group_of_it_was_ready_and_then_while_that_one_restarts(rig: Rig) -> None:
+    def say(state: str) -> None:
+        rig.store.beat(GroupBeat("new", "new", 0, 8, 1, state))
+
+    rig.rule(result_ttl_s=5)
+    for state in ("starting", "down", "gone"):
+        say(state)
+        with pytest.raises(UnknownModel, match="once it is ready"):
+            rig.enqueue("x", model="new")
+    say("starting")
+    assert models(rig) == ["new", MODEL]  # listed, with its group, although it takes nothing yet
+    say("ready")
+    assert rig.enqueue("x", model="new")
+    for state in ("starting", "down", "draining", "gone"):
+        say(state)
+        assert rig.enqueue("x", model="new")
