@@ -184,17 +184,14 @@ def test_memory_that_does_not_fit_is_refused_in_one_line(
     assert problem in sh.error("plan-memory", "--model", fleet.parent / "llama", *options)
 
 
-def test_a_model_outside_the_table_is_sized_by_its_files(sh: Shell, fleet: Path) -> None:
-    model = fleet.parent / "llama"
-    (model / "config.json").write_text(json.dumps({**LLAMA_8B, "architectures": ["Unheard"]}))
-    assert "has no weights" in sh.error("plan-memory", "--model", model)
-    header = json.dumps(
-        {"model.layers.0.mlp.weight": {"dtype": "BF16", "shape": [4096, 4096], "data_offsets": [0, 2 * 4096**2]}}
-    ).encode()
-    with (model / "model.safetensors").open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + 2 * 4096**2)  # a hole: only the header is read
-    assert "note: Unheard is no model of the table: sizes are estimates" in sh.out("plan-memory", "--model", model)
+@pytest.mark.parametrize("rest", [LLAMA_8B, {}], ids=["sizes of a llama", "no sizes"])
+def test_an_architecture_that_the_engine_refuses_is_refused_by_its_name(
+    sh: Shell, fleet: Path, rest: dict[str, object]
+) -> None:
+    config = fleet.parent / "llama" / "config.json"
+    config.write_text(json.dumps(rest | {"architectures": ["OPTForCausalLM"]}))
+    for command in (["plan-memory", "--model", config.parent], ["plan", fleet]):
+        assert "architecture OPTForCausalLM is not supported; supported: LlamaForCausalLM" in sh.error(*command)
 
 
 def test_the_documentations_example_is_a_plan(sh: Shell, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from hortator.producer.rules import Rules
 from hortator.producer.schema import TASK_NAME
 
 from . import commands  # noqa: F401  # what leaders can be told over remote control
+from .modelcheck import check_model
 from .settings import WorkerSettings
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class App(Celery):  # type: ignore[misc]
     def serve(self, queues: list[str] | None) -> None:
         """Become a leader: called before the worker is built."""
         settings = self.settings
+        check_model(settings)
         if queues and queues != [settings.queue]:
             raise ConfigError(
                 f"-Q {','.join(queues)}: this worker's model is served on the queue {settings.queue!r};"

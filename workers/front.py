@@ -335,10 +335,8 @@ class Front:
 
     def _down(self, event: Down) -> None:
         """The engine has lost everything: hand all jobs back with the tokens that they have."""
-        if self._info is not None:
-            logger.warning("group %s is down: %s; %d jobs go back", self._settings.group, event.reason, len(self._live))
-        else:
-            logger.warning("group %s did not start: %s", self._settings.group, event.reason)
+        if self._live:  # why, the supervisor has said
+            logger.warning("group %s is down: %d jobs go back", self._settings.group, len(self._live))
         self._info = self._stats = None
         self._admits, self._cancels = [], []
         reason = ReleaseReason.DRAINED if event.by_pause else ReleaseReason.CRASHED

@@ -116,7 +116,9 @@ class EnginePool(BasePool):  # type: ignore[misc]
         self._stopping = True
         front = self.front
         front.drain()
-        logger.info("draining: %d jobs run, up to %g s", front.num_live, self.settings.grace_s)
+        num_running = front.num_live
+        if num_running:
+            logger.info("draining: %d jobs run, up to %g s", num_running, self.settings.grace_s)
         until = time.monotonic() + self.settings.grace_s
         while front.num_live and not self._now and time.monotonic() < until:
             self.run_for(0.05)
@@ -125,7 +127,8 @@ class EnginePool(BasePool):  # type: ignore[misc]
         until = time.monotonic() + LAST_WORDS_S
         while front.busy and time.monotonic() < until:
             self.run_for(0.02)
-        logger.info("drained: %d jobs handed back", num_back)
+        if num_running:
+            logger.info("drained: %d jobs handed back", num_back)
         self._group.close()
         front.leave()
 

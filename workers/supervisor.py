@@ -165,8 +165,8 @@ class Supervisor:
         if self.outage is None or self._ready_since is not None:
             self.outage = Outage(failure.reason, self.epoch, time.time())
         retry_in_s = None if failure.permanent else self._backoff_s()
-        again = f"next try in {retry_in_s:g} s" if retry_in_s is not None else "not tried again: change the settings"
-        log.error("group of epoch %d is down: %s; %s", self.epoch, failure.reason, again)
+        if retry_in_s is not None:  # else the worker ends, and says it as its last word
+            log.error("group of epoch %d is down: %s; next try in %g s", self.epoch, failure.reason, retry_in_s)
         self._post(Down(self.epoch, failure.reason, failure.permanent, retry_in_s, failure.by_pause))
         return retry_in_s
 

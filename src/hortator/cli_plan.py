@@ -111,7 +111,7 @@ def plan_memory(
     else:
         from hortator.cli_plan_tables import show_memory
 
-        show_memory(found, shape, spec, gpu_bytes)
+        show_memory(found, spec, gpu_bytes)
     return EXIT_OK
 
 
@@ -172,13 +172,14 @@ def read_shapes(fleet: "Fleet") -> dict[str, "ModelShape"]:
 
 
 def read_shape(path: Path) -> "ModelShape":
-    """The sizes of the model in this directory; its files are looked into only if the table does not know it."""
-    from hortator.topology.modelshape import is_known, model_shape
-    from hortator.workers.engine.checkpoint import read_entries, read_json
+    """The sizes of the model in this directory, which must be one that the engine serves."""
+    from hortator.topology.modelshape import model_shape
+    from hortator.workers.engine.architectures import architecture_of
+    from hortator.workers.engine.checkpoint import read_json
 
     raw = read_json(path / "config.json")
-    tensors = None if is_known(raw) else {name: entry.shape for name, entry in read_entries(path).items()}
-    return model_shape(raw, source=str(path), tensors=tensors)
+    architecture_of(raw, path)
+    return model_shape(raw, source=str(path))
 
 
 def spec_of(path: Path, **settings: Any) -> "ModelSpec":

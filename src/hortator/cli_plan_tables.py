@@ -14,7 +14,6 @@ from hortator.topology.memory import human, usable_bytes
 if TYPE_CHECKING:
     from hortator.topology.fleet import ModelSpec
     from hortator.topology.memory import MemoryFit
-    from hortator.topology.modelshape import ModelShape
     from hortator.topology.plan import Link, Plan, PlannedGroup, PlannedRank
 
 MAX_RANK_ROWS = 64
@@ -38,7 +37,7 @@ def show_plan(plan: "Plan") -> None:
         console.print(f"note: {note}")
 
 
-def show_memory(found: "MemoryFit", shape: "ModelShape", spec: "ModelSpec", gpu_bytes: int | None) -> None:
+def show_memory(found: "MemoryFit", spec: "ModelSpec", gpu_bytes: int | None) -> None:
     """One row a rank, and what fits."""
     console = _console()
     table = _table("RANK", "TP", "PP", "LAYERS", "WEIGHTS", "WORKSPACE", "KV A TOKEN", "KV CACHE", "NEEDS", "MAY USE")
@@ -66,8 +65,6 @@ def show_memory(found: "MemoryFit", shape: "ModelShape", spec: "ModelSpec", gpu_
             f"fits: {found.kv_tokens:,} KV tokens, "
             f"{found.max_sequences:,} sequences of {found.max_model_len:,} tokens at once"
         )
-    if not shape.exact:
-        console.print(f"note: {shape.architecture} is no model of the table: sizes are estimates")
 
 
 def _groups(plan: "Plan") -> Table:

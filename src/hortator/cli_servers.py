@@ -5,15 +5,12 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from hortator.cli_errors import EXIT_FAILED, EXIT_OK, fail_line
 from hortator.cli_store import Namespace, RedisUrl, given, redacted, store_settings
-
-if TYPE_CHECKING:
-    from hortator.workers.settings import WorkerSettings
 
 EXTRA_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -123,6 +120,7 @@ def worker(
     """
     import celery  # noqa: F401  # a missing extra is said before anything else
 
+    from hortator.workers.modelcheck import check_model
     from hortator.workers.settings import WorkerSettings
 
     chosen = given(
@@ -144,7 +142,7 @@ def worker(
     settings = WorkerSettings(**chosen)
     if settings.engine == "paged":
         check_model_directory(settings.model_path)
-        check_cut(settings)
+        check_model(settings)
     environment = os.environ | {f"HORTATOR_{field.upper()}": str(value) for field, value in chosen.items()}
     arguments = ["-A", "hortator.workers", "worker", "-Q", settings.queue, "-l", log_level]
     if not any(argument.startswith(("-n", "--hostname")) for argument in context.args):
@@ -162,25 +160,6 @@ def check_model_directory(path: Path | None) -> None:
         raise ConfigError(f"--model {path}: there is no such directory")
     if not (path / "config.json").is_file():
         raise ConfigError(f"--model {path}: no config.json there; it must be a model in the Hugging Face format")
-
-
-def check_cut(settings: "WorkerSettings") -> None:
-    """Whether the model can be cut for that many ranks: else each of them would say it, seconds later."""
-    from hortator.cli_plan import spec_of
-    from hortator.topology.errors import BadModel
-    from hortator.topology.memory import rank_memories
-    from hortator.topology.modelshape import is_known, model_shape
-    from hortator.workers.engine.checkpoint import read_json
-
-    assert settings.model_path is not None
-    raw = read_json(settings.model_path / "config.json")
-    try:
-        shape = model_shape(raw, source=str(settings.model_path)) if is_known(raw) else None
-    except BadModel:  # the engine, which knows transformers' defaults, may still make sense of it
-        return
-    if shape is not None:
-        sizes = {name: getattr(settings, name) for name in ("tensor_parallel_size", "pipeline_parallel_size")}
-        rank_memories(shape, spec_of(settings.model_path, **sizes))
 
 
 def interrupt(number: int, frame: object) -> NoReturn:

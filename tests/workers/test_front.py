@@ -476,10 +476,13 @@ def test_nothing_is_claimed_and_nothing_submitted_while_the_group_is_down() -> N
     assert leader.front.beat().state == "starting" or leader.front.beat().state == "down"
 
 
-def test_a_permanent_failure_of_the_group_is_fatal() -> None:
+def test_a_permanent_failure_of_the_group_is_fatal_and_left_to_the_pool_to_say(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     leader = Leader()
     leader.down("the checkpoint is truncated", permanent=True)
     assert leader.front.fatal == "the checkpoint is truncated"
+    assert "truncated" not in caplog.text
 
 
 def test_a_whole_output_in_the_journal_needs_no_engine() -> None:

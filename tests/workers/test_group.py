@@ -237,6 +237,8 @@ def test_a_configuration_error_at_load_is_told_in_one_line_and_is_final(caplog: 
         assert down.permanent
         assert down.reason.endswith(": max_num_seqs=64 needs more memory than this device has: lower it")
         assert not any("Traceback" in line for line in caplog.messages)
+        told = [record.name for record in caplog.records if "lower it" in record.getMessage()]
+        assert told in ([], ["hortator.rank"])  # in the rank's own words; the worker's last ones are the pool's
         assert driver.turn(0.5) == []
 
 

@@ -5,6 +5,7 @@ All of them name their linears alike (q_proj, o_proj, gate_up_proj, ...), so cut
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hortator.producer.errors import ConfigError
@@ -47,6 +48,22 @@ _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 def supported() -> str:
     """The names, for a refusal."""
     return ", ".join(ARCHITECTURES)
+
+
+def architecture_of(raw: Mapping[str, Any], model_path: Path) -> str:
+    """The architecture that this config.json names.  Raises ConfigError if the engine does not serve it."""
+    if "auto_map" in raw:
+        raise ConfigError(
+            f"{model_path / 'config.json'} has auto_map: the model brings its own Python code, which is never run. "
+            f"Use a checkpoint of one of {supported()}"
+        )
+    if "quantization_config" in raw:
+        raise ConfigError(f"{model_path} is quantised, which is not supported: use the unquantised checkpoint")
+    names = raw.get("architectures")
+    name = names[0] if isinstance(names, list) and names else "none"
+    if name not in ARCHITECTURES:
+        raise ConfigError(f"{model_path}: architecture {name} is not supported; supported: {supported()}")
+    return str(name)
 
 
 def check_features(hf: Any, where: str) -> None:

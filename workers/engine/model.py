@@ -20,7 +20,7 @@ from hortator.topology.errors import TooManyStages
 from hortator.topology.stages import stage_layers
 
 from . import attention
-from .architectures import ARCHITECTURES, check_features, divided_sizes, head_dim, layer_elements, supported
+from .architectures import ARCHITECTURES, architecture_of, check_features, divided_sizes, head_dim, layer_elements
 from .attention import Paged
 from .checkpoint import read_entries, read_json
 from .kvcache import CacheShape
@@ -113,7 +113,7 @@ def read_config(model_path: Path, *, dtype: str = "auto") -> ModelConfig:
     if not (model_path / "config.json").is_file():
         raise ConfigError(f"{model_path} has no config.json: it is not a Hugging Face model directory")
     raw = read_json(model_path / "config.json")
-    architecture = _architecture(raw, model_path)
+    architecture = architecture_of(raw, model_path)
     try:
         hf = transformers.AutoConfig.from_pretrained(
             model_path, trust_remote_code=False, local_files_only=True, **_FORWARD_OPTIONS
@@ -171,20 +171,6 @@ def _keep(model: Any, stage: range, *, first: bool, last: bool, head: bool) -> N
         body.norm = torch.nn.Identity()
     if not head:
         model.lm_head = None
-
-
-def _architecture(raw: dict[str, Any], model_path: Path) -> str:
-    if "auto_map" in raw:
-        raise ConfigError(
-            f"{model_path / 'config.json'} has auto_map: the model brings its own Python code, which is never run. "
-            f"Use a checkpoint of one of {supported()}"
-        )
-    if "quantization_config" in raw:
-        raise ConfigError(f"{model_path} is quantised, which is not supported: use the unquantised checkpoint")
-    names = raw.get("architectures") or ["none"]
-    if names[0] not in ARCHITECTURES:
-        raise ConfigError(f"{model_path}: architecture {names[0]} is not supported; supported: {supported()}")
-    return str(names[0])
 
 
 def _resolve_dtype(name: str, hf: Any) -> torch.dtype:
