@@ -37,11 +37,15 @@ def fits(shape: ModelShape, spec: ModelSpec, gpu_bytes: int | None) -> bool:
 def for_memory(shape: ModelShape, spec: ModelSpec, gpu_bytes: int | None, *, max_tp: int = 8) -> list[Change]:
     """Changes after which a group of `spec` fits GPUs of this size; `max_tp` is the number of GPUs in a host.
     Raises BadModel if the model cannot even be cut as `spec` says."""
-    candidates = (_own_pool(spec), _shorter(shape, spec, gpu_bytes), _narrower(shape, spec))
+    own = _own_pool(spec)
+    candidates = [own, _shorter(shape, spec, gpu_bytes), _narrower(shape, spec)]
+    if own and not fits(shape, changed(spec, own), gpu_bytes):
+        candidates.insert(1, {**own, **_shorter(shape, changed(spec, own), gpu_bytes)})
     found = [change for change in candidates if change and fits(shape, changed(spec, change), gpu_bytes)]
-    if found and spec.kv_cache_bytes is not None:
+    if found and own:
         return found
-    larger = (cut(spec, tp, pp) for tp, pp in group_sizes(shape, spec, max_tp=max_tp) if tp * pp > spec.world_size)
+    sizes = group_sizes(shape, spec, max_tp=max_tp)
+    larger = ({**own, **cut(spec, tp, pp)} for tp, pp in sizes if tp * pp > spec.world_size)
     return found + list(islice((change for change in larger if fits(shape, changed(spec, change), gpu_bytes)), 1))
 
 

@@ -222,7 +222,7 @@ def _problem(found: MemoryFit, spec: ModelSpec, gpu_bytes: Sequence[int | None])
         return (
             f"{spec.name}: rank {rank.rank} needs {human(rank.fixed_bytes + pool)} "
             f"(weights {human(rank.weight_bytes)}, workspace {human(rank.workspace_bytes)}, "
-            f"KV cache {human(pool)} for at least one sequence of {found.max_model_len} tokens), "
+            f"KV cache {human(pool)} {_why_so_large(found)}), "
             f"but may use {human(usable_bytes(size, spec))} of its GPU's {human(size)} "
             f"(gpu_memory_utilization={spec.gpu_memory_utilization:g})"
         )
@@ -232,3 +232,10 @@ def _problem(found: MemoryFit, spec: ModelSpec, gpu_bytes: Sequence[int | None])
             f"of max_model_len={found.max_model_len}"
         )
     return None
+
+
+def _why_so_large(found: MemoryFit) -> str:
+    """Whose wish the least possible pool is."""
+    if found.is_set and found.max_sequences:
+        return "as kv_cache_bytes has it"
+    return f"for at least one sequence of {found.max_model_len} tokens"

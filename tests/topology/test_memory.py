@@ -216,7 +216,19 @@ def test_with_unknown_memory_the_least_that_is_needed_is_known() -> None:
             "weights 29.9 GiB",
             ["max_model_len=15792", "dtype=bfloat16", "tensor_parallel_size=2"],
         ),
-        (40, {"kv_cache_bytes": 40 * GIB}, "KV cache 40.0 GiB", ["kv_cache_bytes left out"]),
+        (40, {"kv_cache_bytes": 40 * GIB}, "KV cache 40.0 GiB as kv_cache_bytes has it", ["kv_cache_bytes left out"]),
+        (
+            24,
+            {"kv_cache_bytes": 20 * GIB},
+            "KV cache 20.0 GiB as kv_cache_bytes has it",
+            ["kv_cache_bytes left out and max_model_len=38160"],
+        ),
+        (
+            16,
+            {"kv_cache_bytes": 20 * GIB},
+            "KV cache 20.0 GiB as kv_cache_bytes has it",
+            ["kv_cache_bytes left out and pipeline_parallel_size=3"],
+        ),
         (
             80,
             {"kv_cache_bytes": GIB},
