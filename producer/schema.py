@@ -4,12 +4,14 @@ Everything here is frozen and versioned.  Readers ignore optional fields they do
 job with another major version on the queue for a worker that speaks it.
 """
 
+import difflib
 import json
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
-from pydantic_core import PydanticSerializationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticSerializationError
 
 SCHEMA_VERSION = 1
 TASK_NAME = "llm.generate"
@@ -38,6 +40,41 @@ class Wire(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
+class Asked(Wire):
+    """What producers write themselves.  A keyword that it has no field for is a typing error and refused, by name; from
+    the wire (model_validate, model_validate_json) unknown fields are ignored, as they may be a newer minor's."""
+
+    if not TYPE_CHECKING:  # for type checkers the fields are the signature
+
+        def __init__(self, /, **data: Any) -> None:
+            if unknown := list(_unknown_fields(type(self), data)):
+                raise ValidationError.from_exception_data(type(self).__name__, unknown, hide_input=True)
+            super().__init__(**data)
+
+        # pydantic validates through a model's own constructor unless that is marked as no other than its own.
+        __init__.__pydantic_base_init__ = True
+
+
+def _unknown_fields(model: type[BaseModel], data: Mapping[str, Any], *where: str) -> Iterator[InitErrorDetails]:
+    """Also those of a field that is given as a dict."""
+    for name, value in data.items():
+        if name not in model.model_fields:
+            nearest = difflib.get_close_matches(name, model.model_fields, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(model.model_fields)}"
+            error = PydanticCustomError(
+                "unknown_field", "{model} has no field {name}: {hint}", _told(model, name, hint)
+            )
+            yield InitErrorDetails(type=error, loc=(*where, name), input=None)
+            continue
+        inner = model.model_fields[name].annotation
+        if isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, Asked):
+            yield from _unknown_fields(inner, value, *where, name)
+
+
+def _told(model: type[BaseModel], name: str, hint: str) -> dict[str, Any]:
+    return {"model": model.__name__, "name": name, "hint": hint}
+
+
 class State(StrEnum):
     """queued -> running -> one of the terminal four.  Terminal is written once."""
 
@@ -61,34 +98,34 @@ class Priority(StrEnum):
     BATCH = "batch"
 
 
-class AnyJson(Wire):
+class AnyJson(Asked):
     """Some JSON object."""
 
     type: Literal["json"] = "json"
 
 
-class JsonSchema(Wire):
+class JsonSchema(Asked):
     """JSON text that is valid under a JSON schema; its properties come in the schema's order."""
 
     type: Literal["json_schema"] = "json_schema"
     json_schema: dict[str, Any]
 
 
-class Regex(Wire):
+class Regex(Asked):
     """Text that matches from its first to its last character (Rust's syntax; no look-around, no back-references)."""
 
     type: Literal["regex"] = "regex"
     pattern: Annotated[str, StringConstraints(min_length=1)]
 
 
-class Grammar(Wire):
+class Grammar(Asked):
     """Text that a grammar's `start` derives; in EBNF as Lark writes it."""
 
     type: Literal["grammar"] = "grammar"
     grammar: Annotated[str, StringConstraints(min_length=1)]
 
 
-class OneOf(Wire):
+class OneOf(Asked):
     """One of these texts."""
 
     type: Literal["choice"] = "choice"
@@ -126,7 +163,7 @@ Structure = Annotated[
 ]
 
 
-class Sampling(Wire):
+class Sampling(Asked):
     """How tokens are chosen.  The default is greedy: the same prompt gives the same text."""
 
     max_tokens: int = Field(default=256, ge=1, le=MAX_TOKENS)
@@ -165,14 +202,14 @@ class Sampling(Wire):
         return self
 
 
-class Message(Wire):
+class Message(Asked):
     """One turn of a chat."""
 
     role: Literal["system", "user", "assistant"]
     content: str = Field(max_length=MAX_PROMPT_CHARS)
 
 
-class Job(Wire):
+class Job(Asked):
     """One prompt with its sampling parameters.  Exactly one of prompt, token_ids, messages is given."""
 
     version: Literal[1] = 1

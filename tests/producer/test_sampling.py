@@ -1,13 +1,14 @@
 """The sampling parameters on the wire: what is taken, what is refused, and that nothing changes for who uses none."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from hortator.producer.journal import decode_chunk, encode_chunk, from_token
-from hortator.producer.schema import MAX_STRUCTURE_CHARS, Chunk, Sampling
+from hortator.producer.schema import MAX_STRUCTURE_CHARS, Chunk, Job, Message, Regex, Sampling
 
 EVERYTHING: dict[str, Any] = {
     "max_tokens": 20,
@@ -95,3 +96,32 @@ def test_a_journal_entry_is_as_before_unless_the_likeliest_tokens_were_asked_for
     for chunk in (plain, asked):
         assert decode_chunk(encode_chunk(chunk)) == chunk
     assert from_token([asked], 4)[0].top_logprobs == ((),)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Sampling(temprature=0.7), "Sampling has no field temprature: did you mean temperature?"),
+        (lambda: Job(model="m", prompt="x", samplin={}), "Job has no field samplin: did you mean sampling?"),
+        (lambda: Job(model="m", prompt="x", sampling={"topk": 1}), r"Sampling has no field topk: did you mean top_k\?"),
+        (lambda: Message(role="user", content="x", zzz=1), "Message has no field zzz: there are role, content"),
+        (lambda: Regex(pattrn="a"), "Regex has no field pattrn: did you mean pattern?"),
+    ],
+)
+def test_a_mistyped_keyword_is_refused_by_name_with_the_field_that_is_meant(
+    make: Callable[[], object], said: str
+) -> None:
+    with pytest.raises(ValidationError, match=said) as refusal:
+        make()
+    assert "0.7" not in str(refusal.value)  # what was given may be a prompt
+
+
+def test_an_unknown_field_from_the_wire_is_ignored_at_any_depth() -> None:
+    """A newer minor may have sent it."""
+    newer = {"newer": 1}
+    structure = {"type": "regex", "pattern": "a", **newer}
+    job = {"model": "m", "prompt": "x", "sampling": {"temperature": 0.5, "structure": structure, **newer}, **newer}
+    plain = Job(model="m", prompt="x", sampling=Sampling(temperature=0.5, structure=Regex(pattern="a")))
+    assert Job.model_validate(job) == Job.model_validate_json(json.dumps(job)) == plain
+    chat = {"model": "m", "messages": [{"role": "user", "content": "x", **newer}]}
+    assert Job.model_validate(chat).messages == (Message(role="user", content="x"),)
