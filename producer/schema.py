@@ -59,11 +59,7 @@ def _unknown_fields(model: type[BaseModel], data: Mapping[str, Any], *where: str
     """Also those of a field that is given as a dict."""
     for name, value in data.items():
         if name not in model.model_fields:
-            nearest = difflib.get_close_matches(name, model.model_fields, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(model.model_fields)}"
-            error = PydanticCustomError(
-                "unknown_field", "{model} has no field {name}: {hint}", _told(model, name, hint)
-            )
+            error = PydanticCustomError("unknown_field", "{problem}", {"problem": _unknown(model, name)})
             yield InitErrorDetails(type=error, loc=(*where, name), input=None)
             continue
         inner = model.model_fields[name].annotation
@@ -71,8 +67,10 @@ def _unknown_fields(model: type[BaseModel], data: Mapping[str, Any], *where: str
             yield from _unknown_fields(inner, value, *where, name)
 
 
-def _told(model: type[BaseModel], name: str, hint: str) -> dict[str, Any]:
-    return {"model": model.__name__, "name": name, "hint": hint}
+def _unknown(model: type[BaseModel], name: str) -> str:
+    nearest = difflib.get_close_matches(name, model.model_fields, n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(model.model_fields)}"
+    return f"{model.__name__} has no field {name}: {hint}"
 
 
 class State(StrEnum):

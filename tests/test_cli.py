@@ -75,6 +75,15 @@ def test_result_waits_when_told_to(sh: Shell, worker: Worker) -> None:
     later.join()
 
 
+def test_enqueue_takes_every_sampling_parameter_as_json_and_its_own_options_win(sh: Shell, worker: Worker) -> None:
+    sh.out("enqueue", "x", *MODEL, "--sampling", '{"min_p": 0.05, "max_tokens": 9}', "--n", "2", "--max-tokens", "5")
+    [claimed] = worker.store.claim("demo", owner="w", limit=1, lease_s=9, idle=False).jobs
+    body = claimed.message.decode()
+    assert body
+    sampling = open_message(claimed.message).sampling
+    assert (sampling.min_p, sampling.max_tokens, sampling.n) == (0.05, 5, 2)
+
+
 def test_enqueue_can_wait_for_the_answer(sh: Shell, worker: Worker) -> None:
     later = threading.Timer(0.1, worker.run_one, args=(["forty", "-two"],))
     later.start()
@@ -197,6 +206,9 @@ def test_a_wrong_line_is_named_and_nothing_is_enqueued(
         (["enqueue"], 2, "PROMPT or --file"),
         (["enqueue", "x", "--file", "y"], 2, "PROMPT or --file"),
         (["enqueue", "--file", "/nope.jsonl", "--model", "demo"], 2, "cannot read /nope.jsonl"),
+        (["enqueue", "x", "--model", "m", "--sampling", '{"minp": 1}'], 2, "unknown field minp; there are max_tokens"),
+        (["enqueue", "x", "--model", "m", "--sampling", "[1]"], 2, "--sampling: not an object"),
+        (["enqueue", "x", "--model", "m", "--sampling", "{"], 2, "--sampling: not JSON"),
         (["enqueue", "x"], 2, "which model"),
         (["enqueue", "x", "--model", "a b"], 2, "model"),
         (["enqueue", "x", "--model", "never-served"], 1, "never-served"),

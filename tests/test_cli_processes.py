@@ -16,8 +16,8 @@ import pytest
 
 from hortator.producer.embedded import EmbeddedRedis
 from hortator.producer.redis_store import RedisStore
-from tests.producer.api_process import Worker, job, wait_for
 from hortator.workers.celery import EX_CONFIG
+from tests.producer.api_process import Worker, job, wait_for
 from tests.topology.test_memory import LLAMA_8B
 
 SIGINT_IGNORED = ("bash", "-c", 'trap "" INT; exec "$@"', "bash")
@@ -204,7 +204,7 @@ def test_worker_becomes_a_celery_worker_with_the_settings_of_its_flags(tmp_path:
     model = tmp_path / "tiny"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(LLAMA_8B))
-    flags = f"--model {model} --tp 2 --device cpu --max-num-seqs 8 --group g1 -- --pidfile p".split()
+    flags = f"--model {model} --tp 2 --device cpu --max-num-seqs 8 --group g1 --kv-cache-bytes 2GiB --block-size 32 -- --pidfile p".split()
     done = hortator("worker", *flags, PYTHONPATH=str(tmp_path), HORTATOR_REDIS_URL="redis://:sekret@h/0")
     assert done.returncode == 0, done.stderr
     arguments, environment = json.loads(done.stdout)
@@ -214,6 +214,7 @@ def test_worker_becomes_a_celery_worker_with_the_settings_of_its_flags(tmp_path:
     assert environment["HORTATOR_MODEL_PATH"] == str(model)
     assert environment["HORTATOR_TENSOR_PARALLEL_SIZE"] == "2"
     assert environment["HORTATOR_MAX_NUM_SEQS"] == "8"
+    assert (environment["HORTATOR_KV_CACHE_BYTES"], environment["HORTATOR_BLOCK_SIZE"]) == (str(2 << 30), "32")
     assert "sekret" not in " ".join(arguments)
 
 

@@ -42,6 +42,10 @@ def enqueue(
     top_k: Annotated[int | None, typer.Option()] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     stop: Annotated[list[str] | None, typer.Option(help="ends the text; may be given several times")] = None,
+    n: Annotated[int | None, typer.Option("--n", help="answers to the same prompt")] = None,
+    more: Annotated[
+        str | None, typer.Option("--sampling", metavar="JSON", help='any sampling parameters, as {"min_p": 0.05}')
+    ] = None,
     priority: Annotated[str | None, typer.Option(help="interactive | standard | batch")] = None,
     deadline_s: Annotated[float | None, typer.Option(help="the job expires after this")] = None,
     idempotency_key: Annotated[str | None, typer.Option(help="the same key is the same job")] = None,
@@ -52,8 +56,8 @@ def enqueue(
     namespace: Namespace = None,
 ) -> int:
     """Put prompts in the queue.  Prints their ids, or with --wait their answers."""
-    sampling = given(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop or None
+    sampling = sampling_object(more) | given(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop or None, n=n
     )
     common = given(
         model=model, priority=priority, deadline_s=deadline_s, idempotency_key=idempotency_key, tenant=tenant
@@ -124,6 +128,22 @@ def cancel(
         else:
             fail_line(f"there is no job {job_id}", EXIT_FAILED)
     return EXIT_FAILED if None in states else EXIT_OK
+
+
+def sampling_object(text: str | None) -> dict[str, Any]:
+    """What --sampling gives; a name that no sampling parameter has is refused."""
+    from hortator.producer.schema import Sampling
+
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError) as problem:
+        raise typer.BadParameter(f"--sampling: not JSON: {problem}") from None
+    if not isinstance(found, dict):
+        raise typer.BadParameter('--sampling: not an object, as {"min_p": 0.05}')
+    if unknown := found.keys() - Sampling.model_fields.keys():
+        names = ", ".join(Sampling.model_fields)
+        raise typer.BadParameter(f"--sampling: unknown field {', '.join(sorted(unknown))[:200]}; there are {names}")
+    return found
 
 
 def read_jobs(file: Path, common: dict[str, Any], sampling: dict[str, Any]) -> Iterator["Job"]:

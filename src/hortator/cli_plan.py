@@ -87,7 +87,9 @@ def plan_memory(
     max_model_len: Annotated[int | None, typer.Option(help="tokens; default: the model's own")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="token budget of one step")] = None,
     block_size: Annotated[int | None, typer.Option(help="tokens in one KV block")] = None,
-    kv_cache_bytes: Annotated[str | None, typer.Option(help="per rank; default: what is left of the memory")] = None,
+    kv_cache_bytes: Annotated[
+        str | None, typer.Option(help='per rank, as "20 GiB"; default: what is left of the memory')
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Show what each rank of a model needs of its GPU's memory, and how many tokens and sequences fit."""
@@ -100,7 +102,7 @@ def plan_memory(
         max_model_len=max_model_len,
         max_num_batched_tokens=max_num_batched_tokens,
         block_size=block_size,
-        kv_cache_bytes=kv_cache_bytes,
+        kv_cache_bytes=None if kv_cache_bytes is None else parse_bytes(kv_cache_bytes, "--kv-cache-bytes"),
     )
     spec = spec_of(model, tensor_parallel_size=tp, pipeline_parallel_size=pp, **chosen)
     shape = read_shape(model)

@@ -108,7 +108,12 @@ def worker(
     max_num_seqs: Annotated[int | None, typer.Option(help="jobs at a time")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="tokens; default: the model's own")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="token budget of one step")] = None,
-    kv_cache_bytes: Annotated[int | None, typer.Option(help="per rank; default: from free memory")] = None,
+    block_size: Annotated[int | None, typer.Option(help="tokens in one KV block")] = None,
+    kv_cache_bytes: Annotated[str | None, typer.Option(help='per rank, as "20 GiB"; default: from free memory')] = None,
+    gpu_memory_utilization: Annotated[
+        float | None, typer.Option(help="part of a GPU's memory that may be used")
+    ] = None,
+    load_format: Annotated[str | None, typer.Option(help="safetensors | dummy: random weights")] = None,
     group: Annotated[str | None, typer.Option(help="this group's name; default: host and pid")] = None,
     redis_url: RedisUrl = None,
     namespace: Namespace = None,
@@ -120,6 +125,7 @@ def worker(
     """
     import celery  # noqa: F401  # a missing extra is said before anything else
 
+    from hortator.cli_plan import parse_bytes
     from hortator.workers.modelcheck import check_model
     from hortator.workers.settings import WorkerSettings
 
@@ -134,7 +140,10 @@ def worker(
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
         max_num_batched_tokens=max_num_batched_tokens,
-        kv_cache_bytes=kv_cache_bytes,
+        block_size=block_size,
+        kv_cache_bytes=None if kv_cache_bytes is None else parse_bytes(kv_cache_bytes, "--kv-cache-bytes"),
+        gpu_memory_utilization=gpu_memory_utilization,
+        load_format=load_format,
         group=group,
         redis_url=redis_url,
         namespace=namespace,
