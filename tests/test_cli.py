@@ -10,6 +10,7 @@ import pytest
 from hortator.cli import run
 from hortator.producer.redis_store import RedisStore
 from hortator.producer.store import Claimed
+from hortator.workers.envelope import job_of, open_envelope
 from tests.producer.api_process import Worker
 
 MODEL = ["--model", "demo"]
@@ -77,10 +78,8 @@ def test_result_waits_when_told_to(sh: Shell, worker: Worker) -> None:
 
 def test_enqueue_takes_every_sampling_parameter_as_json_and_its_own_options_win(sh: Shell, worker: Worker) -> None:
     sh.out("enqueue", "x", *MODEL, "--sampling", '{"min_p": 0.05, "max_tokens": 9}', "--n", "2", "--max-tokens", "5")
-    [claimed] = worker.store.claim("demo", owner="w", limit=1, lease_s=9, idle=False).jobs
-    body = claimed.message.decode()
-    assert body
-    sampling = open_message(claimed.message).sampling
+    [claimed] = worker.claim()
+    sampling = job_of(open_envelope(claimed.message), model="demo").sampling
     assert (sampling.min_p, sampling.max_tokens, sampling.n) == (0.05, 5, 2)
 
 

@@ -204,7 +204,8 @@ def test_worker_becomes_a_celery_worker_with_the_settings_of_its_flags(tmp_path:
     model = tmp_path / "tiny"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(LLAMA_8B))
-    flags = f"--model {model} --tp 2 --device cpu --max-num-seqs 8 --group g1 --kv-cache-bytes 2GiB --block-size 32 -- --pidfile p".split()
+    flags = f"--model {model} --tp 2 --device cpu --max-num-seqs 8 --group g1".split()
+    flags += "--kv-cache-bytes 2GiB --block-size 32 -- --pidfile p".split()
     done = hortator("worker", *flags, PYTHONPATH=str(tmp_path), HORTATOR_REDIS_URL="redis://:sekret@h/0")
     assert done.returncode == 0, done.stderr
     arguments, environment = json.loads(done.stdout)
@@ -259,7 +260,9 @@ def without_extras(*arguments: str, **environment: str) -> subprocess.CompletedP
     )
 
 
-@pytest.mark.parametrize(("arguments", "extra"), [(["serve"], "api"), (["worker", "--model", "/x"], "worker")])
+@pytest.mark.parametrize(
+    ("arguments", "extra"), [(["serve"], "api"), (["worker", "--model", "/x"], "worker"), (["drain", "g"], "worker")]
+)
 def test_a_missing_extra_is_one_line_that_says_what_to_install(arguments: list[str], extra: str) -> None:
     done = without_extras(*arguments)
     assert done.returncode == 1

@@ -61,7 +61,8 @@ def missing_extra(error: ModuleNotFoundError) -> str | None:
     extra = EXTRAS.get((error.name or "").partition(".")[0])
     if extra is None:
         return None
-    return f"this command needs more packages ({error.name} is missing): pip install 'hortator[{extra}]'"
+    where = ", or run it where workers run" if extra == "worker" else ""  # as from the API's container
+    return f"this command needs more packages ({error.name} is missing): pip install 'hortator[{extra}]'{where}"
 
 
 def settings_problems(error: ValueError) -> list[str]:
