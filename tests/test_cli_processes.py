@@ -205,7 +205,7 @@ def test_worker_becomes_a_celery_worker_with_the_settings_of_its_flags(tmp_path:
     model.mkdir()
     (model / "config.json").write_text(json.dumps(LLAMA_8B))
     flags = f"--model {model} --tp 2 --device cpu --max-num-seqs 8 --group g1".split()
-    flags += "--kv-cache-bytes 2GiB --block-size 32 -- --pidfile p".split()
+    flags += ["--kv-cache-bytes", "2GiB", "--block-size", "32", "--", "--pidfile", "p"]
     done = hortator("worker", *flags, PYTHONPATH=str(tmp_path), HORTATOR_REDIS_URL="redis://:sekret@h/0")
     assert done.returncode == 0, done.stderr
     arguments, environment = json.loads(done.stdout)
