@@ -190,7 +190,7 @@ def test_an_architecture_that_the_engine_refuses_is_refused_by_its_name(
 ) -> None:
     config = fleet.parent / "llama" / "config.json"
     config.write_text(json.dumps(rest | {"architectures": ["OPTForCausalLM"]}))
-    for command in (["plan-memory", "--model", config.parent], ["plan", fleet]):
+    for command in (["plan-memory", "--model", str(config.parent)], ["plan", str(fleet)]):
         assert "architecture OPTForCausalLM is not supported; supported: LlamaForCausalLM" in sh.error(*command)
 
 

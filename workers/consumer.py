@@ -5,7 +5,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from celery.exceptions import CPendingDeprecationWarning, InvalidTaskError
+from celery.exceptions import CPendingDeprecationWarning, InvalidTaskError, WorkerShutdown, WorkerTerminate
+from celery.platforms import EX_FAILURE
 from celery.worker import control
 from celery.worker.consumer import Consumer
 from celery.worker.state import maybe_shutdown
@@ -28,6 +29,16 @@ class LeaderConsumer(Consumer):  # type: ignore[misc]
     def __init__(self, *args: Any, worker_options: dict[str, Any] | None = None, **kwargs: Any) -> None:
         options = dict(worker_options or {}, without_mingle=True, without_gossip=True)
         super().__init__(*args, worker_options=options, **kwargs)
+
+    def start(self) -> None:
+        """What Celery gives up (it has no file descriptors left) is a failure, and its exit code says so."""
+        try:
+            super().start()
+        except WorkerTerminate as end:
+            if end.__cause__ is None:
+                raise
+            logger.critical("%s: raise the limit (ulimit -n)", end.__cause__)
+            raise WorkerShutdown(EX_FAILURE) from end
 
     def ensure_connected(self, conn: Any) -> Any:
         """Like the base class's, but it never sleeps: leases are renewed and results kept in the meantime."""

@@ -296,8 +296,9 @@ class Front:
         self._stats = None
         self._claimer.at = self._beat_at = self._clock()  # from this beat on the model takes jobs
         logger.info(
-            "group %s is ready after %.1f s: %s, epoch %d, %d sequences of up to %d tokens",
-            self._settings.group, event.start_s, self._queue, event.epoch, info.max_num_seqs, info.max_model_len,
+            "group %s is ready after %.1f s%s: %s, epoch %d, %d sequences of up to %d tokens",
+            self._settings.group, event.start_s, _spent(event), self._queue, event.epoch,
+            info.max_num_seqs, info.max_model_len,
         )  # fmt: skip
 
     def _stepped(self, event: Stepped) -> None:
@@ -607,3 +608,12 @@ class Front:
         for outcome, verdict in delivery.verdicts:
             self._watcher.ended(outcome, verdict)
         self._obey(delivery.cancelled, delivery.lost)
+
+
+def _spent(event: Ready) -> str:
+    """What a start's time was spent on, as rank 0 says."""
+    told = event.info.details
+    if not {"meet_s", "load_s"} <= told.keys():
+        return ""
+    start_s = max(0.0, event.start_s - float(told["meet_s"]) - float(told["load_s"]))
+    return f" (start and import {start_s:.1f}, meet {told['meet_s']}, load {told['load_s']})"

@@ -7,9 +7,10 @@ the other ranks, load the engine, then step in lock-step (stroke.py) until the f
 import importlib
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import IntEnum
 from importlib.metadata import version
 from pathlib import Path
@@ -211,15 +212,18 @@ def open_store(config: RankConfig) -> socket.socket | None:
 
 def serve(config: RankConfig, control: ControlClient, listener: socket.socket | None) -> None:
     """Meet the others, load, step."""
+    begun = time.monotonic()
     welcome = control.wait_welcome(config.start_timeout_s)
     mesh = meet(config, welcome.get("store"), listener)
+    met = time.monotonic()
     engine = load_engine(config, mesh)
+    spent = {"meet_s": f"{met - begun:.1f}", "load_s": f"{time.monotonic() - met:.1f}"}
     channel: Channel = InProcessChannel()
     if mesh is not None and mesh.world_group is not None:
         channel = DistributedChannel(mesh.world_group, mesh.device, ahead=mesh.pp_size - 1)
     spare_what_is_loaded()
     control.progress = lambda: getattr(engine, "progress", 0)
-    control.ready(describe(engine.info))
+    control.ready(describe(replace(engine.info, details=engine.info.details | spent)))
     if config.rank == 0:
         assert config.pipe_fd is not None
         Leader(engine, channel, control, Pipe(socket.socket(fileno=config.pipe_fd)), epoch=config.epoch).run()

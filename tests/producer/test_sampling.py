@@ -105,7 +105,7 @@ def test_a_journal_entry_is_as_before_unless_the_likeliest_tokens_were_asked_for
         (lambda: Job(model="m", prompt="x", samplin={}), "Job has no field samplin: did you mean sampling?"),
         (lambda: Job(model="m", prompt="x", sampling={"topk": 1}), r"Sampling has no field topk: did you mean top_k\?"),
         (lambda: Message(role="user", content="x", zzz=1), "Message has no field zzz: there are role, content"),
-        (lambda: Regex(pattrn="a"), "Regex has no field pattrn: did you mean pattern?"),
+        (lambda: Regex(**{"pattrn": "a"}), "Regex has no field pattrn: did you mean pattern?"),
     ],
 )
 def test_a_mistyped_keyword_is_refused_by_name_with_the_field_that_is_meant(

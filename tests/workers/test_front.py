@@ -10,7 +10,7 @@ from hortator.producer.schema import FinishReason, Job, State
 from hortator.producer.store import Holder, Lease, Outcome, ReleaseReason, Verdict
 from hortator.workers.engine.step import EngineStats, Finish, StepOutput, Structure, StructureKind, Token
 from hortator.workers.front import MIN_DEADLINES
-from hortator.workers.group import Stepped
+from hortator.workers.group import Ready, Stepped
 from hortator.workers.intake import seed_of
 from hortator.workers.outbox import COMMITS_PER_CALL, Delivery, Outbox
 from hortator.workers.tenure import this_process
@@ -1016,3 +1016,11 @@ def test_deadlines_of_jobs_that_ended_are_forgotten() -> None:
         leader.run(job_id=f"id-{number}", deadline_s=86_400.0)
         leader.step("a", finish=Finish.LENGTH)
     assert len(leader.front._deadlines) <= 2 + MIN_DEADLINES
+
+
+def test_a_start_tells_what_its_time_was_spent_on(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    leader = Leader()
+    info = dataclasses.replace(leader.info, details={"meet_s": "0.5", "load_s": "7.0"})
+    leader.front.on_events([Ready(2, info, 9.0)])
+    assert "ready after 9.0 s (start and import 1.5, meet 0.5, load 7.0): " in caplog.text
