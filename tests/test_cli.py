@@ -228,7 +228,7 @@ def test_a_wrong_line_is_named_and_nothing_is_enqueued(
         (["serve", "--port", "70000"], 2, "port"),
         (["status", "--redis-url", "http://u:sekret@h/"], 2, "redis://"),
         (["status", "--redis-url", "redis://u:sekret@127.0.0.1:1/"], 1, "127.0.0.1:1"),
-        (["status", "--redis-url", "redis://u:sekret@127.0.0.1:x/"], 2, "Redis URL"),
+        (["status", "--redis-url", "redis://u:sekret@127.0.0.1:x/"], 2, "the URL of Redis"),
         (["status", "--namespace", "no end"], 2, "namespace"),
     ],
 )
