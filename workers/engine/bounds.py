@@ -30,8 +30,8 @@ _LARK = re.compile(
     rf"|%json\s*+(?P<json>\{{)|(?P<name>[A-Za-z_]\w*+)|{_COUNTED}|~\s*+(?P<low>\d++)(?:\s*+\.\.\s*+(?P<high>\d++))?|\S",
     re.DOTALL,
 )
-_TERMINAL = re.compile(r"^[ \t]*[?!]?(_?[A-Z]\w*)[^:\n\"/]*:", re.MULTILINE)
-_ANY_HEAD = re.compile(r"^[ \t]*(?:%|[?!]*[A-Za-z_]\w*[^:\n\"/]*:)", re.MULTILINE)
+_TERMINAL = re.compile(r"^[ \t]*+[?!]?(_?[A-Z]\w*+)[^:\n\"/]*+:", re.MULTILINE)
+_ANY_HEAD = re.compile(r"^[ \t]*+(?:%|[?!]*+[A-Za-z_]\w*+[^:\n\"/]*+:)", re.MULTILINE)
 _REGEX_KEYS = ("pattern", "whitespace_pattern", "item_separator", "key_separator")
 
 

@@ -101,6 +101,22 @@ def test_a_scan_takes_time_by_the_length_alone(piece: str) -> None:
     assert time.process_time() - started < 1.5
 
 
+@pytest.mark.parametrize("piece", ["A", "a", "_", " ", "?", "A ", "A.1 "])
+def test_a_line_that_is_no_definition_is_scanned_once(piece: str) -> None:
+    """Four times as long takes four times as long; if every part were tried again it would take sixteen times."""
+    short, long = (_fastest_scan('start: "a"\nA' + piece * (size // len(piece))) for size in (8_000, 32_000))
+    assert long < 9 * short
+
+
+def _fastest_scan(grammar: str) -> float:
+    spent = []
+    for _ in range(5):
+        started = time.thread_time()
+        bounds.check(lark(grammar))
+        spent.append(time.thread_time() - started)
+    return min(spent)
+
+
 DEEP = """
 import sys
 from pathlib import Path
