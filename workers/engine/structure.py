@@ -40,6 +40,9 @@ _NOTHING_FOLLOWS = "NoExtensionBias"  # the library's word for it
 UNWRITABLE = "the model's vocabulary cannot write what it asks for"
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 """Any layout, but not for ever: a model that has begun to indent may not find out of it."""
+_NEVER_FORCE = '%llguidance {"no_forcing": true}'
+"""Text that must come next would be read by the tokenizer, which takes "<eos>" in it for the end of the output.  The
+last one of a grammar counts."""
 _LIMITS = llguidance.LLParserLimits(
     max_grammar_size=100_000,
     initial_lexer_fuel=1_000_000,  # about 20 ms
@@ -187,15 +190,22 @@ def _compile(tokenizer: "Future[llguidance.LLTokenizer]", structure: Structure) 
 
 
 def _grammar(structure: Structure) -> str:
-    """The library's own form."""
+    """The library's own form: always a grammar, because only a grammar can say `_NEVER_FORCE`."""
     text, make = structure.definition, llguidance.LLMatcher
     match structure.kind:
         case StructureKind.JSON_SCHEMA:
-            return make.grammar_from_json_schema(text, defaults={"whitespace_pattern": _WHITESPACE})
+            made = make.grammar_from_json_schema(text, defaults={"whitespace_pattern": _WHITESPACE})
+            grammar = f"start: %json {json.dumps(json.loads(made)['grammars'][0]['json_schema'])}"
         case StructureKind.REGEX:
-            return make.grammar_from_regex(text)
+            grammar = json.loads(make.grammar_from_regex(text))["grammars"][0]["lark_grammar"]
         case StructureKind.LARK:
-            return make.grammar_from_lark(text)
+            grammar = text
         case StructureKind.CHOICE:
-            options = " | ".join(json.dumps(option, ensure_ascii=False) for option in json.loads(text))
-            return make.grammar_from_lark(f"start: {options}")
+            grammar = f"start: /{'|'.join(map(_literally, json.loads(text)))}/"
+    return make.grammar_from_lark(f"{grammar}\n{_NEVER_FORCE}\n")
+
+
+def _literally(text: str) -> str:
+    """A regex for it.  One for all choices costs a step the same however many they are; if each were a rule of its own,
+    it would be an item of the parser."""
+    return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):X}}}" for c in text)

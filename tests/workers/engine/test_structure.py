@@ -17,6 +17,7 @@ import torch
 from tokenizers import Tokenizer
 
 from hortator.producer.errors import BadRequest
+from hortator.producer.schema import MAX_CHOICES
 from hortator.workers.engine import structure as structures
 from hortator.workers.engine.sampler import BAD_STRUCTURE, PENDING, Draw, Sampler, fault_of
 from hortator.workers.engine.step import SamplingParams, Structure, StructureKind
@@ -165,6 +166,51 @@ def test_a_resumed_row_goes_on_as_if_nothing_had_happened(grammars: Grammars) ->
         assert run(Sampler(grammars), again) == [whole]
 
 
+SPELT = 'say "<eos>" or <bos>\x7f.'
+FORCED = '%llguidance {"no_forcing": false}\n'
+IN_SPELLING = [
+    (schema({"const": SPELT}), json.dumps(SPELT)),
+    (
+        schema(
+            {
+                "properties": {"<eos>": {"const": 1}},
+                "required": ["<eos>"],
+                "additionalProperties": False,
+                "type": "object",
+            }
+        ),
+        '{"<eos>":1}',
+    ),
+    (regex(re.escape(SPELT)), SPELT),
+    (Structure(StructureKind.CHOICE, json.dumps([SPELT])), SPELT),
+    (Structure(StructureKind.LARK, 'start: "<eos>" "b"'), "<eos>b"),
+    (Structure(StructureKind.LARK, FORCED + 'start: "<eos>" "b"\n' + FORCED), "<eos>b"),
+]
+
+
+@pytest.mark.parametrize(("structure", "text"), IN_SPELLING)
+def test_the_spelling_of_a_special_token_is_only_text(
+    grammars: Grammars, tokenizer: Tokenizer, structure: Structure, text: str
+) -> None:
+    (output,) = run(Sampler(grammars), Rows([params(structure)]))
+    said = tokenizer.decode(output)
+    if structure.kind is StructureKind.JSON_SCHEMA:
+        assert json.loads(said) == json.loads(text)
+    else:
+        assert said == text
+    assert output.index(EOS) == len(output) - 1
+
+
+def test_as_many_choices_as_a_job_may_have_are_followed(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    options = [f"№ {n} of\x7f/\\\n{'x' * (n % 7)}" for n in range(MAX_CHOICES)]
+    many = Structure(StructureKind.CHOICE, json.dumps(options))
+    texts = {
+        tokenizer.decode(output) for output in run(Sampler(grammars), Rows([params(many, seed=n) for n in range(9)]))
+    }
+    assert texts <= set(options)
+    assert len(texts) > 1
+
+
 def test_min_tokens_holds_the_end_off_while_the_structure_has_more_to_say(
     grammars: Grammars, tokenizer: Tokenizer
 ) -> None:
@@ -265,10 +311,8 @@ def test_hostile_structures_cost_little_time_and_memory(grammars: Grammars) -> N
 
 
 def test_a_structure_that_takes_long_to_begin_is_refused(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first mask of this one costs some 0.1 s, the first of a row that copies it much less."""
-    dear = "(1{300}){300}"
-    monkeypatch.setattr(structures, "_PATIENCE_S", 0.005)
-    error = grammars.compile(regex(dear)).exception()
+    monkeypatch.setattr(structures, "_PATIENCE_S", 0.0)
+    error = grammars.compile(regex("(1{300}){300}")).exception()
     assert isinstance(error, BadRequest)
     assert "to begin" in error.message
 
