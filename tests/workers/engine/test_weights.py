@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -58,6 +59,73 @@ def test_a_type_that_no_weight_has_is_refused(tmp_path: Path) -> None:
     save_file({"it": torch.ones(3, dtype=torch.int8)}, tmp_path / "model.safetensors")
     with ShardReader(CPU) as reader, pytest.raises(ConfigError, match="of type I8, which is not supported"):
         reader.read(read_entries(tmp_path)["it"], WHOLE, torch.empty(3))
+
+
+def _write_shard(path: Path, header: object, num_bytes: int) -> None:
+    raw = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(num_bytes))
+
+
+def _header(**changes: object) -> dict[str, object]:
+    """Of two tensors of 16 and 8 bytes; `changes` are to the second one."""
+    return {
+        "first": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
+        "second": {"dtype": "BF16", "shape": [4], "data_offsets": [16, 24], **changes},
+    }
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        (_header(data_offsets=[8, 24]), "16 bytes are not what BF16"),
+        (_header(data_offsets=[24, 16]), "data_offsets are"),
+        (_header(data_offsets=[-8, 24]), "data_offsets are"),
+        (_header(data_offsets=[16.0, 24.0]), "data_offsets are"),
+        (_header(data_offsets=[16, 20, 24]), "data_offsets are"),
+        (_header(data_offsets="ab"), "data_offsets are"),
+        (_header(data_offsets=[16, True]), "data_offsets are"),
+        (_header(shape=[3]), "8 bytes are not what BF16"),
+        (_header(shape=[-2, -2]), "shape is"),
+        (_header(shape=["4"]), "shape is"),
+        (_header(shape=4), "shape is"),
+        (_header(dtype=["BF16"]), "dtype is"),
+        (_header(dtype=None), "dtype is"),
+        ({"second": 7}, "dtype is"),
+        (_header() | {"third": {"dtype": "F32", "shape": [2], "data_offsets": [12, 20]}}, "first and third overlap"),
+        ([1], "no JSON object"),
+    ],
+)
+def test_a_header_that_would_give_other_bytes_is_refused_by_file_and_tensor(
+    header: object, said: str, tmp_path: Path
+) -> None:
+    _write_shard(tmp_path / "model.safetensors", header, 24)
+    with pytest.raises(ConfigError, match=re.escape(said)) as refusal:
+        read_entries(tmp_path)
+    assert str(tmp_path / "model.safetensors") in str(refusal.value)
+    assert "second" in str(refusal.value) or "third" in str(refusal.value) or isinstance(header, list)
+
+
+def test_empty_tensors_and_types_that_are_not_ours_may_be_in_a_shard(tmp_path: Path) -> None:
+    header = _header(dtype="F4") | {"none": {"dtype": "F32", "shape": [0, 3], "data_offsets": [16, 16]}}
+    _write_shard(tmp_path / "model.safetensors", header, 24)
+    assert set(read_entries(tmp_path)) == {"first", "second", "none"}
+
+
+def test_what_cannot_be_opened_is_refused(tmp_path: Path) -> None:
+    shard = tmp_path / "model.safetensors"
+    shard.symlink_to(tmp_path / "gone")
+    with pytest.raises(ConfigError, match=r"cannot read .*No such file"):
+        read_entries(tmp_path)
+    shard.unlink()
+    shard.mkdir()
+    with pytest.raises(ConfigError, match=r"cannot read .*Is a directory"):
+        read_entries(tmp_path)
+
+
+def test_an_index_names_files(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": ["x"], "b": "y"}}))
+    with pytest.raises(ConfigError, match="names no file for a"):
+        read_entries(tmp_path)
 
 
 def test_a_shard_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> None:
