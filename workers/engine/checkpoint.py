@@ -122,9 +122,8 @@ def _header_bytes(shard: Path) -> tuple[bytes, int]:
 
 def _entry(shard: Path, name: str, said: Any, start: int) -> TensorEntry:
     """What the header says of one tensor; `start` is where the bytes begin."""
-    dtype, shape, offsets = (
-        [said.get(key) for key in ("dtype", "shape", "data_offsets")] if isinstance(said, dict) else [None] * 3
-    )
+    values: Any = said if isinstance(said, dict) else {}
+    dtype, shape, offsets = (values.get(key) for key in ("dtype", "shape", "data_offsets"))
     problem = None
     if not isinstance(dtype, str):
         problem = f"its dtype is {dtype!r}"

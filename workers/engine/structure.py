@@ -2,10 +2,10 @@
 
 llguidance knows the languages and the vocabulary (docs/decisions/0004-structured-output.md).  Descriptions come from
 strangers, so each is bounded: compiling in work and size, and every step in work and in states.  What goes beyond ends
-its own request.  Compiling happens in threads, and the library lets go of the interpreter meanwhile.
+its own request.  Each is tried in another process first (trials.py); then it is compiled here, in threads, and the
+library lets go of the interpreter meanwhile.
 """
 
-import json
 import logging
 import os
 import threading
@@ -25,34 +25,16 @@ from numpy.typing import NDArray
 from hortator.producer.errors import BadRequest, ConfigError
 
 from . import bounds
-from .complaints import complaint
-from .plain import PlainVocabulary
-from .step import Structure, StructureKind
+from .compiler import STACK_BYTES, compile_structure, first_line, read_tokenizer
+from .step import Structure
+from .trials import NUM_LANES, Trials
 
 logger = logging.getLogger("hortator.engine")
 
 _NUM_COMPILED = 128  # structures kept for requests that use the same
-_THREADS = 2
-_STACK_BYTES = 256 << 20  # the library recurses as deep as `bounds` lets descriptions nest; touched only as needed
-_PATIENCE_S = 1.0  # of processor time to compile and to begin
-_MAX_REASON = 500
+_MAX_QUEUED_S = 20.0  # until somebody begins with a structure
 _NOTHING_FOLLOWS = "NoExtensionBias"  # the library's word for it
 UNWRITABLE = "the model's vocabulary cannot write what it asks for"
-_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
-"""Any layout, but not for ever: a model that has begun to indent may not find out of it."""
-_NEVER_FORCE = '%llguidance {"no_forcing": true}'
-"""Text that must come next would be read by the tokenizer, which takes "<eos>" in it for the end of the output.  The
-last one of a grammar counts."""
-_LIMITS = llguidance.LLParserLimits(
-    max_grammar_size=100_000,
-    initial_lexer_fuel=1_000_000,  # about 20 ms
-    max_items_in_row=1000,  # about 250 optional properties; a step of the most ambiguous grammars takes 12 ms by then
-    step_lexer_fuel=50_000,  # about 4 ms
-    step_max_items=20_000,  # about 1 ms
-    max_lexer_states=50_000,  # 1 to 2 kB each
-    verbose_errors=False,  # the long form quotes what was generated
-)
-
 Bits = NDArray[np.int32]
 
 
@@ -93,8 +75,9 @@ class Grammars:
 
     def __init__(self, tokenizer: Path, *, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         """Starts to read the tokenizer.json; `wait` for it while the rank loads, since it holds the interpreter."""
-        self._threads = _deep_threads(_THREADS)
-        self._tokenizer = self._threads.submit(_read, tokenizer, vocab_size, list(eos_token_ids))
+        self._threads = _deep_threads(NUM_LANES)
+        self._tokenizer = self._threads.submit(read_tokenizer, tokenizer, vocab_size, eos_token_ids)
+        self._trials = Trials(tokenizer, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
         self._compiled: OrderedDict[Structure, Future[llguidance.LLMatcher]] = OrderedDict()
         self._path = tokenizer
         self._vocab_size = vocab_size
@@ -116,7 +99,9 @@ class Grammars:
         """The structure's beginning, as soon as it is there: copy it.  BadRequest in it says what is wrong."""
         known = self._compiled.get(structure)
         if known is None:
-            known = self._compiled[structure] = self._threads.submit(_compile, self._tokenizer, structure)
+            begin_by = time.monotonic() + _MAX_QUEUED_S
+            known = self._threads.submit(_compile, self._tokenizer, self._trials, structure, begin_by)
+            self._compiled[structure] = known
         self._compiled.move_to_end(structure)
         if len(self._compiled) > _NUM_COMPILED:
             self._compiled.popitem(last=False)
@@ -134,6 +119,7 @@ class Grammars:
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._trials.close()
 
 
 def without(bits: Bits, tokens: Sequence[int]) -> Bits:
@@ -144,27 +130,10 @@ def without(bits: Bits, tokens: Sequence[int]) -> Bits:
     return left if left.any() else bits
 
 
-def first_line(error: str) -> str:
-    """The library's errors are long, and may quote what was generated after their first line."""
-    return error.strip().split("\n", 1)[0][:_MAX_REASON]
-
-
-def _read(path: Path, vocab_size: int, eos_token_ids: list[int]) -> llguidance.LLTokenizer:
-    """Byte-level and byte-fallback vocabularies the library reads itself; it must be told of plain ones."""
-    try:
-        return llguidance.LLTokenizer(path.read_text(), n_vocab=vocab_size, eos_token=eos_token_ids)
-    except Exception as error:
-        plain = PlainVocabulary.read(path, vocab_size, eos_token_ids[0])
-        if plain is None:
-            reason = first_line(str(error))
-            raise ConfigError(f"structured output cannot use this model's tokenizer: {reason}") from error
-        return llguidance.LLTokenizer(llguidance.TokenizerWrapper(plain), n_vocab=vocab_size, eos_token=eos_token_ids)
-
-
 def _deep_threads(count: int) -> ThreadPoolExecutor:
     """Threads with a stack of their own size, all started: the size is the process's setting at that moment."""
     threads, together = ThreadPoolExecutor(count, thread_name_prefix="grammars"), threading.Barrier(count)
-    before = threading.stack_size(_STACK_BYTES)
+    before = threading.stack_size(STACK_BYTES)
     try:
         for _ in range(count):
             threads.submit(together.wait)
@@ -173,39 +142,17 @@ def _deep_threads(count: int) -> ThreadPoolExecutor:
     return threads
 
 
-def _compile(tokenizer: "Future[llguidance.LLTokenizer]", structure: Structure) -> llguidance.LLMatcher:
-    """Also makes the first mask, so that what it costs falls here and not into a step."""
-    started = time.thread_time()
+def _compile(
+    tokenizer: "Future[llguidance.LLTokenizer]", trials: Trials, structure: Structure, begin_by: float
+) -> llguidance.LLMatcher:
+    """`begin_by` is of the monotonic clock: those that wait behind many others fail one after the other then, each at
+    once."""
+    if time.monotonic() > begin_by:
+        raise BadRequest(f"structure: others have taken more than {_MAX_QUEUED_S:.0f} s to compile: try again later")
     try:
+        ready = tokenizer.result()
         bounds.check(structure)
-        matcher = llguidance.LLMatcher(tokenizer.result(), _grammar(structure), log_level=0, limits=_LIMITS)
     except (ValueError, ConfigError) as error:  # JSON that is none; a tokenizer that cannot be used
         raise BadRequest(f"structure: {first_line(str(error))}") from None
-    if matcher.is_error():  # of a description, which its sender knows: all lines may be told
-        raise BadRequest(f"structure: {complaint(structure, matcher.get_error())[:_MAX_REASON]}")
-    matcher.compute_bitmask()
-    if (spent := time.thread_time() - started) > _PATIENCE_S:
-        raise BadRequest(f"structure: it takes {spent:.1f} s to begin, the limit is {_PATIENCE_S:.0f} s: simplify it")
-    return matcher
-
-
-def _grammar(structure: Structure) -> str:
-    """The library's own form: always a grammar, because only a grammar can say `_NEVER_FORCE`."""
-    text, make = structure.definition, llguidance.LLMatcher
-    match structure.kind:
-        case StructureKind.JSON_SCHEMA:
-            made = make.grammar_from_json_schema(text, defaults={"whitespace_pattern": _WHITESPACE})
-            grammar = f"start: %json {json.dumps(json.loads(made)['grammars'][0]['json_schema'])}"
-        case StructureKind.REGEX:
-            grammar = json.loads(make.grammar_from_regex(text))["grammars"][0]["lark_grammar"]
-        case StructureKind.LARK:
-            grammar = text
-        case StructureKind.CHOICE:
-            grammar = f"start: /{'|'.join(map(_literally, json.loads(text)))}/"
-    return make.grammar_from_lark(f"{grammar}\n{_NEVER_FORCE}\n")
-
-
-def _literally(text: str) -> str:
-    """A regex for it.  One for all choices costs a step the same however many they are; if each were a rule of its own,
-    it would be an item of the parser."""
-    return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):X}}}" for c in text)
+    trials.run(structure)
+    return compile_structure(ready, structure)

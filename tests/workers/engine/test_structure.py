@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from hortator.producer.errors import BadRequest
 from hortator.producer.schema import MAX_CHOICES
+from hortator.workers.engine import compiler
 from hortator.workers.engine import structure as structures
 from hortator.workers.engine.sampler import BAD_STRUCTURE, PENDING, Draw, Sampler, fault_of
 from hortator.workers.engine.step import SamplingParams, Structure, StructureKind
@@ -311,7 +312,7 @@ def test_hostile_structures_cost_little_time_and_memory(grammars: Grammars) -> N
 
 
 def test_a_structure_that_takes_long_to_begin_is_refused(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(structures, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(compiler, "PATIENCE_S", 0.0)
     error = grammars.compile(regex("(1{300}){300}")).exception()
     assert isinstance(error, BadRequest)
     assert "to begin" in error.message
