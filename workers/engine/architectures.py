@@ -61,9 +61,9 @@ def architecture_of(raw: Mapping[str, Any], model_path: Path) -> str:
         raise ConfigError(f"{model_path} is quantised, which is not supported: use the unquantised checkpoint")
     names = raw.get("architectures")
     name = names[0] if isinstance(names, list) and names else "none"
-    if name not in ARCHITECTURES:
-        raise ConfigError(f"{model_path}: architecture {name} is not supported; supported: {supported()}")
-    return str(name)
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise ConfigError(f"{model_path}: architecture {str(name)[:80]} is not supported; supported: {supported()}")
+    return name
 
 
 def check_features(hf: Any, where: str) -> None:

@@ -22,9 +22,10 @@ from hortator.topology.stages import stage_layers
 from . import attention
 from .architectures import ARCHITECTURES, architecture_of, check_features, divided_sizes, head_dim, layer_elements
 from .attention import Paged
-from .checkpoint import read_entries, read_json
+from .checkpoint import TensorEntry, read_entries, read_json
 from .kvcache import CacheShape
 from .parallel import ParallelExperts, Ranks, check_divides, parallel_linear, style_of
+from .sizes import check_num_layers, check_sizes, check_token_ids
 from .sources import EMBEDDING, HEAD, Placement, check_sources, placements
 from .weights import ShardReader
 
@@ -114,18 +115,20 @@ def read_config(model_path: Path, *, dtype: str = "auto") -> ModelConfig:
         raise ConfigError(f"{model_path} has no config.json: it is not a Hugging Face model directory")
     raw = read_json(model_path / "config.json")
     architecture = architecture_of(raw, model_path)
+    check_sizes(raw, model_path / "config.json")
     try:
         hf = transformers.AutoConfig.from_pretrained(
             model_path, trust_remote_code=False, local_files_only=True, **_FORWARD_OPTIONS
         )
     except Exception as error:  # transformers raises whatever its validators raise
         raise ConfigError(f"transformers cannot read {model_path / 'config.json'}: {error}") from error
+    check_sizes(hf.to_dict(), model_path / "config.json")
     check_features(hf, str(model_path))
     return ModelConfig(
         path=model_path,
         architecture=architecture,
         hf=hf,
-        dtype=_resolve_dtype(dtype, hf),
+        dtype=_resolve_dtype(dtype, hf, model_path),
         eos_token_ids=_eos_token_ids(model_path, hf),
         max_model_len=hf.max_position_embeddings,
         vocab_size=hf.vocab_size,
@@ -136,18 +139,18 @@ def load_model(config: ModelConfig, ranks: Ranks, *, load_format: LoadFormat = "
     """Build the model and read this rank's slices; "dummy": random weights of the same shapes instead, for
     benchmarks of models that are not there."""
     attention.register()
+    entries = read_entries(config.path) if load_format == "safetensors" else {}
+    if load_format == "safetensors":
+        check_num_layers(config.hf.num_hidden_layers, entries, config.path)
     check_divides(divided_sizes(config.hf), ranks.tp_size)
     stage = config.stage(ranks)
     first, last = ranks.pp_rank == 0, ranks.pp_rank == ranks.pp_size - 1
-    with torch.device("meta"):
-        model = getattr(transformers, config.architecture)._from_config(
-            copy.deepcopy(config.hf), dtype=config.dtype, attn_implementation=attention.IMPLEMENTATION
-        )
+    model = _hollow(config)
     _keep(model, stage, first=first, last=last, head=last and ranks.tp_rank == 0)
     if load_format == "dummy":
         _fill_randomly(model, config, stage, ranks)
     else:
-        _fill(model, config, stage, ranks)
+        _fill(model, config, stage, ranks, entries)
     _compute_buffers(model.model, config.hf, ranks.device)
     if ranks.tp_size > 1:
         _parallelise(model, ranks)
@@ -173,23 +176,43 @@ def _keep(model: Any, stage: range, *, first: bool, last: bool, head: bool) -> N
         model.lm_head = None
 
 
-def _resolve_dtype(name: str, hf: Any) -> torch.dtype:
+def _resolve_dtype(name: str, hf: Any, model_path: Path) -> torch.dtype:
     if name != "auto":
         return _DTYPES[name]
-    return hf.dtype if isinstance(hf.dtype, torch.dtype) else torch.float32
+    dtype = hf.dtype if isinstance(hf.dtype, torch.dtype) else torch.float32
+    if dtype not in (*_DTYPES.values(), torch.float64):
+        raise ConfigError(
+            f"{model_path / 'config.json'}: dtype {dtype} is not supported: set dtype to one of {', '.join(_DTYPES)}"
+        )
+    return dtype
 
 
 def _eos_token_ids(model_path: Path, hf: Any) -> tuple[int, ...]:
     """generation_config.json wins over config.json, as in transformers."""
     generation = model_path / "generation_config.json"
     ids = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    ids = hf.eos_token_id if ids is None else ids
-    return tuple(ids) if isinstance(ids, list | tuple) else () if ids is None else (ids,)
+    if ids is None:
+        return check_token_ids(hf.eos_token_id, model_path / "config.json", vocab_size=hf.vocab_size)
+    return check_token_ids(ids, generation, vocab_size=hf.vocab_size)
 
 
-def _fill(model: torch.nn.Module, config: ModelConfig, stage: range, ranks: Ranks) -> None:
+def _hollow(config: ModelConfig) -> Any:
+    """transformers' own model, on the meta device."""
+    try:
+        with torch.device("meta"):
+            return getattr(transformers, config.architecture)._from_config(
+                copy.deepcopy(config.hf), dtype=config.dtype, attn_implementation=attention.IMPLEMENTATION
+            )
+    except Exception as error:  # whatever its classes raise at values that no validator looks at
+        raise ConfigError(
+            f"transformers cannot make the model of {config.path / 'config.json'}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _fill(
+    model: torch.nn.Module, config: ModelConfig, stage: range, ranks: Ranks, entries: dict[str, TensorEntry]
+) -> None:
     """Replace every meta parameter by this rank's part of the checkpoint's tensor."""
-    entries = read_entries(config.path)
     tied = bool(config.hf.tie_word_embeddings)
     placed = _placements(model, config, stage, ranks, entries.keys() - {HEAD} if tied else entries.keys())
     check_sources(placed, entries)

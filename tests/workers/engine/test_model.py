@@ -1,6 +1,7 @@
 """Loading a directory: what is refused and why, and what makes two ranks' models the same."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -71,7 +72,10 @@ def scramble_header(path: Path) -> None:
         (lambda p: edit(p / "config.json", architectures=None), "none is not supported"),
         (lambda p: edit(p / "config.json", quantization_config={"bits": 4}), "quantised"),
         (lambda p: edit(p / "config.json", hidden_size="many"), "cannot read"),
-        (lambda p: edit(p / "config.json", num_hidden_layers=3), r"lacks model.layers.2.* and \d+ more"),
+        (lambda p: edit(p / "config.json", num_hidden_layers=3), "lacks layers: .* names 3, it has 2"),
+        (lambda p: edit(p / "config.json", num_hidden_layers=10_000), "names 10000, it has 2"),
+        (lambda p: edit(p / "config.json", num_hidden_layers=10**9), "num_hidden_layers is 1000000000"),
+        (lambda p: edit(p / "config.json", vocab_size=10**12), "vocab_size is 1000000000000"),
         (lambda p: edit(p / "config.json", intermediate_size=256), "different models"),
         (
             lambda p: edit(
@@ -93,6 +97,43 @@ def test_a_directory_that_cannot_be_served_is_refused(spoil: Callable[[Path], No
     spoil(copy)
     with pytest.raises(ConfigError, match=words):
         build(copy)
+
+
+def _odd(**changes: Any) -> Any:
+    return pytest.param(changes, id=str(changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *(_odd(architectures=value) for value in ([["x"]], {"a": 1}, 5, "LlamaForCausalLM", [None])),
+        *(_odd(num_key_value_heads=value) for value in (0, -4)),
+        *(_odd(head_dim=value) for value in (0, -8)),
+        _odd(num_attention_heads=-8),
+        _odd(vocab_size=-5),
+        _odd(intermediate_size=-3),
+        _odd(hidden_size=0),
+        _odd(max_position_embeddings=10**12),
+        _odd(pad_token_id=9999),
+        _odd(hidden_act="nope"),
+        _odd(rope_parameters={"rope_type": "zzz", "rope_theta": 1e4}),
+        _odd(rope_parameters={"rope_type": "default", "rope_theta": "x"}),
+        _odd(dtype="int8"),
+        _odd(eos_token_id=256),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused_and_named(changes: dict[str, Any], copy: Path) -> None:
+    (copy / "generation_config.json").unlink(missing_ok=True)
+    edit(copy / "config.json", **changes)
+    with pytest.raises(ConfigError, match=re.escape(str(copy))):
+        build(copy, dtype="auto")
+
+
+@pytest.mark.parametrize("ids", [[[1]], {"a": 1}, [None], -1, 1.5, 256, True, "x"])
+def test_only_tokens_of_the_vocabulary_end_an_output(ids: object, copy: Path) -> None:
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id"):
+        read_config(copy)
 
 
 def test_code_in_the_directory_is_never_run(copy: Path) -> None:
