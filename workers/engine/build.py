@@ -38,6 +38,7 @@ def build_engine(
     Raises ConfigError if the directory, the limits or the number of ranks cannot work, OutOfMemory if what they need is
     not there (now: somebody else may have it).
     """
+    _check_positive(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, block_size=block_size)
     config = read_config(model_path, dtype=dtype)
     model_len = _model_len(max_model_len, config)
     model, grammars = _load(config, mesh, load_format)
@@ -49,6 +50,12 @@ def build_engine(
     with memory_for(f"the KV pool of {human(pool_bytes)} beside the weights", f"lower {room.smaller}"):
         runner = make_runner(model, mesh, limits, grammars)
     return PagedEngine(config, runner, ranks=mesh, limits=limits)
+
+
+def _check_positive(**limits: int) -> None:
+    for name, value in limits.items():
+        if value < 1:
+            raise ConfigError(f"{name} is {value}: it must be at least 1")
 
 
 def make_runner(model: LoadedModel, ranks: Ranks, limits: Limits, grammars: Grammars | None) -> Runner:

@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 
 from hortator.producer.errors import ConfigError
+from hortator.workers.engine.build import build_engine
 from hortator.workers.engine.parallel import SingleRank
 from hortator.workers.engine.poolsize import PoolSize, Room, size_pool
+from tests.workers.engine.checkpoints import Checkpoint
 
 GPU = Room(num_bytes=6000, spare_bytes=6000, device_bytes=1_000_000, kv_cache_bytes=None, gpu_memory_utilization=0.9)
 
@@ -46,3 +48,9 @@ def test_a_length_that_nobody_asked_for_is_what_the_pool_holds() -> None:
     assert size(GPU, is_set=False) == PoolSize(3, 48)
     with pytest.raises(ConfigError, match="less than one sequence of 2: "):
         size(replace(GPU, num_bytes=1500), is_set=False)
+
+
+@pytest.mark.parametrize("name", ["max_num_seqs", "max_num_batched_tokens", "block_size"])
+def test_limits_below_one_are_refused_by_name(llama: Checkpoint, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is 0"):
+        build_engine(model_path=llama.path, mesh=SingleRank(), **{name: 0})  # type: ignore[arg-type]
