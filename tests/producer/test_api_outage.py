@@ -123,7 +123,7 @@ def test_refused_credentials_are_no_bug_of_the_server(redis: EmbeddedRedis, api:
     api.redis.config_set("requirepass", "rotated")
     api.redis.client_kill_filter(_type="normal", skipme=True)
     refused_within(api, 0.3)
-    assert "credentials" in api.http.get("/readyz").json()["error"]["message"]
+    assert "wants a password" in api.http.get("/readyz").json()["error"]["message"]
     api.redis.config_set("requirepass", "")
     wait_for("readyz", lambda: api.http.get("/readyz").status_code == 200)
 

@@ -59,7 +59,7 @@ def test_a_crowd_is_refused_at_once_when_the_store_does_not_answer() -> None:
     began = time.monotonic()
     errors = crowd(store, 10 * SLOTS, 0.2)
     assert all(isinstance(error, StoreUnavailable) for error in errors)
-    assert time.monotonic() - began < 0.35
+    assert time.monotonic() - began < 1.0, "in turns it would be two seconds"
     assert store.calls == SLOTS, "those who waited did not even ask"
 
 
