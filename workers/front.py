@@ -105,7 +105,6 @@ class Front:
         self._cancels: list[int] = []
         self._deadlines: list[tuple[float, int, Outcome]] = []  # (when, tie breaker, how it ends)
         self._sound = False  # this Redis loses no job
-        self._checked = False  # and the name is ours
         self._draining = False
         self._journal_every_s = journal_every_s
         self._renew_every_s = min(settings.lease_s / 3, RENEW_EVERY_S)
@@ -159,7 +158,12 @@ class Front:
     # ---- from the store to the engine
 
     def _may_claim(self) -> bool:
-        return self._info is not None and not self._draining and self._checked and self._group.steady
+        return self._info is not None and not self._draining and self._entitled and self._group.steady
+
+    @property
+    def _entitled(self) -> bool:
+        """This Redis loses no job, and the group's name is ours."""
+        return self._sound and self._tenure.held
 
     def room(self) -> int:
         """How many jobs to claim now."""
@@ -467,7 +471,7 @@ class Front:
 
     def _check(self, _now: float) -> None:
         """Refuse a Redis that would lose jobs, and take the group's name, before the first claim."""
-        if self._checked:
+        if self._entitled:
             return
         try:
             if not self._sound:
@@ -476,10 +480,10 @@ class Front:
             self.fatal = error.message
         else:
             self._sound = True
-            self._checked = self._holds_name()
+            self._keep_name()
 
-    def _holds_name(self) -> bool:
-        """A leader that may not have its name must end."""
+    def _keep_name(self) -> bool:
+        """Whether it is ours; a leader that may not have its name must end."""
         held = self._tenure.keep()
         self.fatal = self.fatal or self._tenure.refusal
         return held
@@ -538,10 +542,8 @@ class Front:
             return
         self._beat_at = now + BEAT_EVERY_S
         self._gauges.turn_over()
-        if not self._holds_name():
-            self._checked = False
-            return
-        self._link.call(self._store.beat, self.beat())
+        if self._keep_name():
+            self._link.call(self._store.beat, self.beat())
 
     def _sweep(self, now: float) -> None:
         """After leaders that live no more."""
