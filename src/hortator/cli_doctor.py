@@ -134,6 +134,7 @@ def wanted_hosts(
 
 def teams_of(fleet: "Fleet | None", hosts: "Sequence[HostSlots]") -> "tuple[tuple[Team, ...], tuple[Finding, ...]]":
     """Who will work together: the planned groups; without a fleet file all hosts.  And what the plan says of itself."""
+    from hortator.producer.hindrance import counted
     from hortator.topology.errors import PlanError
     from hortator.topology.findings import fine, wrong
     from hortator.topology.survey import Team
@@ -152,7 +153,8 @@ def teams_of(fleet: "Fleet | None", hosts: "Sequence[HostSlots]") -> "tuple[tupl
         )
         for group in plan.groups
     )
-    return teams, (fine("plan", f"{len(teams)} groups on {len(hosts)} hosts, {plan.num_free} slots free"),)
+    groups, on = counted(len(teams), "group"), counted(len(hosts), "host")
+    return teams, (fine("plan", f"{groups} on {on}, {counted(plan.num_free, 'slot')} free"),)
 
 
 def rank_environment(fleet: "Fleet | None") -> dict[str, str]:
