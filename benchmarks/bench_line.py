@@ -89,6 +89,8 @@ def run_line(jobs: int) -> dict[str, Any]:
         stack.callback(front.terminate)
         client = stack.enter_context(Client(redis.url))
         while not any(beat.state == "ready" for queue in client.store.queues() for beat in queue.groups):
+            if front.poll() is not None:
+                raise SystemExit(f"the worker ended with status {front.returncode}: run it by hand to see why")
             time.sleep(0.05)
         [rank] = front.children()
         watched = {"front": front, "rank": rank, "redis": psutil.Process(redis.pid), "client": psutil.Process()}
