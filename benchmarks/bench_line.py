@@ -42,6 +42,7 @@ def run_bare(jobs: int, threads: int) -> dict[str, Any]:
     import torch
 
     from hortator.topology.mesh import join
+    from hortator.workers.collector import spare_what_is_loaded
     from hortator.workers.engine.build import build_engine
     from hortator.workers.engine.step import Request, SamplingParams, StepPlan
     from hortator.workers.text import HFText
@@ -56,6 +57,7 @@ def run_bare(jobs: int, threads: int) -> dict[str, Any]:
         Request(handle, text.encode(prompt), SamplingParams(max_tokens=length, ignore_eos=True))
         for handle, (prompt, length) in enumerate(workload(jobs))
     )
+    spare_what_is_loaded()  # as a rank does
     started, cpu = time.perf_counter(), time.process_time()
     tokens, step = 0, 0
     engine.apply(StepPlan(0, admit=requests))
