@@ -42,6 +42,7 @@ def run_bare(jobs: int, threads: int) -> dict[str, Any]:
     import torch
 
     from hortator.topology.mesh import join
+    from hortator.workers.collector import spare_what_is_loaded
     from hortator.workers.engine.build import build_engine
     from hortator.workers.engine.step import Request, SamplingParams, StepPlan
     from hortator.workers.text import HFText
@@ -56,6 +57,7 @@ def run_bare(jobs: int, threads: int) -> dict[str, Any]:
         Request(handle, text.encode(prompt), SamplingParams(max_tokens=length, ignore_eos=True))
         for handle, (prompt, length) in enumerate(workload(jobs))
     )
+    spare_what_is_loaded()  # as a rank does
     started, cpu = time.perf_counter(), time.process_time()
     tokens, step = 0, 0
     engine.apply(StepPlan(0, admit=requests))
@@ -89,6 +91,8 @@ def run_line(jobs: int) -> dict[str, Any]:
         stack.callback(front.terminate)
         client = stack.enter_context(Client(redis.url))
         while not any(beat.state == "ready" for queue in client.store.queues() for beat in queue.groups):
+            if front.poll() is not None:
+                raise SystemExit(f"the worker ended with status {front.returncode}: run it by hand to see why")
             time.sleep(0.05)
         [rank] = front.children()
         watched = {"front": front, "rank": rank, "redis": psutil.Process(redis.pid), "client": psutil.Process()}

@@ -35,12 +35,13 @@ from typing import Any
 
 import torch
 from bench_sampler import measure as measure_sampler
-from crew import EPOCH, Layout, own_seat, pull, quieten, row, settle
+from crew import EPOCH, Layout, own_seat, pull, row, settle
 from gpu_engine import LLAMA_8B
 from rich.console import Console
 from rich.table import Table
 
 from hortator.topology.mesh import Mesh
+from hortator.workers.collector import spare_what_is_loaded
 from hortator.workers.engine.attention import Pulse
 from hortator.workers.engine.build import build_engine
 from hortator.workers.engine.engine import Limits, PagedEngine
@@ -195,7 +196,7 @@ def row_plan(mesh: Mesh, task: dict[str, Any]) -> list[dict[str, Any]]:
         kv_cache_bytes=task["kv_cache_bytes"],
     )
     rower = Rower(engine, mesh, ahead=task["ahead"], own_way=task["own_way"])
-    quieten()
+    spare_what_is_loaded()
     rower.round(sequences, 8, seed=999, broadcast=True)
     found = []
     for count in task["sequences"]:

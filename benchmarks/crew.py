@@ -6,7 +6,6 @@
 There is no front and no control connection: what is measured here is rank to rank.
 """
 
-import gc
 import json
 import os
 import subprocess
@@ -144,13 +143,6 @@ def settle(device: Any) -> None:
         import torch
 
         torch.cuda.synchronize(device)
-
-
-def quieten() -> None:
-    """What is loaded stays: as a rank does before its first step, so that no collection walks over it between two."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000)
 
 
 class Caller:

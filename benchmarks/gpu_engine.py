@@ -25,6 +25,7 @@ from crew import Caller, settle
 from rich.console import Console
 from rich.table import Table
 
+from hortator.workers.collector import spare_what_is_loaded
 from hortator.workers.engine.build import build_engine
 from hortator.workers.engine.engine import PagedEngine
 from hortator.workers.engine.parallel import SingleRank
@@ -200,6 +201,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     driver = Caller(load(args), SingleRank(device))
+    spare_what_is_loaded()  # as a rank does
     vocab_size = driver.engine.info.vocab_size
     mix(driver, draw_mix(99, vocab_size), device)  # warm-up
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from crew import ENVIRONMENT, Caller, Layout, follow, own_seat, pull, quieten, row
+from crew import ENVIRONMENT, Caller, Layout, follow, own_seat, pull, row
 from gpu_engine import LLAMA_8B, draw_mix
 from rich.console import Console
 from rich.table import Table
 
 from hortator.topology.mesh import Mesh
+from hortator.workers.collector import spare_what_is_loaded
 from hortator.workers.engine.build import build_engine
 from hortator.workers.engine.step import Request, SamplingParams
 
@@ -65,7 +66,7 @@ def row_bare(mesh: Mesh, task: dict[str, Any]) -> dict[str, Any] | None:
         max_num_batched_tokens=args.max_num_batched_tokens,
         kv_cache_bytes=args.kv_cache_bytes,
     )
-    quieten()
+    spare_what_is_loaded()
     if mesh.rank:
         follow(engine, mesh)
         return None

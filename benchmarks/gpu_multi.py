@@ -28,12 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from crew import Caller, Layout, follow, own_seat, pull, quieten, row, settle
+from crew import Caller, Layout, follow, own_seat, pull, row, settle
 from gpu_engine import LLAMA_8B, commit, draw_mix, mix, request
 from rich.console import Console
 from rich.table import Table
 
 from hortator.topology.mesh import Mesh
+from hortator.workers.collector import spare_what_is_loaded
 from hortator.workers.engine.build import build_engine
 from hortator.workers.engine.step import Request, SamplingParams
 
@@ -55,7 +56,7 @@ def shape_of(text: str) -> tuple[str, dict[str, Any]]:
 
 def lead(mesh: Mesh, engine: Any, work: Callable[[Caller], Any]) -> Any:
     """Rank 0 works, the others follow; None from these."""
-    quieten()
+    spare_what_is_loaded()
     if mesh.rank:
         follow(engine, mesh)
         return None

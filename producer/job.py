@@ -19,7 +19,7 @@ from .schema import Choice, Chunk, Job, Priority, Result, Sampling, State, Statu
 
 MIN_POLL_S = 0.005
 MAX_POLL_S = 0.25
-POLL_PER_JOB_S = 0.0001  # who watches many jobs hears of one every few milliseconds anyway
+POLL_PER_JOB_S = 0.0002  # who watches many jobs hears of one every few milliseconds anyway
 POLL_SHARE = 0.05  # at most this share of the time goes into asking
 
 

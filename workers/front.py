@@ -109,7 +109,7 @@ class Front:
         self._journal_every_s = journal_every_s
         self._renew_every_s = min(settings.lease_s / 3, RENEW_EVERY_S)
         self._claimed_at = self._beat_at = self._sweep_at = self._renew_at = self._deliver_at = clock()
-        self._journal_at = self._first_tokens_at = self._beat_at
+        self._journal_at = self._first_tokens_at = self._ticked_at = self._beat_at
 
     # ---- what others may know
 
@@ -306,24 +306,24 @@ class Front:
         )  # fmt: skip
 
     def _stepped(self, event: Stepped) -> None:
-        output, self._stats = event.output, event.stats
-        self._gauges.count(event.step, output)
-        self._claimer.stepped(event.step)
-        by_handle, unjournalled = self._by_handle, self._unjournalled
-        for handle, token_id, logprob, top in output.tokens:
-            found = by_handle.get(handle)
+        report = event.report
+        self._stats = report.stats
+        self._gauges.count(report.step, sum(len(gain.token_ids) for gain in report.gains))
+        self._claimer.stepped(report.step)
+        for handle, token_ids, logprobs, tops in report.gains:
+            found = self._by_handle.get(handle)
             if found is None:
                 continue  # cancelled, or ended by a stop string, a step or two ago
             live, strand = found
-            unjournalled.add(live)
-            if strand.output.feed(token_id, logprob, top):
+            self._unjournalled.add(live)
+            if strand.output.feed(token_ids, logprobs, tops):
                 self._leave_engine(strand)
                 self._finish(live, strand, FinishReason.STOP)
-        for handle, finish in output.finished:
-            if found := by_handle.pop(handle, None):
+        for handle, finish in report.finished:
+            if found := self._by_handle.pop(handle, None):
                 self._finish(*found, _REASONS[finish])
-        for fault in output.faults:
-            if found := by_handle.pop(fault.handle, None):
+        for fault in report.faults:
+            if found := self._by_handle.pop(fault.handle, None):
                 live, _ = found
                 failure = Failure(code=fault.code, message=fault.message)
                 self._end(live, Outcome(live.lease, State.FAILED, failure=failure))
@@ -442,16 +442,16 @@ class Front:
 
     def tick(self) -> None:
         """Everything that is due."""
-        now = self._clock()
+        now = self._ticked_at = self._clock()
         self._expire(now)
         for due in (self._check, self._keep_leases, self._beat, self._sweep):
             with contextlib.suppress(StoreUnavailable):
                 due(now)
 
     def wake_in(self) -> float:
-        """Seconds until `tick`, `take` or `flush` has something to do."""
+        """Seconds until `tick`, `take` or `flush` has something to do; not positive when it has."""
         now = self._clock()
-        at = min(self._beat_at, now + LONGEST_SLEEP_S)
+        at = min(self._beat_at, self._ticked_at + LONGEST_SLEEP_S)
         if self._live:
             at = min(at, self._renew_at)
         if self._unjournalled:
@@ -462,12 +462,12 @@ class Front:
             at = min(at, self._deadlines[0][0])
         if self.room() > 0:
             at = min(at, self._claimer.at)
-        return max(at - now, LONGEST_SLEEP_S if self._link.away else self._shortest_sleep_s)
+        return max(at, self._ticked_at + self._shortest_sleep_s) - now
 
     @property
     def _shortest_sleep_s(self) -> float:
         """Steps of a well filled group bring turns, which do what is due by then: no need for turns between."""
-        return LONGEST_DELIVERY_S if self._crowded else 0.001
+        return LONGEST_SLEEP_S if self._crowded or self._link.away else 0.001
 
     def _check(self, _now: float) -> None:
         """Refuse a Redis that would lose jobs, and take the group's name, before the first claim."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from .engine.step import EngineStats, StepOutput
+from .engine.step import EngineStats
 from .group import Group
 
 
@@ -18,11 +18,11 @@ class Gauges:
         self._last_step = self._num_steps = self._num_tokens = 0
         self._steps_per_s = self._tokens_per_s = 0.0
 
-    def count(self, step: int, output: StepOutput) -> None:
+    def count(self, step: int, num_tokens: int) -> None:
         """Take a report: of this step, and of those since the last report."""
         self._num_steps += step - self._last_step if step > self._last_step else 1  # a new life begins with step 1
         self._last_step = step
-        self._num_tokens += len(output.tokens)
+        self._num_tokens += num_tokens
 
     def turn_over(self) -> None:
         """Rates are those since the last call."""

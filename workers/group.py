@@ -18,9 +18,9 @@ from hortator.topology.errors import TopologyError
 from hortator.topology.launch import Launcher
 from hortator.topology.vitals import Vitals
 
-from .engine.step import EngineInfo, EngineStats, Request, StepOutput
+from .engine.step import EngineInfo, Request
 from .launching import make_launcher
-from .pipe import Pipe, PipeBroken, read_report, submissions
+from .pipe import Pipe, PipeBroken, Report, read_report, submissions
 from .settings import WorkerSettings
 from .supervisor import Down, Live, Outage, Supervisor
 
@@ -38,13 +38,10 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """What one step gave; `idle`: nothing is left in the ranks.  Steps in which nothing happened are not reported."""
+    """What a step gave, or several.  Steps in which nothing happened are not reported."""
 
     epoch: int
-    step: int
-    output: StepOutput
-    stats: EngineStats
-    idle: bool
+    report: Report
 
 
 Event = Ready | Stepped | Down
@@ -206,7 +203,7 @@ class Group:
         except PipeBroken as error:
             self._lose_pipe(error.message)
             return []
-        return [Stepped(self._ready.epoch, *read_report(message)) for message in messages]
+        return [Stepped(self._ready.epoch, read_report(message)) for message in messages]
 
     def _flush(self) -> None:
         if self._pipe is not None and self._pipe.unsent:

@@ -1,12 +1,14 @@
 """What one job has generated: tokens, their text up to a stop string, and the part that the journal lacks."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from hortator.producer.schema import Chunk, FinishReason
 
 from .text import Decoder
 
 Top = tuple[tuple[int, float], ...]
+T = TypeVar("T")
 
 
 class Output:
@@ -55,17 +57,20 @@ class Output:
             return FinishReason.STOP
         return FinishReason.LENGTH if len(self.token_ids) >= max_tokens else None
 
-    def feed(self, token_id: int, logprob: float | None = None, top: Top = ()) -> bool:
-        """Take one token; True when a stop string is complete."""
-        self.token_ids.append(token_id)
+    def feed(self, token_ids: Sequence[int], logprobs: Sequence[float | None] = (), tops: Sequence[Top] = ()) -> bool:
+        """Take tokens, up to the one that completes a stop string; True when one does."""
+        num = len(token_ids)
+        if self._stop and num > 1:
+            ones = (slice(at, at + 1) for at in range(num))
+            return any(self.feed(token_ids[one], logprobs[one], tops[one]) for one in ones)
+        self.token_ids += token_ids
         if self.logprobs is not None:
-            self.logprobs.append(logprob or 0.0)
+            self.logprobs += [logprob or 0.0 for logprob in _first(num, logprobs, 0.0)]
         if self.top_logprobs is not None:
-            self.top_logprobs.append(top)
-        if token_id not in self._ends:
-            self._undecoded.append(token_id)
-            if self._stop:
-                self._decode()
+            self.top_logprobs += _first(num, tops, ())
+        self._undecoded += [token_id for token_id in token_ids if token_id not in self._ends]
+        if self._stop:
+            self._decode()
         return self.stopped
 
     def finish(self) -> None:
@@ -135,9 +140,12 @@ class Output:
     def _replay(self, journal: Sequence[Chunk]) -> None:
         """Come to the state of the attempt that wrote this journal; its text counts as given out."""
         for chunk in journal:
-            probs, tops = chunk.logprobs or (), chunk.top_logprobs or ()
-            for at, token_id in enumerate(chunk.token_ids):
-                self.feed(token_id, probs[at] if at < len(probs) else None, tops[at] if at < len(tops) else ())
+            self.feed(chunk.token_ids, chunk.logprobs or (), chunk.top_logprobs or ())
         self._decode()
         self._num_journalled = len(self.token_ids)
         self._unsent.clear()  # the same tokens give the same text, and the same end of it was held back
+
+
+def _first(num: int, values: Sequence[T], missing: T) -> list[T]:
+    """The first of them, or what stands for those that are missing."""
+    return [*values[:num], *[missing] * (num - len(values))]

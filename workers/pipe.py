@@ -7,9 +7,11 @@ and rank 0 has peers that wait, and both must go on while the other one is busy.
 import json
 import socket
 import struct
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from hortator.producer.errors import GroupFailed
 
@@ -181,21 +183,39 @@ def _pairs(values: Sequence[Sequence[Any]]) -> tuple[tuple[int, float], ...]:
     return tuple((token_id, value) for token_id, value in values)
 
 
-# --- rank 0 -> front: what a step gave
+# --- rank 0 -> front: what a step gave, or several
+
+
+class Gain(NamedTuple):
+    """What one request got, in order.  Of scores, as in Token, there are as many or none."""
+
+    handle: int
+    token_ids: Sequence[int]
+    logprobs: Sequence[float | None] = ()
+    tops: Sequence[tuple[tuple[int, float], ...]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Up to this step, since the last report; `idle`: nothing is left in the ranks."""
+
+    step: int
+    gains: tuple[Gain, ...]
+    finished: tuple[tuple[int, Finish], ...]
+    faults: tuple[Fault, ...]
+    stats: EngineStats
+    idle: bool
 
 
 def report(step: int, output: StepOutput, stats: EngineStats, *, idle: bool) -> Message:
-    """Everything that the front learns of one step."""
+    """Everything that the front learns of these steps."""
     message: Message = {
         "step": step,
         "stats": _stats(stats),
         "idle": idle,
     }
     if output.tokens:
-        handles, token_ids, logprobs, tops = zip(*output.tokens, strict=True)
-        message["tokens"] = [handles, token_ids]
-        if any(tops) or any(logprob is not None for logprob in logprobs):
-            message["tokens"] += [logprobs, tops]
+        message["gains"] = _gains(output.tokens)
     if output.finished:
         message["finished"] = output.finished
     if output.faults:
@@ -203,19 +223,30 @@ def report(step: int, output: StepOutput, stats: EngineStats, *, idle: bool) -> 
     return message
 
 
-def read_report(message: Message) -> tuple[int, StepOutput, EngineStats, bool]:
-    """The inverse of `report`."""
-    output = StepOutput(
-        tokens=_tokens(*message.get("tokens", ((), ()))),
+def _gains(tokens: Sequence[Token]) -> list[list[Any]]:
+    """Gains, as lists; most tokens have no scores."""
+    grouped: defaultdict[int, list[Token]] = defaultdict(list)
+    for token in tokens:
+        grouped[token.handle].append(token)
+    gains: list[list[Any]] = []
+    for handle, of in grouped.items():
+        gains.append([handle, [token.token_id for token in of]])
+        if of[0].logprob is not None or of[0].top:
+            gains[-1] += [token.logprob for token in of], [token.top for token in of]
+    return gains
+
+
+def read_report(message: Message) -> Report:
+    """What `report` was told of, request by request."""
+    return Report(
+        step=message["step"],
+        gains=tuple(_gain(*item) for item in message.get("gains", ())),
         finished=tuple((handle, Finish(finish)) for handle, finish in message.get("finished", ())),
         faults=tuple(Fault(*item) for item in message.get("faults", ())),
+        stats=EngineStats(*message["stats"]),
+        idle=message["idle"],
     )
-    return message["step"], output, EngineStats(*message["stats"]), message["idle"]
 
 
-def _tokens(handles: Sequence[int], token_ids: Sequence[int], *scores: Sequence[Any]) -> tuple[Token, ...]:
-    """Column by column: most tokens have no scores."""
-    if not scores:
-        return tuple(map(Token, handles, token_ids))
-    logprobs, tops = scores
-    return tuple(map(Token, handles, token_ids, logprobs, map(_pairs, tops)))
+def _gain(handle: int, token_ids: list[int], logprobs: Sequence[float] = (), tops: Sequence[Any] = ()) -> Gain:
+    return Gain(handle, token_ids, logprobs, tuple(map(_pairs, tops)) if tops else ())

@@ -15,9 +15,9 @@ from .pipe import Pipe, read_submission, report
 LINGER_S = 0.02
 """An idle group keeps the peers at the channel this long before it parks, so that a steady trickle costs no WAKE."""
 
-REPORT_EVERY_S = 0.02
-"""Steps of a well filled group that gave nothing but tokens are told together this often: each message wakes the
-front, which costs the engine time where they share a processor."""
+REPORT_EVERY_S = 0.03
+"""Steps of a well filled group are told together this often, unless rows have become free that only the front can
+fill: each message wakes the front, which costs the engine time where they share a processor."""
 MOST_UNTOLD_STEPS = 4  # less than a suspect's probation: where a group died must be known better than that
 
 _NOTHING = StepOutput()
@@ -75,9 +75,9 @@ class Leader:
         if output == _NOTHING:
             return self._untold == _NOTHING
         many = 2 * len(output.tokens) >= self._engine.info.max_num_seqs
-        only_tokens = not output.finished and not output.faults
+        nothing_to_do = not output.faults and (not output.finished or self._engine.stats().waiting > 0)
         recent = step - self._told_step < MOST_UNTOLD_STEPS and time.monotonic() - self._told_at < REPORT_EVERY_S
-        return many and only_tokens and recent
+        return many and nothing_to_do and recent
 
     def _park(self) -> None:
         """Wait for the front while the peers wait for WAKE."""

@@ -21,6 +21,7 @@ from hortator.producer.schema import State
 from hortator.producer.store import GroupBeat
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+PATH = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
 ECHO = "echo"
 LEASE_S = 2.0
 T = TypeVar("T")
@@ -59,7 +60,7 @@ class Worker:
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
                 [*argv, "-n", f"{group}@test"],
-                env=os.environ | env | {"HORTATOR_GROUP": group, "PYTHONPATH": str(REPOSITORY)} | (environment or {}),
+                env=os.environ | env | {"HORTATOR_GROUP": group, "PYTHONPATH": PATH} | (environment or {}),
                 cwd=fleet.directory,
                 stdout=out,
                 stderr=subprocess.STDOUT,

@@ -93,7 +93,13 @@ class Driver:
 
     def said(self, handle: int) -> bytes:
         steps = [event for event in self.events if isinstance(event, Stepped)]
-        return bytes(token.token_id for event in steps for token in event.output.tokens if token.handle == handle)
+        return bytes(
+            token_id
+            for event in steps
+            for gain in event.report.gains
+            if gain.handle == handle
+            for token_id in gain.token_ids
+        )
 
     def answer(self, prompt: bytes = b"hello", max_tokens: int = 5, timeout_s: float = 20) -> bytes:
         """Admit one request and wait for its end."""
@@ -105,7 +111,7 @@ class Driver:
         left = set(handles)
 
         def probe(event: Stepped) -> bool:
-            left.difference_update(handle for handle, _ in event.output.finished)
+            left.difference_update(handle for handle, _ in event.report.finished)
             return not left
 
         self.until(Stepped, probe, timeout_s)
@@ -113,5 +119,5 @@ class Driver:
     def busy(self) -> int:
         """Have the group at work for longer than any test; the handle."""
         handle = self.submit(b"work", 1_000_000)
-        self.until(Stepped, lambda event: event.output.tokens)
+        self.until(Stepped, lambda event: event.report.gains)
         return handle

@@ -11,6 +11,7 @@ from hortator.producer.store import Lease, Outcome, Verdict
 from hortator.workers.engine.step import EngineInfo, EngineStats, Fault, Finish, Request, StepOutput, Token
 from hortator.workers.front import Front
 from hortator.workers.group import Event, Ready, Stepped
+from hortator.workers.pipe import read_report, report
 from hortator.workers.settings import WorkerSettings
 from hortator.workers.supervisor import Down, Outage
 from hortator.workers.text import ByteText
@@ -27,6 +28,11 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+def stepped(step: int, output: StepOutput, stats: EngineStats, *, epoch: int = 1) -> Stepped:
+    """What the front gets of it through the pipe."""
+    return Stepped(epoch, read_report(report(step, output, stats, idle=False)))
 
 
 class FakeGroup:
@@ -150,7 +156,7 @@ class Leader:
             more.get("faults", ()),
         )
         stats = EngineStats(1, more.get("waiting", 0), 8, 10, 0)
-        self.turn(Stepped(self.group.epoch, 1, output, stats, False), after_s=more.get("after_s", 0.1))
+        self.turn(stepped(1, output, stats, epoch=self.group.epoch), after_s=more.get("after_s", 0.1))
 
     def fault(self, code: str, message: str) -> None:
         self.step(faults=(Fault(self.group.admitted[-1].handle, code, message),))

@@ -10,11 +10,11 @@ from hortator.producer.schema import FinishReason, Job, State
 from hortator.producer.store import Holder, Lease, Outcome, ReleaseReason, Verdict
 from hortator.workers.engine.step import EngineStats, Finish, StepOutput, Structure, StructureKind, Token
 from hortator.workers.front import MIN_DEADLINES
-from hortator.workers.group import Ready, Stepped
+from hortator.workers.group import Ready
 from hortator.workers.intake import seed_of
 from hortator.workers.outbox import COMMITS_PER_CALL, Delivery, Outbox
 from hortator.workers.tenure import this_process
-from tests.workers.leader import EOS, MODEL, Leader
+from tests.workers.leader import EOS, MODEL, Leader, stepped
 from tests.workers.messages import message
 
 # ---- from the queue to the result
@@ -150,7 +150,7 @@ def test_one_step_is_one_message_and_one_commit_for_all_its_jobs() -> None:
     handles = [request.handle for request in leader.group.admitted]
     output = [(handle, Finish.LENGTH) for handle in handles]
     step = StepOutput(tuple(Token(handle, 97) for handle in handles), tuple(output))
-    leader.turn(Stepped(1, 1, step, EngineStats(0, 0, 1, 1, 0), False))
+    leader.turn(stepped(1, step, EngineStats(0, 0, 1, 1, 0)))
     assert leader.redis.calls == ["commit"]
     assert all(leader.status(f"id-{number}").state is State.SUCCEEDED for number in range(4))
     assert all(leader.journal(f"id-{number}") == "a" for number in range(4))
@@ -176,7 +176,7 @@ def test_many_jobs_are_journalled_in_larger_pieces_so_that_redis_bears_a_full_gr
     leader.redis.calls.clear()
     for step in range(1, 31):
         output = StepOutput(tuple(Token(handle, 97) for handle in handles))
-        leader.turn(Stepped(1, step, output, EngineStats(64, 0, 1, 1, 0), False), after_s=0.02)
+        leader.turn(stepped(step, output, EngineStats(64, 0, 1, 1, 0)), after_s=0.02)
     assert 3 <= leader.redis.calls.count("append") <= 4, "600 ms of generation"
     leader.turn(after_s=0.25)
     assert leader.journal("id-63") == "a" * 30
@@ -190,11 +190,11 @@ def test_the_first_tokens_of_a_job_are_journalled_soon_in_a_full_group_too() -> 
     old = [request.handle for request in leader.group.admitted]
     for step in (1, 2):
         output = StepOutput(tuple(Token(handle, 97) for handle in old))
-        leader.turn(Stepped(1, step, output, EngineStats(63, 0, 1, 1, 0), False), after_s=0.02)
+        leader.turn(stepped(step, output, EngineStats(63, 0, 1, 1, 0)), after_s=0.02)
     leader.run(job_id="new")
     new = leader.group.admitted[-1].handle
     output = StepOutput(tuple(Token(handle, 97) for handle in (*old, new)))
-    leader.turn(Stepped(1, 3, output, EngineStats(64, 0, 1, 1, 0), False), after_s=0.04)
+    leader.turn(stepped(3, output, EngineStats(64, 0, 1, 1, 0)), after_s=0.04)
     assert leader.journal("new") == "a"
     assert len(leader.journal("id-0")) < 3
 
@@ -213,7 +213,7 @@ def test_a_full_group_with_slow_steps_asks_for_jobs_no_more_than_twice_a_step() 
         leader.run(job_id=f"id-{number}")
     leader.redis.calls.clear()
     for step in range(1, 11):
-        leader.turn(Stepped(1, step, StepOutput(), EngineStats(3, 0, 1, 1, 0), False), after_s=0.001)
+        leader.turn(stepped(step, StepOutput(), EngineStats(3, 0, 1, 1, 0)), after_s=0.001)
         for _ in range(19):
             leader.turn(after_s=0.001)
     assert 15 <= leader.redis.calls.count("claim") <= 22

@@ -52,8 +52,8 @@ def test_a_request_travels_to_both_ranks_and_its_tokens_come_back(driver: Driver
     assert driver.answer(b"hello", 12) == b"hellohellohe"
     last = driver.events[-1]
     assert isinstance(last, Stepped)
-    assert last.idle
-    assert last.output.finished[0][1] is Finish.LENGTH
+    assert last.report.idle
+    assert last.report.finished[0][1] is Finish.LENGTH
 
 
 def test_many_requests_run_together_and_a_cancel_frees_its_row(driver: Driver) -> None:
@@ -61,8 +61,8 @@ def test_many_requests_run_together_and_a_cancel_frees_its_row(driver: Driver) -
     handles = [driver.submit(b"%d" % n, 20) for n in range(10)]
     driver.finished(handles)
     driver.group.submit(cancel=[endless])
-    idle = driver.until(Stepped, lambda event: event.idle)
-    assert idle.stats.running == 0
+    idle = driver.until(Stepped, lambda event: event.report.idle)
+    assert idle.report.stats.running == 0
     assert [driver.said(handle) for handle in handles] == [b"%d" % n * 20 for n in range(10)]
 
 
@@ -117,7 +117,7 @@ def test_strangers_on_the_control_port_do_not_disturb_a_running_group(driver: Dr
     assert driver.answer(b"calm", 8) == b"calmcalm"
     wait_for("the strangers to be counted", lambda: sum(driver.group.rejected.values()) >= 4)
     driver.group.submit(cancel=[work])
-    driver.until(Stepped, lambda event: event.idle)
+    driver.until(Stepped, lambda event: event.report.idle)
 
 
 # --- faults; each leaves the group to its own restart, and the next test sees that it answers again

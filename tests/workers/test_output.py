@@ -14,7 +14,7 @@ def output(**options: object) -> Output:
 
 
 def feed(into: Output, text: str) -> bool:
-    stopped = [into.feed(byte) for byte in text.encode()]
+    stopped = [into.feed([byte]) for byte in text.encode()]
     return any(stopped)
 
 
@@ -43,6 +43,13 @@ def test_text_that_may_begin_a_stop_string_is_held_back() -> None:
     assert (chunk.index, chunk.text) == (4, "ENx")
 
 
+def test_what_came_together_with_the_end_of_a_stop_string_is_dropped() -> None:
+    grown = output(stop=["END"], logprobs=True)
+    assert grown.feed(b"abENDxy", [-0.5] * 7)
+    grown.finish()
+    assert (grown.text, len(grown.token_ids), grown.logprobs) == ("ab", 5, [-0.5] * 5)
+
+
 def test_held_back_text_comes_out_at_the_end() -> None:
     grown = output(stop=["END"])
     feed(grown, "abEN")
@@ -53,11 +60,11 @@ def test_held_back_text_comes_out_at_the_end() -> None:
 def test_a_character_is_never_given_out_by_halves() -> None:
     grown = output()
     first, second = "é".encode()
-    grown.feed(first)
+    grown.feed([first])
     chunk = grown.take()
     assert chunk is not None
     assert chunk.text == ""
-    grown.feed(second)
+    grown.feed([second])
     chunk = grown.take()
     assert chunk is not None
     assert (chunk.index, chunk.text) == (1, "é")
@@ -80,9 +87,9 @@ def test_take_gives_nothing_twice() -> None:
 
 def test_logprobs_follow_their_tokens() -> None:
     grown = output(logprobs=True)
-    grown.feed(97, -0.5)
+    grown.feed([97], [-0.5])
     grown.take()
-    grown.feed(98, -1.5)
+    grown.feed([98], [-1.5])
     chunk = grown.take()
     assert chunk is not None
     assert chunk.logprobs == (-1.5,)
@@ -102,20 +109,20 @@ def test_wherever_an_attempt_ends_the_next_one_gives_the_same_text() -> None:
         tokens = "".join(random.choices(["a", "b", "é", "…", "STOP", "ST"], k=12)).encode()
         stop = random.choice([(), ("STOP",), ("ab", "…é")])
         whole = output(stop=stop)
-        used = next((at + 1 for at, token in enumerate(tokens) if whole.feed(token)), len(tokens))
+        used = next((at + 1 for at, token in enumerate(tokens) if whole.feed([token])), len(tokens))
         whole.finish()
 
         crash = random.randrange(used + 1)
         journal: list[Chunk] = []
         first = output(stop=stop)
         for token in tokens[:crash]:
-            first.feed(token)
+            first.feed([token])
             if random.random() < 0.3 and (chunk := first.take()):
                 journal.append(chunk)
         second = output(stop=stop, journal=journal)
         kept = len(second.token_ids)
         for token in tokens[kept:used]:
-            second.feed(token)
+            second.feed([token])
         second.finish()
         if chunk := second.take():
             journal.append(chunk)

@@ -23,9 +23,11 @@ from hortator.workers.engine.step import (
 from hortator.workers.pipe import (
     MAX_MESSAGE_BYTES,
     TOKENS_PER_MESSAGE,
+    Gain,
     Message,
     Pipe,
     PipeBroken,
+    Report,
     read_report,
     read_submission,
     report,
@@ -57,8 +59,9 @@ requests = st.builds(Request, handle=st.integers(0, 2**40), prompt=token_ids, sa
 outputs = st.builds(
     StepOutput,
     tokens=st.lists(
-        st.builds(Token, st.integers(0, 99), st.integers(0, 2**31 - 1), st.none() | st.floats(-50, 0), pairs),
-        max_size=5,
+        st.builds(Token, st.integers(0, 3), st.integers(0, 2**31 - 1), st.none(), st.just(()))
+        | st.builds(Token, st.integers(4, 7), st.integers(0, 2**31 - 1), st.floats(-50, 0), pairs),
+        max_size=9,
     ).map(tuple),
     finished=st.lists(st.tuples(st.integers(0, 99), st.sampled_from(Finish)), max_size=3).map(tuple),
     faults=st.lists(st.builds(Fault, st.integers(0, 99), st.text(), st.text()), max_size=3).map(tuple),
@@ -96,8 +99,19 @@ def test_submissions_arrive_as_sent(admit: list[Request], cancel: list[int]) -> 
 
 
 @given(st.integers(0, 2**40), outputs, st.booleans())
-def test_reports_arrive_as_sent(step: int, output: StepOutput, idle: bool) -> None:
-    assert read_report(carry(report(step, output, STATS, idle=idle))) == (step, output, STATS, idle)
+def test_reports_arrive_as_sent_request_by_request(step: int, output: StepOutput, idle: bool) -> None:
+    arrived = read_report(carry(report(step, output, STATS, idle=idle)))
+    assert (arrived.step, arrived.stats, arrived.idle) == (step, STATS, idle)
+    assert (arrived.finished, arrived.faults) == (output.finished, output.faults)
+    for handle in range(8):
+        assert tokens_of(handle, arrived) == [token for token in output.tokens if token.handle == handle]
+    assert len({gain.handle for gain in arrived.gains}) == len(arrived.gains)
+
+
+def tokens_of(handle: int, arrived: Report) -> list[Token]:
+    [gain] = [gain for gain in arrived.gains if gain.handle == handle] or [Gain(handle, ())]
+    scores = zip(gain.logprobs, gain.tops, strict=True) if gain.logprobs else [(None, ())] * len(gain.token_ids)
+    return [Token(handle, token_id, *score) for token_id, score in zip(gain.token_ids, scores, strict=True)]
 
 
 def test_very_long_prompts_travel_in_several_messages_and_cancels_come_last() -> None:

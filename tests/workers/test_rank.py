@@ -147,10 +147,11 @@ def test_all_ranks_apply_the_same_plans_and_the_leader_reports(ranks: Ranks) -> 
     ranks.submit(b"abc", b"xyz")
     reports = [read_report(message) for message in ranks.until_idle()]
     said = {
-        handle: bytes(t.token_id for _, o, _, _ in reports for t in o.tokens if t.handle == handle) for handle in (0, 1)
+        handle: bytes(i for report in reports for gain in report.gains if gain.handle == handle for i in gain.token_ids)
+        for handle in (0, 1)
     }
     assert said == {0: b"abc", 1: b"xyz"}
-    assert [step for step, _, _, _ in reports] == [1, 2, 3]
+    assert [report.step for report in reports] == [1, 2, 3]
     time.sleep(0.05)
     assert ranks.engines[0].plans == ranks.engines[1].plans
     assert ranks.errors == []
@@ -158,12 +159,12 @@ def test_all_ranks_apply_the_same_plans_and_the_leader_reports(ranks: Ranks) -> 
 
 def test_a_full_group_tells_of_several_steps_at_once_and_loses_none(full_ranks: Ranks) -> None:
     full_ranks.submit(b"abc", b"xyz", max_tokens=50)
-    outputs = [read_report(message)[1] for message in full_ranks.until_idle()]
+    reports = [read_report(message) for message in full_ranks.until_idle()]
     for handle, prompt in ((0, b"abc"), (1, b"xyz")):
-        said = bytes(t.token_id for output in outputs for t in output.tokens if t.handle == handle)
+        said = bytes(i for report in reports for gain in report.gains if gain.handle == handle for i in gain.token_ids)
         assert said == (prompt * 17)[:50]
-    assert len(outputs) < 25
-    assert sum(len(output.finished) for output in outputs) == 2
+    assert len(reports) < 25
+    assert sum(len(report.finished) for report in reports) == 2
 
 
 def test_an_idle_group_parks_and_is_woken_by_the_next_submission(ranks: Ranks) -> None:
