@@ -53,8 +53,8 @@ def garble_plans(spell: bytes) -> None:
     """This process gets plans with this prompt with one bit flipped, where the echo engine does not look."""
     wait, tokens = DistributedChannel.wait, array("i", list(spell)).tobytes()
 
-    def garbled(channel: DistributedChannel) -> bytes:
-        frame = bytearray(wait(channel))
+    def garbled(self: DistributedChannel) -> bytes:
+        frame = bytearray(wait(self))
         if tokens in frame:
             frame[frame.index(b"0.0")] ^= 2  # the temperature
         return bytes(frame)

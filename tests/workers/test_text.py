@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from socket import gethostname
 from typing import Any
@@ -165,8 +166,14 @@ def test_bytes_that_never_become_characters_do_not_make_each_token_dearer_than_t
     vocabulary = text._rust.get_vocab()
     byte = vocabulary.get("<0x80>", vocabulary.get("\u0122"))  # how byte-level BPE writes 0x80
     assert text.decode([byte]) == "\ufffd"
-    sizes, decode = [], text.decode
-    monkeypatch.setattr(text, "decode", lambda token_ids: sizes.append(len(token_ids)) or decode(token_ids))
+    sizes: list[int] = []
+    decode = text.decode
+
+    def measured(token_ids: Sequence[int]) -> str:
+        sizes.append(len(token_ids))
+        return decode(token_ids)
+
+    monkeypatch.setattr(text, "decode", measured)
     assert streamed(text, [byte] * 2000) == "\ufffd" * 2000
     assert max(sizes) < 40
 
