@@ -33,7 +33,7 @@ from pathlib import Path
 from socket import socket
 from typing import Any
 
-os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu"}  # or DeepSpeed says on stdout that it found none
 
 import deepspeed  # noqa: F401 - once, before the ranks are forked
 import torch

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-SEEDS = "8,18,22"  # experts; the fused layers, and digests that must be those of one rank; soft-caps and windows
+SEEDS = "2,3,4"
+"""Many are preempted; fused layers, and digests that must be those of one rank; soft-caps, windows and structures."""
 
 pytestmark = pytest.mark.timeout(240)  # nine processes on a machine that may be busy
 

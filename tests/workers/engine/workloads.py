@@ -127,12 +127,12 @@ def _entries(
 
 def _entry(rng: random.Random, request: Request, arrives: int) -> Entry:
     fate = rng.random()
-    resumed = rng.random() < 0.6
-    if fate < 0.12:
+    resumed = rng.random() < 0.8
+    if fate < 0.15:
         return Entry(request, arrives, cancelled_at=arrives + rng.choice((0, 1, 2, 5, 12, 30)), resumed=resumed)
-    if fate < 0.24:
+    if fate < 0.35:
         return Entry(request, arrives, cancelled_after=rng.randint(1, 12), resumed=resumed)
-    if fate < 0.4:
+    if fate < 0.45:
         return Entry(request, arrives, stop=_tokens(rng, 1), resumed=False)
     return Entry(request, arrives)
 
@@ -158,9 +158,9 @@ def _sampling(rng: random.Random, *, structured: bool) -> SamplingParams:
         **maybe(0.25, "top_k", rng.choice((1, 2, 7, 40, VOCAB, 10_000))),
         **maybe(0.25, "top_p", rng.choice((1e-9, 0.1, 0.5, 0.9, 0.999))),
         **maybe(0.2, "min_p", rng.choice((0.01, 0.2, 1.0))),
-        **maybe(0.2, "repetition_penalty", rng.choice((0.01, 0.7, 1.3, 100.0))),
-        **maybe(0.15, "presence_penalty", rng.choice((-2.0, 0.7, 2.0))),
-        **maybe(0.15, "frequency_penalty", rng.choice((-2.0, 0.4, 2.0))),
+        **maybe(0.25, "repetition_penalty", rng.choice((0.01, 0.7, 1.3, 100.0))),
+        **maybe(0.25, "presence_penalty", rng.choice((-2.0, 0.7, 2.0))),
+        **maybe(0.25, "frequency_penalty", rng.choice((-2.0, 0.4, 2.0))),
         **maybe(0.2, "logit_bias", _biases(rng)),
         **maybe(0.2, "min_tokens", rng.choice((1, 5, 30, 10_000))),
         **maybe(0.2, "stop_token_ids", tuple(rng.sample(range(VOCAB), rng.choice((1, 3, 20))))),
