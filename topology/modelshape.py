@@ -1,12 +1,9 @@
 """How large a model is, piece by piece, from its config.json alone.  Pure: no torch, no transformers.
 
 What is counted is what transformers' classes of these families allocate; `tests/topology/test_memory.py` compares the
-two, and the engine's loaded parameters, element by element.  A family that is not in the table is sized by the shapes
-in the headers of its safetensors files, which is an estimate: which tensors are cut is then guessed from their names.
+two, and the engine's loaded parameters, element by element.
 """
 
-import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +12,6 @@ from .errors import BadModel
 from .workspace import Feed
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +38,6 @@ class ModelShape:
     feeds: tuple[Feed, ...]  # the kinds of feed-forward that its layers have
     final_norm: int
     tied: bool
-    exact: bool = True
     divisible: Mapping[str, int] = field(default_factory=dict)  # sizes that tensor parallelism cuts into equal parts
 
     @property
@@ -141,26 +136,17 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
-def model_shape(raw: Mapping[str, Any], *, source: str, tensors: Shapes | None = None) -> ModelShape:
-    """The shape of the model whose config.json is `raw`.  `tensors`: names and shapes from its files, if they are here;
-    needed for a family that is not in FAMILIES.  Raises BadModel."""
+def model_shape(raw: Mapping[str, Any], *, source: str) -> ModelShape:
+    """The shape of the model whose config.json is `raw`.  Raises BadModel."""
     if "quantization_config" in raw:
         raise BadModel(f"{source} is quantised, which is not supported: use the unquantised checkpoint")
     architecture = _architecture(raw)
     family = FAMILIES.get(architecture)
-    if family is not None:
-        return _from_config(Config(raw, family.defaults, source), family, architecture, source)
-    if tensors:
-        return _from_tensors(Config(raw, {}, source), tensors, architecture, source)
-    raise BadModel(
-        f"{source}: the sizes of architecture {architecture} are not known, and there are no safetensors files to read "
-        f"them from; known: {', '.join(FAMILIES)}"
-    )
-
-
-def is_known(raw: Mapping[str, Any]) -> bool:
-    """Whether the table has the family of this config.json."""
-    return _architecture(raw) in FAMILIES
+    if family is None:
+        raise BadModel(
+            f"{source}: the sizes of architecture {architecture} are not known: use one of {', '.join(FAMILIES)}"
+        )
+    return _from_config(Config(raw, family.defaults, source), family, architecture, source)
 
 
 def _architecture(raw: Mapping[str, Any]) -> str:
@@ -226,43 +212,3 @@ def _dtype(config: Config) -> str:
     name = config.get("dtype") or config.get("torch_dtype") or "float32"
     name = str(name).removeprefix("torch.")
     return name if name in DTYPE_BYTES else "float32"
-
-
-# --- from the files' headers
-
-_LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
-
-
-def _from_tensors(config: Config, tensors: Shapes, architecture: str, source: str) -> ModelShape:
-    """Matrices of a layer count as cut, vectors as whole; what belongs to no layer is embedding, head or final norm."""
-    layers: dict[int, list[int]] = {}
-    outside = 0
-    for name, shape in tensors.items():
-        elements = math.prod(shape)
-        if match := _LAYER.search(name):
-            sizes = layers.setdefault(int(match[1]), [0, 0])
-            sizes[0 if len(shape) > 1 else 1] += elements
-        else:
-            outside += elements
-    if not layers:
-        raise BadModel(f"{source}: its safetensors files name no layers, so {architecture} cannot be sized")
-    hidden, vocab = config.size("hidden_size"), config.size("vocab_size")
-    heads = config.size("num_attention_heads")
-    kv_heads = config.size("num_key_value_heads") if config.has("num_key_value_heads") else heads
-    head_dim = config.size("head_dim") if config.has("head_dim") else hidden // heads
-    embedding = vocab * hidden
-    return ModelShape(
-        source=source,
-        architecture=architecture,
-        dtype=_dtype(config),
-        layers=tuple(LayerShape(cut, whole, cut) for _, (cut, whole) in sorted(layers.items())),
-        hidden_size=hidden,
-        vocab_size=vocab,
-        max_model_len=config.size("max_position_embeddings"),
-        kv_width=2 * kv_heads * head_dim,
-        feeds=(Feed(config.size("intermediate_size") if config.has("intermediate_size") else 4 * hidden),),
-        final_norm=max(0, outside - (1 if outside < 2 * embedding else 2) * embedding),
-        tied=outside < 2 * embedding,
-        exact=False,
-        divisible={"num_attention_heads": heads, "num_key_value_heads": kv_heads},
-    )

@@ -241,8 +241,6 @@ def _notes(fleet: Fleet, ground: Ground, shapes: Shapes) -> Iterator[str]:
     for spec in fleet.models:
         if spec.name not in shapes:
             yield f"{spec.name}: its sizes are not known here: memory and traffic were not checked"
-        elif not shapes[spec.name].exact:
-            yield f"{spec.name}: {shapes[spec.name].architecture} is no model of the table: sizes are estimates"
         if spec.tensor_parallel_size > ground.widest:
             yield (
                 f"{spec.name}: no host has {spec.tensor_parallel_size} GPUs: tensor parallel ranks talk across hosts "

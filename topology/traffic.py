@@ -12,7 +12,7 @@ from .fleet import ModelSpec
 from .memory import RankMemory, dtype_of
 from .modelshape import DTYPE_BYTES, ModelShape
 
-PLAN_HEADER_BYTES = 32
+PLAN_HEADER_BYTES = 40
 SAMPLED_TOKEN_BYTES = 8
 _ALL_REDUCES = 2  # a layer: after attention, and after the feed-forward part
 

@@ -10,12 +10,18 @@ A plan is one frame of bytes:
     12      8     step
     20      4     length of the payload
     24      8     digest of what the leader derived from this plan
-    32      4     length of the head (only if there is a payload)
-    36      n     head: JSON, one row per admission without its tokens, and the cancelled handles
-    36+n    4*k   the token ids of all admissions, int32
+    32      4     CRC-32 of the payload
+    36      4     CRC-32 of the header up to here
+    40      4     length of the head (only if there is a payload)
+    44      n     head: JSON, one row per admission without its tokens, and the cancelled handles
+    44+n    4*k   the token ids of all admissions, int32
 
 Most plans are a bare header.  A frame up to INLINE_BYTES is one broadcast of a tensor of that size; a longer one takes
 a second broadcast.  Nothing is pickled, and lengths are checked before anything is allocated.
+
+Why checksums beside the digest: it covers what is scheduled.  A seed or a temperature that came to a rank damaged would
+only show in the tokens, and where that rank samples for all, in nothing else.  The header has its own because its
+length decides what is received next.
 """
 
 import json
@@ -28,6 +34,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
+from zlib import crc32
 
 from hortator.producer.errors import GroupFailed
 
@@ -39,14 +46,16 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 MAGIC = b"HRTP"
-VERSION = 1
+VERSION = 2
 PARK = 1
 INLINE_BYTES = 8192  # on gloo a broadcast costs the same from 32 bytes to 16 KiB
 MAX_PLAN_BYTES = 64 << 20
 PLAN_TOKENS = 1_000_000
 """`Inbox` leaves further admissions to the next plan beyond this many tokens: 4 MB."""
 
-_HEADER = struct.Struct("<4sHHIQIQ")
+_FIELDS = struct.Struct("<4sHHIQIQI")
+_CHECK = struct.Struct("<I")
+_HEADER_BYTES = _FIELDS.size + _CHECK.size
 _HEAD_LENGTH = struct.Struct("<I")
 _DIGEST_MASK = (1 << 64) - 1
 
@@ -68,6 +77,7 @@ class Header:
     step: int
     length: int
     digest: int
+    checksum: int  # of the payload
 
     @property
     def park(self) -> bool:
@@ -75,13 +85,15 @@ class Header:
 
     @classmethod
     def read(cls, frame: bytes | memoryview) -> Self:
-        """Raises LockstepError unless these bytes begin a plan of this version and of a sane size."""
-        if len(frame) < _HEADER.size:
+        """Raises LockstepError unless these bytes begin a plan of this version, as it was sent, and of a sane size."""
+        if len(frame) < _HEADER_BYTES:
             raise LockstepError(f"a plan of {len(frame)} bytes has no header")
-        magic, version, *rest = _HEADER.unpack_from(frame)
+        magic, version, *rest = _FIELDS.unpack_from(frame)
         header = cls(*rest)
         if magic != MAGIC or version != VERSION:
             raise LockstepError(f"not a plan of version {VERSION}: magic {magic!r}, version {version}")
+        if _CHECK.unpack_from(frame, _FIELDS.size) != (crc32(frame[: _FIELDS.size]),):
+            raise LockstepError("the header of a plan was damaged on its way: its checksum is wrong")
         if header.length > MAX_PLAN_BYTES:
             raise LockstepError(f"a plan of {header.length} bytes: the limit is {MAX_PLAN_BYTES}")
         return header
@@ -92,20 +104,27 @@ def encode_plan(plan: StepPlan, *, epoch: int, digest: int) -> bytes:
     payload = _payload(plan) if plan.admit or plan.cancel else b""
     if len(payload) > MAX_PLAN_BYTES:
         raise LockstepError(f"the plan of step {plan.step} has {len(payload)} bytes: the limit is {MAX_PLAN_BYTES}")
-    return _HEADER.pack(MAGIC, VERSION, 0, epoch, plan.step, len(payload), digest & _DIGEST_MASK) + payload
+    return _header(0, epoch, plan.step, payload, digest) + payload
 
 
 def encode_park(*, epoch: int, step: int) -> bytes:
     """The frame that sends the peers to the control connection; `step` is the one that will come next."""
-    return _HEADER.pack(MAGIC, VERSION, PARK, epoch, step, 0, 0)
+    return _header(PARK, epoch, step, b"", 0)
+
+
+def _header(flags: int, epoch: int, step: int, payload: bytes, digest: int) -> bytes:
+    fields = _FIELDS.pack(MAGIC, VERSION, flags, epoch, step, len(payload), digest & _DIGEST_MASK, crc32(payload))
+    return fields + _CHECK.pack(crc32(fields))
 
 
 def decode_plan(frame: bytes) -> tuple[Header, StepPlan]:
     """The inverse of both.  Raises LockstepError for anything else."""
     header = Header.read(frame)
-    payload = memoryview(frame)[_HEADER.size :]
+    payload = memoryview(frame)[_HEADER_BYTES:]
     if len(payload) != header.length:
         raise LockstepError(f"the plan of step {header.step} has {len(payload)} bytes, not {header.length}")
+    if crc32(payload) != header.checksum:
+        raise LockstepError(f"the plan of step {header.step} was damaged on its way: its checksum is wrong")
     if not header.length:
         return header, StepPlan(header.step)
     try:
@@ -271,7 +290,7 @@ class DistributedChannel:
         host, tensor = self._inline
         self._broadcast(tensor)
         inline = self._bytes(host, tensor)
-        size = _HEADER.size + Header.read(inline).length
+        size = _HEADER_BYTES + Header.read(inline).length
         if size <= self._inline_bytes:
             return inline[:size]
         host, tensor = self._buffer(size - self._inline_bytes)

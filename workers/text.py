@@ -18,6 +18,7 @@ from hortator.producer.schema import Message
 
 REPLACEMENT = "\ufffd"
 LONG_TEXT_CHARS = 20_000
+_LONGEST_WAIT = 16  # tokens; a character takes four at most
 
 
 class Decoder(Protocol):
@@ -147,7 +148,8 @@ class HFText:
 class _WindowDecoder:
     """Decodes a sliding window: the tokens of the last text given out, for their effect on spaces, and those since.
 
-    A window that ends with U+FFFD may hold the first bytes of a character, so it waits for the next token.
+    A window that ends with U+FFFD may hold the first bytes of a character, so it waits for the next token.  Bytes that
+    never become a character must not make it wait for ever: each token would decode all of them again.
     """
 
     def __init__(self, text: HFText) -> None:
@@ -162,7 +164,7 @@ class _WindowDecoder:
             self._given, self._since = self._since, []
             return text
         if len(token_ids) == 1:
-            return ""
+            return self._settle(text) if len(self._since) > _LONGEST_WAIT else ""
         self._since = before  # only the last ones may have to wait
         return "".join(map(self.feed, token_ids))
 
@@ -172,6 +174,22 @@ class _WindowDecoder:
     def _news(self) -> str:
         before = self._text.decode(self._given) if self._given else ""
         return self._text.decode(self._given + self._since)[len(before) :]
+
+    def _settle(self, text: str) -> str:
+        """Give out the beginning of what waits, whose text as far as it is known is `text`.
+
+        A character has up to four bytes.  So what lies before the last three tokens is known to its end, and of four
+        places in a row one at least is in no character: there the beginning's text is also that of the whole.
+        """
+        waiting = self._since
+        for cut in range(len(waiting) - 3, len(waiting) - 7, -1):
+            self._since = waiting[:cut]
+            begin = self._news()
+            if text.startswith(begin):
+                self._given, self._since = self._since, waiting[cut:]
+                return begin
+        self._since = waiting
+        return ""
 
 
 @contextlib.contextmanager

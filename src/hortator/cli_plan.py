@@ -230,7 +230,6 @@ def memory_json(found: "MemoryFit", shape: "ModelShape") -> str:
     ]
     whole = {
         "architecture": shape.architecture,
-        "exact": shape.exact,
         "max_model_len": found.max_model_len,
         "kv_tokens": found.kv_tokens,
         "max_sequences": found.max_sequences,

@@ -91,16 +91,6 @@ def test_every_family_of_the_table_is_compared_with_transformers() -> None:
     assert {built(kind, changes)[1]["architectures"][0] for kind, changes in VARIANTS} == set(FAMILIES)
 
 
-@pytest.mark.parametrize(("kind", "changes"), VARIANTS)
-def test_an_unknown_family_is_sized_by_its_files(kind: str, changes: dict[str, Any]) -> None:
-    model, raw = built(kind, changes)
-    tensors = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    shape = model_shape({**raw, "architectures": ["Unheard"]}, source="x", tensors=tensors)
-    (rank,) = rank_memories(shape, spec(dtype="float32"))
-    assert rank.weight_bytes == 4 * sum(parameter.numel() for parameter in model.parameters())
-    assert not shape.exact
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     transformers.logging.disable_progress_bar()

@@ -178,6 +178,22 @@ def test_a_rank_that_disagrees_takes_the_group_down(driver: Driver) -> None:
     assert not down.permanent
 
 
+def test_a_plan_that_comes_to_a_rank_damaged_takes_the_group_down(driver: Driver) -> None:
+    pid = driver.group.pids[1]
+    driver.submit(b"G1")
+    reason = driver.down().reason
+    assert reason.startswith(f"rank 1 (pid {pid} on {socket.gethostname()}): rank 1 at step ")
+    assert "damaged on its way" in reason
+
+
+def test_a_rank_that_is_a_hundred_times_slower_holds_the_others_up_and_nobody_is_blamed(driver: Driver) -> None:
+    """For longer than standing still is borne, but it moves."""
+    epoch, started = driver.group.epoch, time.monotonic()
+    assert driver.answer(b"S1", 6) == b"S1S1S1"
+    assert time.monotonic() - started > 2.0
+    assert driver.group.epoch == epoch
+
+
 def test_a_rank_that_raises_is_named_with_its_error_and_leaves_a_traceback_in_the_log(
     driver: Driver, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -4,9 +4,10 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from zlib import crc32
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hortator.workers import lockstep
@@ -44,7 +45,7 @@ def test_plans_arrive_as_sent(plan: StepPlan, epoch: int, digest: int) -> None:
 
 
 def test_a_plan_without_news_is_a_bare_header() -> None:
-    assert len(encode_plan(StepPlan(1), epoch=1, digest=0)) == 32
+    assert len(encode_plan(StepPlan(1), epoch=1, digest=0)) == 40
 
 
 def test_a_token_costs_four_bytes() -> None:
@@ -62,16 +63,37 @@ def test_a_cut_plan_is_refused(plan: StepPlan, data: st.DataObject) -> None:
         decode_plan(frame[: data.draw(st.integers(0, len(frame) - 1))])
 
 
+@settings(deadline=None)
 @given(plans, st.data())
-def test_a_garbled_plan_is_refused_or_is_a_plan_but_never_anything_else(plan: StepPlan, data: st.DataObject) -> None:
+def test_a_garbled_plan_is_refused(plan: StepPlan, data: st.DataObject) -> None:
     frame = bytearray(encode_plan(plan, epoch=1, digest=0))
-    for _ in range(data.draw(st.integers(1, 4))):
-        frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
+    places = st.sets(st.integers(0, len(frame) - 1), min_size=1, max_size=4)
+    for at in data.draw(places):
+        frame[at] ^= data.draw(st.integers(1, 255))
+    with pytest.raises(LockstepError):
+        decode_plan(bytes(frame))
+
+
+@settings(deadline=None)
+@given(plans, st.data())
+def test_a_plan_whose_checksums_are_right_is_refused_or_is_a_plan_but_never_anything_else(
+    plan: StepPlan, data: st.DataObject
+) -> None:
+    payload = bytearray(encode_plan(plan, epoch=1, digest=0)[40:])
+    for _ in range(data.draw(st.integers(1, 4)) if payload else 0):
+        payload[data.draw(st.integers(0, len(payload) - 1))] = data.draw(st.integers(0, 255))
     try:
-        _, arrived = decode_plan(bytes(frame))
+        _, arrived = decode_plan(sealed(bytes(payload)))
     except LockstepError:
         return
     assert isinstance(arrived, StepPlan)
+
+
+def sealed(payload: bytes, *, length: int | None = None) -> bytes:
+    """A frame of this payload with checksums that are right."""
+    size = len(payload) if length is None else length
+    fields = struct.pack("<4sHHIQIQI", b"HRTP", 2, 0, 1, 1, size, 0, crc32(payload))
+    return fields + struct.pack("<I", crc32(fields)) + payload
 
 
 @given(st.binary(max_size=200))
@@ -82,16 +104,15 @@ def test_garbage_is_refused(garbage: bytes) -> None:
 
 @pytest.mark.parametrize("surplus", [-4, 4, 2])
 def test_tokens_that_do_not_add_up_are_refused(surplus: int) -> None:
-    frame = encode_plan(PLAN, epoch=1, digest=0)
-    frame = frame[:surplus] if surplus < 0 else frame + bytes(surplus)
-    frame = frame[:20] + struct.pack("<I", len(frame) - 32) + frame[24:]
+    payload = encode_plan(PLAN, epoch=1, digest=0)[40:]
+    payload = payload[:surplus] if surplus < 0 else payload + bytes(surplus)
     with pytest.raises(LockstepError, match="cannot be read"):
-        decode_plan(frame)
+        decode_plan(sealed(payload))
 
 
 def test_an_announced_size_beyond_the_bound_is_refused() -> None:
     with pytest.raises(LockstepError, match="limit"):
-        Header.read(struct.pack("<4sHHIQIQ", b"HRTP", 1, 0, 1, 1, MAX_PLAN_BYTES + 1, 0))
+        Header.read(sealed(b"", length=MAX_PLAN_BYTES + 1))
 
 
 def test_a_plan_beyond_the_bound_is_refused_by_its_sender(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +156,20 @@ def test_another_digest_is_refused_naming_rank_and_step() -> None:
 
 def test_bytes_that_are_no_plan_are_refused_naming_rank_and_step() -> None:
     with pytest.raises(LockstepError, match="rank 3 at step 1: not a plan"):
-        follower().read(bytes(32))
+        follower().read(bytes(40))
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [encode_plan(PLAN, epoch=2, digest=5), encode_plan(StepPlan(1), epoch=2, digest=5), encode_park(epoch=2, step=1)],
+    ids=["with news", "without", "park"],
+)
+def test_a_bit_that_flips_on_the_way_is_noticed_naming_the_rank_wherever_it_is(frame: bytes) -> None:
+    follower().read(frame)
+    for bit in range(8 * len(frame)):
+        damaged = (int.from_bytes(frame, "little") ^ (1 << bit)).to_bytes(len(frame), "little")
+        with pytest.raises(LockstepError, match=r"rank 3 at step 1: .*(damaged|not a plan)"):
+            follower().read(damaged)
 
 
 # --- what goes into a plan

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from socket import gethostname
 from typing import Any
@@ -157,6 +158,33 @@ def test_no_half_character_is_ever_streamed(text: HFText, sentence: str) -> None
     decoder = text.decoder()
     pieces = [decoder.feed(token_id) for token_id in text._rust.encode(sentence).ids]
     assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_bytes_that_never_become_characters_do_not_make_each_token_dearer_than_the_one_before(
+    text: HFText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocabulary = text._rust.get_vocab()
+    byte = vocabulary.get("<0x80>", vocabulary.get("\u0122"))  # how byte-level BPE writes 0x80
+    assert text.decode([byte]) == "\ufffd"
+    sizes: list[int] = []
+    decode = text.decode
+
+    def measured(token_ids: Sequence[int]) -> str:
+        sizes.append(len(token_ids))
+        return decode(token_ids)
+
+    monkeypatch.setattr(text, "decode", measured)
+    assert streamed(text, [byte] * 2000) == "\ufffd" * 2000
+    assert max(sizes) < 40
+
+
+def test_what_is_given_out_of_bytes_that_are_no_characters_adds_up_to_the_full_decoding(tmp_path: Path) -> None:
+    text, rng = HFText.load(save(byte_level(), tmp_path)), random.Random(4)
+    letters = [token_id for token, token_id in text._rust.get_vocab().items() if len(token) == 1 and ord(token) > 0x7E]
+    for _ in range(100):
+        pieces = [rng.choices(letters, k=rng.randrange(1, 40)), text._rust.encode("🦊東é").ids]
+        token_ids = [token_id for _ in range(4) for token_id in rng.choice(pieces)]
+        assert streamed(text, token_ids) == text.decode(token_ids)
 
 
 def test_bytes_stream_as_they_decode() -> None:

@@ -14,23 +14,18 @@ those behind it (or itself); the first one alone fits the pool, because admissio
 
 from array import array
 from bisect import insort
-from collections import deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
-from itertools import islice, takewhile
 
 from .blocks import BlockPool, Prefix, prefix_of
+from .lines import CLASS_WEIGHTS, Lines
 from .step import Finish, Request
 
-CLASS_WEIGHTS = (8, 4, 1)
-"""Share of the admissions that each priority class gets while all of them wait."""
 RETURN_SPARE = 4
 """Free blocks for each that runs, before one that was preempted comes back: it would be preempted again in a few steps,
 and all that it has would be computed again each time."""
-LOOK_AHEAD = 16
-"""How many of a class are looked at for the best to admit next, and how often any of them may be passed over."""
 
 
 @dataclass(eq=False)
@@ -172,11 +167,8 @@ class Scheduler:
         self._speculate = speculate
         self._prefix_cache = prefix_cache
         self._live: dict[int, Sequence] = {}
-        # By class: preempted ones, who come before all that wait; those that wait, in the order of arrival.
-        self._returning: tuple[deque[Sequence], ...] = tuple(deque() for _ in CLASS_WEIGHTS)
-        self._lines: tuple[deque[Sequence], ...] = tuple(deque() for _ in CLASS_WEIGHTS)
+        self._lines = Lines(lambda sequence: len(self._cached(sequence)))
         self._short_since: dict[int, int] = {}  # class -> admissions before it was its turn and it did not fit
-        self._credits = [0] * len(CLASS_WEIGHTS)
         self._num_admitted = 0
         self._fresh: list[int] = []
         self._shared: list[int] = []
@@ -191,7 +183,7 @@ class Scheduler:
     @property
     def waiting(self) -> list[Sequence]:
         """In no particular order beyond: preempted ones first, then by class and arrival."""
-        return [sequence for line in (*self._returning, *self._lines) for sequence in line]
+        return list(self._lines)
 
     @property
     def num_waiting(self) -> int:
@@ -204,7 +196,7 @@ class Scheduler:
         if request.generated and (finish := sequence.finish()):
             return finish
         self._live[request.handle] = sequence
-        self._lines[request.priority].append(sequence)
+        self._lines.join(sequence)
         return None
 
     def drop(self, handle: int) -> None:
@@ -217,7 +209,9 @@ class Scheduler:
             self.running.remove(sequence)
             self._release(sequence)
         else:
-            self._leave(sequence)
+            self._lines.leave(sequence)
+            if self._lines.is_empty(sequence.request.priority):
+                self._short_since.pop(sequence.request.priority, None)
 
     def retract(self, handle: int) -> None:
         """What this request has computed is not fit to be read by others."""
@@ -265,7 +259,7 @@ class Scheduler:
         self.pool.retract(sequence.blocks)
         self.running.remove(sequence)
         self._release(sequence)
-        self._returning[sequence.request.priority].append(sequence)
+        self._lines.come_back(sequence, first=False)
 
     def _row(self, sequence: Sequence, count: int) -> Row:
         """Count the row as computed: whatever is scheduled later runs later."""
@@ -317,8 +311,8 @@ class Scheduler:
         if len(self.running) >= self.max_num_seqs:
             return None
         barred = len(CLASS_WEIGHTS)
-        while (chosen := self._next_class(above=barred)) is not None:
-            sequence = self._next_in(chosen)
+        while (chosen := self._lines.next_class(above=barred)) is not None:
+            sequence = self._lines.next_in(chosen)
             if not sequence.num_pending and self._fits(sequence):
                 self._admit(sequence)
                 return sequence
@@ -328,35 +322,6 @@ class Scheduler:
                 return None
             barred = chosen
         return None
-
-    def _next_class(self, *, above: int) -> int | None:
-        """That of a preempted sequence, or by smooth weighted round robin over the classes that wait: none starves."""
-        classes = range(above)
-        for c in classes:
-            if self._returning[c]:
-                return c
-        waiting = [c for c in classes if self._lines[c]]
-        return max(waiting, key=lambda c: self._credits[c] + CLASS_WEIGHTS[c], default=None)
-
-    def _charge(self, chosen: int) -> None:
-        waiting = [c for c, line in enumerate(self._lines) if line or c == chosen]
-        for c in waiting:
-            self._credits[c] += CLASS_WEIGHTS[c]
-        self._credits[chosen] -= sum(CLASS_WEIGHTS[c] for c in waiting)
-
-    def _next_in(self, chosen: int) -> Sequence:
-        """Who was preempted, then the nearest deadline, then the longest cached prefix, then who came first; nobody is
-        passed over for ever."""
-        if returning := self._returning[chosen]:
-            return returning[0]
-        line = self._lines[chosen]
-        if len(line) == 1 or line[0].overtaken >= LOOK_AHEAD:  # nobody was overtaken more often than the first
-            return line[0]
-        return max(islice(line, LOOK_AHEAD), key=self._urgency)
-
-    def _urgency(self, sequence: Sequence) -> tuple[float, int]:
-        deadline = sequence.request.deadline_ms
-        return (-deadline if deadline else float("-inf"), len(self._cached(sequence)))
 
     def _cached(self, sequence: Sequence) -> list[int]:
         """Blocks of its prefix that need not be computed; at least its last token must be."""
@@ -368,7 +333,7 @@ class Scheduler:
         """There is room for all its tokens and the next one, and then some blocks for each that runs; or would be, if
         some did not run."""
         pool, cached = self.pool, self._cached(sequence)
-        spare_each = RETURN_SPARE if sequence in self._returning[sequence.request.priority] else 1
+        spare_each = RETURN_SPARE if self._lines.returns(sequence) else 1
         wanted = pool.blocks_for(len(sequence.tokens) + 1) - len(cached)
         wanted += spare_each * (len(self.running) - len(without))
         return wanted <= pool.num_free - pool.num_unused(cached) + sum(len(s.blocks) for s in without)
@@ -376,11 +341,7 @@ class Scheduler:
     def _admit(self, sequence: Sequence) -> None:
         """It is its turn, and it fits."""
         pool, chosen = self.pool, sequence.request.priority
-        if not self._returning[chosen]:
-            for passed in takewhile(lambda s: s is not sequence, self._lines[chosen]):
-                passed.overtaken += 1
-            self._charge(chosen)
-        self._leave(sequence)
+        self._lines.take_turn(sequence)
         self._short_since.pop(chosen, None)
         cached = self._cached(sequence)
         pool.share(cached)
@@ -395,14 +356,6 @@ class Scheduler:
         sequence.rank = (chosen, self._num_admitted)
         insort(self.running, sequence, key=lambda s: s.rank)
 
-    def _leave(self, sequence: Sequence) -> None:
-        """It waits no longer."""
-        chosen = sequence.request.priority
-        returning, line = self._returning[chosen], self._lines[chosen]
-        (returning if sequence in returning else line).remove(sequence)
-        if not returning and not line:
-            self._short_since.pop(chosen, None)
-
     def _has_room(self, sequence: Sequence) -> bool:
         """Make sure that the newest token has a slot, preempting the last; False if that was the sequence."""
         while sequence.length > len(sequence.blocks) * self.pool.block_size:
@@ -416,7 +369,7 @@ class Scheduler:
         """Take its blocks; it keeps its tokens and is prefilled again, before all that wait."""
         victim = self.running.pop()
         self._release(victim)
-        self._returning[victim.request.priority].appendleft(victim)
+        self._lines.come_back(victim, first=True)
         self.preemptions += 1
         return victim
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hortator.workers.engine.blocks import BlockPool
-from hortator.workers.engine.scheduler import LOOK_AHEAD, Batch, Row, Scheduler
+from hortator.workers.engine.lines import LOOK_AHEAD
+from hortator.workers.engine.scheduler import Batch, Row, Scheduler
 from hortator.workers.engine.step import Finish, Request, SamplingParams
 
 
