@@ -15,6 +15,7 @@ from .errors import (
     JobFailed,
     UnknownJob,
 )
+from .problems import listed
 from .schema import Choice, Chunk, Job, Priority, Result, Sampling, State, Status
 
 MIN_POLL_S = 0.005
@@ -56,10 +57,8 @@ def new_job(
 
 
 def describe(error: ValidationError) -> str:
-    """`sampling.max_tokens: Input should be ...`, at most eight fields, without their values."""
-    problems = error.errors(include_url=False, include_context=False, include_input=False)
-    lines = [f"{'.'.join(str(part) for part in problem['loc']) or 'job'}: {problem['msg']}" for problem in problems]
-    return "; ".join(lines[:8]) + (f"; and {len(lines) - 8} more" if len(lines) > 8 else "")
+    """`sampling.max_tokens: Input should be ...`: every wrong field, without its value."""
+    return listed(error.errors(include_url=False, include_context=False, include_input=False))
 
 
 def failure_of(status: Status) -> JobFailed | None:

@@ -14,6 +14,7 @@ from kombu.transport import TRANSPORT_ALIASES
 from pydantic import ValidationError
 
 from hortator.producer.errors import ConfigError
+from hortator.producer.problems import listed
 from hortator.producer.redis_url import kombu_url
 from hortator.producer.schema import TASK_NAME
 from hortator.producer.settings import NamespaceSettings
@@ -60,7 +61,7 @@ class App(Celery):  # type: ignore[misc]
         try:
             return WorkerSettings()
         except ValidationError as error:
-            raise ConfigError("; ".join(_line(problem) for problem in error.errors())) from None
+            raise ConfigError(listed(error.errors())) from None
 
     def make_group(self) -> "Group":
         from .group import Group
@@ -102,12 +103,7 @@ def _broker_settings() -> BrokerSettings:
     try:
         return BrokerSettings()
     except ValidationError as error:
-        raise ConfigError("; ".join(_line(problem) for problem in error.errors())) from None
-
-
-def _line(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
-    return f"{where}: {problem['msg']}" if where else str(problem["msg"]).removeprefix("Value error, ")
+        raise ConfigError(listed(error.errors())) from None
 
 
 def _config(settings: NamespaceSettings) -> dict[str, Any]:

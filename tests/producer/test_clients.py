@@ -250,7 +250,7 @@ def test_watching_many_jobs_takes_one_question_at_a_time(rig: Rig, monkeypatch: 
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({}, "job: .*exactly one of"),
+        ({}, "^give exactly one of"),
         ({"prompt": "x", "token_ids": [1]}, "exactly one of"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": 7}, "prompt"),
