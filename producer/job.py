@@ -38,7 +38,7 @@ def new_job(
     metadata: dict[str, str] | None = None,
 ) -> Job:
     """The job, or BadRequest naming every wrong field (and never repeating the prompt)."""
-    fields = {
+    fields: dict[str, Any] = {
         "model": model,
         "prompt": prompt,
         "messages": messages,
@@ -51,7 +51,7 @@ def new_job(
         "metadata": metadata or {},
     }
     try:
-        return Job.model_validate(fields)
+        return Job(**fields)
     except ValidationError as error:
         raise BadRequest(describe(error)) from None
 
@@ -59,6 +59,12 @@ def new_job(
 def describe(error: ValidationError) -> str:
     """`sampling.max_tokens: Input should be ...`: every wrong field, without its value."""
     return listed(error.errors(include_url=False, include_context=False, include_input=False))
+
+
+def misplaced(names: Iterable[str]) -> str:
+    """Of sampling parameters that stand beside the prompt, where they would be ignored: what to do.  Else nothing."""
+    found = [name for name in names if name in Sampling.model_fields]
+    return f"{', '.join(found)}: write it inside sampling" if found else ""
 
 
 def failure_of(status: Status) -> JobFailed | None:

@@ -116,6 +116,14 @@ def test_tail_prints_all_tokens(sh: Shell, worker: Worker) -> None:
     assert [json.loads(line)["index"] for line in sh.out("tail", job_id, "--json").splitlines()] == [0, 1, 2]
 
 
+def test_each_of_several_answers_is_printed_the_first_before_the_others(sh: Shell, worker: Worker) -> None:
+    job_id = sh.out("enqueue", "x", *MODEL, "--n", "3")
+    [claimed] = worker.claim()
+    worker.succeed_with(claimed, ["one", "two", "three"])
+    for command in ("result", "tail"):
+        assert sh.out(command, job_id).splitlines() == ["one", "two", "three"]
+
+
 def test_tail_of_a_job_that_ends_badly_ends_its_line_before_the_reason(sh: Shell, worker: Worker) -> None:
     job_id = sh.out("enqueue", "x", *MODEL)
     [claimed] = worker.claim()

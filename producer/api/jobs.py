@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.responses import Response
 
 from hortator.producer.errors import UnknownJob
+from hortator.producer.job import misplaced
 from hortator.producer.schema import Job, Sampling, State, Status
 
 from .body import parse_object
@@ -80,6 +81,8 @@ class JobRoutes:
         `ignored`.
         """
         body = await self._object(request)
+        if problem := misplaced(body.parsed):
+            raise BadField(problem)
         job = owned(validated(Job, body.raw), caller_of(request))
         job = keyed(job, idempotency_key)
         [receipt] = await self._store.enqueue([job])
