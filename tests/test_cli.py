@@ -116,6 +116,14 @@ def test_tail_prints_all_tokens(sh: Shell, worker: Worker) -> None:
     assert [json.loads(line)["index"] for line in sh.out("tail", job_id, "--json").splitlines()] == [0, 1, 2]
 
 
+def test_a_misspelt_variable_is_told_before_another_redis_is_asked(sh: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HORTATOR_NAMSPACE", "mine:")
+    code, out, err = sh("status")
+    assert code == 0
+    assert out.startswith("MODEL")
+    assert err == "warning: HORTATOR_NAMSPACE is no setting and is ignored: is HORTATOR_NAMESPACE meant?\n"
+
+
 def test_each_of_several_answers_is_printed_the_first_before_the_others(sh: Shell, worker: Worker) -> None:
     job_id = sh.out("enqueue", "x", *MODEL, "--n", "3")
     [claimed] = worker.claim()

@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from hortator.cli_errors import EXIT_FAILED, EXIT_OK, fail_line
-from hortator.cli_store import Namespace, RedisUrl, given, redacted, store_settings
+from hortator.cli_store import Namespace, RedisUrl, given, redacted, store_settings, tell_strange_variables
 
 CELERY_ARGUMENTS = {"allow_extra_args": True}  # those behind "--"
 
@@ -68,6 +68,7 @@ def serve(
     signal.signal(signal.SIGINT, interrupt)  # it may be inherited as ignored; later it is uvicorn's
     settings = ApiSettings(**given(host=host, port=port))
     where = store_settings(redis_url, namespace)
+    tell_strange_variables()
     for said in strange_to_api(os.environ, ApiSettings):
         typer.echo(f"warning: {said}", err=True)
     settings.key_ring()  # a wrong key file is refused before the port is taken

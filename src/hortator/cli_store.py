@@ -1,5 +1,6 @@
 """Which Redis a command talks to: its options, else HORTATOR_REDIS_URL and HORTATOR_NAMESPACE."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,11 +34,19 @@ def given(**options: Any) -> dict[str, Any]:
 
 @contextmanager
 def client(redis_url: str | None, namespace: str | None, tenant: str = "default") -> Iterator["Client"]:
-    """A client for one command."""
+    """A client for one command.  Which variables are none of ours is said first: one may have meant another Redis."""
     from hortator.producer.client import Client
 
+    tell_strange_variables()
     with Client(redis_url, namespace=namespace, tenant=tenant) as opened:
         yield opened
+
+
+def tell_strange_variables() -> None:
+    from hortator.variables import strange_to_worker
+
+    for said in strange_to_worker(os.environ):
+        typer.echo(f"warning: {said}", err=True)
 
 
 def redacted(url: str) -> str:
