@@ -27,7 +27,8 @@ MAX_N = 16
 MAX_DEADLINE_S = 30 * 86_400
 
 ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")]
-JobId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")]
+JOB_ID = r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}"
+JobId = Annotated[str, StringConstraints(pattern=f"^{JOB_ID}$")]
 Tenant = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TopLogprobs = tuple[tuple[tuple[int, float], ...], ...]

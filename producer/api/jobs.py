@@ -1,6 +1,5 @@
 """The routes of jobs: submit, look, wait, stream, cancel."""
 
-import re
 import unicodedata
 from typing import Annotated, Any, TypeVar
 
@@ -10,6 +9,7 @@ from starlette.responses import Response
 
 from hortator.producer.errors import UnknownJob
 from hortator.producer.job import misplaced
+from hortator.producer.message import is_job_id
 from hortator.producer.schema import Job, Sampling, State, Status
 
 from .body import parse_object
@@ -23,7 +23,6 @@ from .stream import EventStream, position, token_events
 from .watch import Watcher
 
 M = TypeVar("M", bound=BaseModel)
-ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 MAX_KEY_CHARS = 256
 DEFAULT_TENANT = str(Job.model_fields["tenant"].default)
 
@@ -211,7 +210,7 @@ def unknown_fields(parsed: dict[str, Any]) -> tuple[str, ...]:
 
 
 def check_id(job_id: str) -> None:
-    if not ID.fullmatch(job_id):
+    if not is_job_id(job_id):
         raise Malformed("this is no job id: letters, digits and . _ : - only, at most 128")
 
 
