@@ -19,7 +19,7 @@ from hortator.producer.redis_store import RedisStore
 from tests.producer.api_process import MODEL, Worker
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "demo" / "README.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "demo" / "README.md"]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`(hortator [^`]+)`")
 OURS = "redis://127.0.0.1:6379/0"
@@ -56,6 +56,20 @@ def problems(line: str) -> Iterator[str]:
                 yield f"{line}: no option {option[1]}"
 
 
+def dead_links(page: Path) -> Iterator[str]:
+    text = page.read_text(encoding="utf-8")
+    for target, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]*))?\)", text):
+        file = page.parent / target if target else page
+        if not file.exists() or (heading and heading not in headings(file)):
+            yield f"{target}#{heading}"
+
+
+def headings(page: Path) -> set[str]:
+    """As links spell them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def families() -> Iterator[Metric]:
     yield from Metrics().registry.collect()
     yield from Queues([]).collect()
@@ -86,6 +100,17 @@ def test_every_command_and_option_that_the_pages_name_is_there() -> None:
     found = [(page.name, line) for page in PAGES for line in commands(page)]
     assert len(found) > 60
     assert [(name, problem) for name, line in found for problem in problems(line)] == []
+
+
+def test_every_link_of_the_pages_leads_to_a_file_and_its_heading() -> None:
+    assert [f"{page.name}: {link}" for page in PAGES for link in dead_links(page)] == []
+
+
+def test_every_test_that_the_promises_name_is_there() -> None:
+    named = re.findall(r"`(test_\w+)`", (ROOT / "docs" / "07-promises.md").read_text(encoding="utf-8"))
+    written = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    assert len(named) > 30
+    assert [name for name in named if f"def {name}(" not in written] == []
 
 
 @pytest.mark.parametrize(
