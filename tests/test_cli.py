@@ -288,7 +288,7 @@ def test_status_shows_queues_and_groups(sh: Shell) -> None:
 
 
 def test_dead_letters_are_listed_shown_harmless_and_replayed(sh: Shell, worker: Worker) -> None:
-    sh.out("enqueue", "x", *MODEL)
+    sh.out("enqueue", "12+30=", *MODEL)
     [claimed] = worker.claim()
     worker.fail(claimed, "poison", "it took two groups down")
     letter = worker.store.bury("demo", claimed.message, reason="poison\x1b[31m", job_id=claimed.lease.job_id)
@@ -301,6 +301,8 @@ def test_dead_letters_are_listed_shown_harmless_and_replayed(sh: Shell, worker: 
     shown = sh.out("dead-letters", "show", newest)
     assert r"\x1b]0;evil\x07\xff" in shown
     assert "\x1b" not in shown
+    assert "its body:" not in shown
+    assert '"prompt":"12+30="' in sh.out("dead-letters", "show", letter).partition("its body:\n")[2]
     assert sh.out("dead-letters", "replay", letter) == claimed.lease.job_id
     assert [again.lease.job_id for again in worker.claim()] == [claimed.lease.job_id]
 
