@@ -34,19 +34,12 @@ def given(**options: Any) -> dict[str, Any]:
 
 @contextmanager
 def client(redis_url: str | None, namespace: str | None, tenant: str = "default") -> Iterator["Client"]:
-    """A client for one command.  Which variables are none of ours is said first: one may have meant another Redis."""
+    """A client for one command."""
+    tell_strange_variables()
     from hortator.producer.client import Client
 
-    tell_strange_variables()
     with Client(redis_url, namespace=namespace, tenant=tenant) as opened:
         yield opened
-
-
-def tell_strange_variables() -> None:
-    from hortator.variables import strange_to_worker
-
-    for said in strange_to_worker(os.environ):
-        typer.echo(f"warning: {said}", err=True)
 
 
 def redacted(url: str) -> str:
@@ -56,3 +49,11 @@ def redacted(url: str) -> str:
     if ":" in user:
         user = user.partition(":")[0] + ":***"
     return urlunsplit(parts._replace(netloc=user + at + address, query="", fragment=""))
+
+
+def tell_strange_variables() -> None:
+    """Before anything is asked, for one of them may have meant another Redis."""
+    from hortator.variables import strange_to_worker
+
+    for said in strange_to_worker(os.environ):
+        typer.echo(f"warning: {said}", err=True)
