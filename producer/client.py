@@ -17,6 +17,7 @@ from .job import (
     result_of,
     unknown,
 )
+from .problems import listed
 from .redis_store import RedisStore
 from .schema import Chunk, Job, Priority, Result, Sampling, State, Status
 from .settings import StoreSettings
@@ -258,7 +259,4 @@ def settings_for(
     try:
         return StoreSettings.model_validate({name: value for name, value in given.items() if value is not None})
     except ValidationError as error:  # its text holds the values, and one is a URL with a password
-        problems = error.errors(include_url=False)
-        raise ConfigError(
-            "; ".join(f"{problem['loc'][0]}: {problem['msg'].removeprefix('Value error, ')}" for problem in problems)
-        ) from None
+        raise ConfigError(listed(error.errors(include_url=False))) from None

@@ -32,7 +32,8 @@ class Hindrance:
 def hindrance(queue: QueueInfo) -> Hindrance | None:
     """Why a job that is sent now would wait; None if some group has room for it."""
     if not queue.groups:
-        return Hindrance(Why.NO_GROUP, "no group is alive: start one (hortator up, hortator worker)")
+        left = f"; {counted(queue.running, 'job')} of a dead one go on with it" if queue.running else ""
+        return Hindrance(Why.NO_GROUP, f"no group is alive: start one (hortator up, hortator worker){left}")
     ready = [beat for beat in queue.groups if beat.state == "ready"]
     if not ready:
         return _nobody_ready(queue.groups)

@@ -15,6 +15,7 @@ from .errors import (
     JobFailed,
     UnknownJob,
 )
+from .problems import listed
 from .schema import Choice, Chunk, Job, Priority, Result, Sampling, State, Status
 
 MIN_POLL_S = 0.005
@@ -37,7 +38,7 @@ def new_job(
     metadata: dict[str, str] | None = None,
 ) -> Job:
     """The job, or BadRequest naming every wrong field (and never repeating the prompt)."""
-    fields = {
+    fields: dict[str, Any] = {
         "model": model,
         "prompt": prompt,
         "messages": messages,
@@ -50,16 +51,20 @@ def new_job(
         "metadata": metadata or {},
     }
     try:
-        return Job.model_validate(fields)
+        return Job(**fields)
     except ValidationError as error:
         raise BadRequest(describe(error)) from None
 
 
 def describe(error: ValidationError) -> str:
-    """`sampling.max_tokens: Input should be ...`, at most eight fields, without their values."""
-    problems = error.errors(include_url=False, include_context=False, include_input=False)
-    lines = [f"{'.'.join(str(part) for part in problem['loc']) or 'job'}: {problem['msg']}" for problem in problems]
-    return "; ".join(lines[:8]) + (f"; and {len(lines) - 8} more" if len(lines) > 8 else "")
+    """`sampling.max_tokens: Input should be ...`: every wrong field, without its value."""
+    return listed(error.errors(include_url=False, include_context=False, include_input=False))
+
+
+def misplaced(names: Iterable[str]) -> str:
+    """Of sampling parameters that stand beside the prompt, where they would be ignored: what to do.  Else nothing."""
+    found = [name for name in names if name in Sampling.model_fields]
+    return f"{', '.join(found)}: write it inside sampling" if found else ""
 
 
 def failure_of(status: Status) -> JobFailed | None:

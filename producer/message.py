@@ -11,12 +11,12 @@ from typing import Any
 
 from .errors import BadRequest
 from .names import STEP_OF
-from .schema import SCHEMA_VERSION, TASK_NAME, Job
+from .schema import JOB_ID, SCHEMA_VERSION, TASK_NAME, Job
 
 MAX_ENVELOPE_BYTES = 65_536
 _EMBED = '{"callbacks": null, "errbacks": null, "chain": null, "chord": null}'
 _REDACTED = '"(redacted)"'  # Celery's events, Flower and logs show the repr: the prompt must not be in it
-_JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+_JOB_ID = re.compile(JOB_ID)
 
 
 def is_job_id(text: str) -> bool:

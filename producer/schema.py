@@ -27,7 +27,8 @@ MAX_N = 16
 MAX_DEADLINE_S = 30 * 86_400
 
 ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")]
-JobId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")]
+JOB_ID = r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}"
+JobId = Annotated[str, StringConstraints(pattern=f"^{JOB_ID}$")]
 Tenant = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TopLogprobs = tuple[tuple[tuple[int, float], ...], ...]
@@ -57,14 +58,15 @@ class Asked(Wire):
 
 def _unknown_fields(model: type[BaseModel], data: Mapping[str, Any], *where: str) -> Iterator[InitErrorDetails]:
     """Also those of a field that is given as a dict."""
+    fields = model.model_fields  # pydantic looks for it anew each time
     for name, value in data.items():
-        if name not in model.model_fields:
+        if name not in fields:
             error = PydanticCustomError("unknown_field", "{problem}", {"problem": _unknown(model, name)})
             yield InitErrorDetails(type=error, loc=(*where, name), input=None)
-            continue
-        inner = model.model_fields[name].annotation
-        if isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, Asked):
-            yield from _unknown_fields(inner, value, *where, name)
+        elif isinstance(value, Mapping):
+            inner = fields[name].annotation
+            if isinstance(inner, type) and issubclass(inner, Asked):
+                yield from _unknown_fields(inner, value, *where, name)
 
 
 def _unknown(model: type[BaseModel], name: str) -> str:

@@ -37,8 +37,8 @@ class RuleSettings(BaseSettings):
         return Rules(**self.model_dump(include={field.name for field in fields(Rules)}))
 
 
-class StoreSettings(RuleSettings):
-    """Where the store is, and its rules."""
+class NamespaceSettings(RuleSettings):
+    """Where a namespace is, and its rules: what all its parties must agree on."""
 
     model_config = SettingsConfigDict(
         env_prefix="HORTATOR_",
@@ -49,5 +49,10 @@ class StoreSettings(RuleSettings):
 
     redis_url: RedisUrl = "redis://127.0.0.1:6379/0"
     namespace: str = Field(default="", description="prefix of every key; the same as Celery's global_keyprefix")
+
+
+class StoreSettings(NamespaceSettings):
+    """What a producer needs: the namespace, and for how long it waits."""
+
     connect_timeout_s: float = Field(default=CONNECT_TIMEOUT_S, gt=0)
     timeout_s: float = Field(default=TIMEOUT_S, gt=0, description="longest wait for one answer of Redis")

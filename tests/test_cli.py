@@ -116,6 +116,22 @@ def test_tail_prints_all_tokens(sh: Shell, worker: Worker) -> None:
     assert [json.loads(line)["index"] for line in sh.out("tail", job_id, "--json").splitlines()] == [0, 1, 2]
 
 
+def test_a_misspelt_variable_is_told_before_another_redis_is_asked(sh: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HORTATOR_NAMSPACE", "mine:")
+    code, out, err = sh("status")
+    assert code == 0
+    assert out.startswith("MODEL")
+    assert err == "warning: HORTATOR_NAMSPACE is no setting and is ignored: is HORTATOR_NAMESPACE meant?\n"
+
+
+def test_each_of_several_answers_is_printed_the_first_before_the_others(sh: Shell, worker: Worker) -> None:
+    job_id = sh.out("enqueue", "x", *MODEL, "--n", "3")
+    [claimed] = worker.claim()
+    worker.succeed_with(claimed, ["one", "two", "three"])
+    for command in ("result", "tail"):
+        assert sh.out(command, job_id).splitlines() == ["one", "two", "three"]
+
+
 def test_tail_of_a_job_that_ends_badly_ends_its_line_before_the_reason(sh: Shell, worker: Worker) -> None:
     job_id = sh.out("enqueue", "x", *MODEL)
     [claimed] = worker.claim()
@@ -225,6 +241,9 @@ def test_a_wrong_line_is_named_and_nothing_is_enqueued(
         (["worker", "--model", "/", "--tp", "0"], 2, "tensor_parallel_size"),
         (["worker", "--model", "/"], 2, "no config.json"),
         (["worker"], 2, "model_path is not set"),
+        (["worker", "--modle", "/x"], 2, "No such option: --modle (Possible options: "),
+        (["worker", "/x"], 2, "/x: a model goes behind --model"),
+        (["worker", "--model", "/x", "-E"], 2, "No such option: -E"),
         (["serve", "--port", "70000"], 2, "port"),
         (["status", "--redis-url", "http://u:sekret@h/"], 2, "redis://"),
         (["status", "--redis-url", "redis://u:sekret@127.0.0.1:1/"], 1, "127.0.0.1:1"),
@@ -269,7 +288,7 @@ def test_status_shows_queues_and_groups(sh: Shell) -> None:
 
 
 def test_dead_letters_are_listed_shown_harmless_and_replayed(sh: Shell, worker: Worker) -> None:
-    sh.out("enqueue", "x", *MODEL)
+    sh.out("enqueue", "12+30=", *MODEL)
     [claimed] = worker.claim()
     worker.fail(claimed, "poison", "it took two groups down")
     letter = worker.store.bury("demo", claimed.message, reason="poison\x1b[31m", job_id=claimed.lease.job_id)
@@ -282,6 +301,8 @@ def test_dead_letters_are_listed_shown_harmless_and_replayed(sh: Shell, worker: 
     shown = sh.out("dead-letters", "show", newest)
     assert r"\x1b]0;evil\x07\xff" in shown
     assert "\x1b" not in shown
+    assert "its body:" not in shown
+    assert '"prompt":"12+30="' in sh.out("dead-letters", "show", letter).partition("its body:\n")[2]
     assert sh.out("dead-letters", "replay", letter) == claimed.lease.job_id
     assert [again.lease.job_id for again in worker.claim()] == [claimed.lease.job_id]
 

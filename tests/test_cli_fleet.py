@@ -26,8 +26,8 @@ def beat(group: str, state: str = "ready", running: int = 64, **info: Any) -> Gr
     return GroupBeat(group=group, model="llama", running=running, capacity=64, epoch=3, state=state, info=told)
 
 
-def queue(*groups: GroupBeat, depth: int = 310) -> QueueInfo:
-    return QueueInfo(model="llama", depth=depth, oldest_age_s=2.1, running=64, suspects=0, groups=groups)
+def queue(*groups: GroupBeat, depth: int = 310, running: int = 64) -> QueueInfo:
+    return QueueInfo(model="llama", depth=depth, oldest_age_s=2.1, running=running, suspects=0, groups=groups)
 
 
 def test_a_group_is_one_row_with_its_figures() -> None:
@@ -62,7 +62,14 @@ def test_an_empty_queue_with_a_full_group_does_not_wait() -> None:
 
 
 def test_an_empty_queue_that_nobody_serves_says_that_jobs_would_wait() -> None:
-    assert page([queue(depth=0)]).splitlines()[-1].startswith("llama: jobs would wait: no group is alive")
+    shown = page([queue(depth=0, running=0)])
+    assert shown.splitlines()[-1].startswith("llama: jobs would wait: no group is alive")
+
+
+def test_jobs_that_a_dead_group_ran_wait() -> None:
+    shown = page([queue(depth=0, running=2)])
+    assert shown.splitlines()[-1].startswith("llama: jobs wait: no group is alive")
+    assert "2 jobs of a dead one go on with it" in shown
 
 
 def test_groups_of_another_version_are_shown_without_the_figures_that_they_do_not_give() -> None:

@@ -173,6 +173,7 @@ def test_a_models_memory_as_json_has_every_number(sh: Shell, fleet: Path) -> Non
     ("options", "problem"),
     [
         (["--gpu-memory", "24 GiB"], "what fits: max_model_len=38160, or tensor_parallel_size=2"),
+        (["--gpu-memory", "24"], '--gpu-memory 24 would be so many bytes: write the unit, as "24 GiB"'),
         (["--gpu-memory", "3x"], "--gpu-memory '3x' is no size: give one as \"80 GiB\" or in bytes"),
         (["--tp", "3"], "tensor_parallel_size=3 does not divide"),
         (["--dtype", "int8"], "dtype: Input should be 'auto', 'float32', 'bfloat16' or 'float16' (got 'int8')"),

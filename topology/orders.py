@@ -20,6 +20,8 @@ def leader_order(fleet: Fleet, group: PlannedGroup, *, python: Path, launcher: s
             check_hosts(seat.host for seat in group.hosts)
     seats = [{"host": seat.host, "devices": seat.devices} for seat in group.hosts]
     place = {
+        "REDIS_URL": fleet.redis_url,  # where the commands look, whatever the host's own environment names
+        "NAMESPACE": fleet.namespace,
         "GROUP": group.name,
         "HOSTS": json.dumps(seats, separators=(",", ":")),
         "LAUNCHER": launcher if len(seats) > 1 else "local",

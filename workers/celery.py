@@ -12,12 +12,12 @@ from celery import Celery, signals
 from kombu import Queue
 from kombu.transport import TRANSPORT_ALIASES
 from pydantic import ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from hortator.producer.errors import ConfigError
-from hortator.producer.redis_url import RedisUrl, kombu_url
-from hortator.producer.rules import Rules
+from hortator.producer.problems import listed
+from hortator.producer.redis_url import kombu_url
 from hortator.producer.schema import TASK_NAME
+from hortator.producer.settings import NamespaceSettings
 
 from . import commands  # noqa: F401  # what leaders can be told over remote control
 from .modelcheck import check_model
@@ -35,14 +35,8 @@ EX_CONFIG = 78  # sysexits.h: the settings cannot work
 STORE_TIMEOUT_S = 2.0  # how long a stalled Redis may keep the front from its group
 
 
-class BrokerSettings(BaseSettings):
-    """What even a process without a model must know; the same names and sources as WorkerSettings."""
-
-    model_config = SettingsConfigDict(env_prefix="HORTATOR_", frozen=True, extra="ignore", hide_input_in_errors=True)
-
-    redis_url: RedisUrl = "redis://127.0.0.1:6379/0"
-    namespace: str = ""
-    result_ttl_s: float = Rules.result_ttl_s
+class BrokerSettings(NamespaceSettings):
+    """What even a process without a model must know, from the sources that WorkerSettings has."""
 
     @classmethod
     def settings_customise_sources(cls, *args: Any, **kwargs: Any) -> Any:
@@ -67,7 +61,7 @@ class App(Celery):  # type: ignore[misc]
         try:
             return WorkerSettings()
         except ValidationError as error:
-            raise ConfigError("; ".join(_line(problem) for problem in error.errors())) from None
+            raise ConfigError(listed(error.errors())) from None
 
     def make_group(self) -> "Group":
         from .group import Group
@@ -109,15 +103,10 @@ def _broker_settings() -> BrokerSettings:
     try:
         return BrokerSettings()
     except ValidationError as error:
-        raise ConfigError("; ".join(_line(problem) for problem in error.errors())) from None
+        raise ConfigError(listed(error.errors())) from None
 
 
-def _line(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
-    return f"{where}: {problem['msg']}" if where else str(problem["msg"]).removeprefix("Value error, ")
-
-
-def _config(settings: WorkerSettings | BrokerSettings) -> dict[str, Any]:
+def _config(settings: NamespaceSettings) -> dict[str, Any]:
     options = {"global_keyprefix": settings.namespace, "socket_timeout": 2.0, "socket_connect_timeout": 2.0}
     url = kombu_url(settings.redis_url, transport="hortator")
     no_waiting = {"max_retries": 0, "interval_start": 0, "interval_step": 0}  # kombu would sleep in the front's thread

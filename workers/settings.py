@@ -12,14 +12,12 @@ from pydantic_settings import (
     BaseSettings,
     NoDecode,
     PydanticBaseSettingsSource,
-    SettingsConfigDict,
     TomlConfigSettingsSource,
 )
 
 from hortator.producer.errors import ConfigError
-from hortator.producer.redis_url import RedisUrl
 from hortator.producer.schema import ModelName
-from hortator.producer.settings import RuleSettings
+from hortator.producer.settings import NamespaceSettings
 from hortator.topology.errors import BadPlacement
 from hortator.topology.groupsettings import GroupSettings
 from hortator.topology.placement import Node, read_nodes
@@ -42,19 +40,8 @@ def _names(value: object) -> object:
     return names
 
 
-class WorkerSettings(RuleSettings, GroupSettings):
+class WorkerSettings(NamespaceSettings, GroupSettings):
     """One model group.  Names are the field's standard ones; times are in seconds, sizes in tokens unless they say."""
-
-    model_config = SettingsConfigDict(
-        env_prefix="HORTATOR_",
-        frozen=True,
-        extra="ignore",
-        hide_input_in_errors=True,  # a URL may hold a password
-    )
-
-    # the store; its rules are those of every producer
-    redis_url: RedisUrl = "redis://127.0.0.1:6379/0"
-    namespace: str = Field(default="", description="prefix of every key; the same as Celery's global_keyprefix")
 
     # the model
     model: ModelName | None = Field(default=None, description="queue name; default: the directory's name")

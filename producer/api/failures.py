@@ -12,8 +12,8 @@ HortatorError
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from starlette.responses import Response
 
@@ -27,8 +27,7 @@ from hortator.producer.errors import (
     UnknownJob,
     UnknownModel,
 )
-
-MAX_FIELDS_NAMED = 5
+from hortator.producer.problems import Problem, listed
 
 
 class ApiError(HortatorError):
@@ -117,20 +116,12 @@ def status_of(error: HortatorError) -> int:
     return next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 500)
 
 
-def describe(problems: Sequence[Mapping[str, Any]]) -> str:
+def describe(problems: Sequence[Problem]) -> str:
     """pydantic's complaints as one line: which field, what was wrong.  Text of the client is never repeated."""
-    named = [f"{field_name(problem['loc'])}: {problem['msg']}{got(problem)}" for problem in problems]
-    more = len(named) - MAX_FIELDS_NAMED
-    return "; ".join(named[:MAX_FIELDS_NAMED]) + (f"; and {more} more" if more > 0 else "")
+    return listed(problems, got=got)
 
 
-def field_name(location: Iterable[str | int]) -> str:
-    """sampling.stop.0; keys that a client chose are shortened and escaped."""
-    parts = [str(part)[:64].encode("ascii", "backslashreplace").decode() for part in location]
-    return ".".join(parts) or "body"
-
-
-def got(problem: Mapping[str, Any]) -> str:
+def got(problem: Problem) -> str:
     """Numbers are repeated, text never is: it may be the prompt."""
     value = problem.get("input")
     if isinstance(value, bool | float) or (isinstance(value, int) and abs(value) < 10**30):

@@ -1,6 +1,5 @@
 """The routes of jobs: submit, look, wait, stream, cancel."""
 
-import re
 import unicodedata
 from typing import Annotated, Any, TypeVar
 
@@ -9,6 +8,8 @@ from pydantic import BaseModel, ValidationError
 from starlette.responses import Response
 
 from hortator.producer.errors import UnknownJob
+from hortator.producer.job import misplaced
+from hortator.producer.message import is_job_id
 from hortator.producer.schema import Job, Sampling, State, Status
 
 from .body import parse_object
@@ -22,7 +23,6 @@ from .stream import EventStream, position, token_events
 from .watch import Watcher
 
 M = TypeVar("M", bound=BaseModel)
-ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 MAX_KEY_CHARS = 256
 DEFAULT_TENANT = str(Job.model_fields["tenant"].default)
 
@@ -80,6 +80,8 @@ class JobRoutes:
         `ignored`.
         """
         body = await self._object(request)
+        if problem := misplaced(body.parsed):
+            raise BadField(problem)
         job = owned(validated(Job, body.raw), caller_of(request))
         job = keyed(job, idempotency_key)
         [receipt] = await self._store.enqueue([job])
@@ -208,7 +210,7 @@ def unknown_fields(parsed: dict[str, Any]) -> tuple[str, ...]:
 
 
 def check_id(job_id: str) -> None:
-    if not ID.fullmatch(job_id):
+    if not is_job_id(job_id):
         raise Malformed("this is no job id: letters, digits and . _ : - only, at most 128")
 
 

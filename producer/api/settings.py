@@ -1,12 +1,28 @@
 """Settings of the API, read once at the edge: keyword > environment (HORTATOR_API_*)."""
 
+import json
+from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from .keys import KeyRing
+
+
+def _read_list(value: Any) -> Any:
+    """pydantic-settings would read it as well, and say neither which variable is wrong nor how it is written."""
+    if not isinstance(value, str):
+        return value
+    with suppress(ValueError):
+        found = json.loads(value)
+        if isinstance(found, list):
+            return found
+    raise ValueError('a list is written as JSON: ["one", "two"]')
+
+
+JSON_LIST = (NoDecode, BeforeValidator(_read_list))
 
 
 class ApiSettings(BaseSettings):
@@ -17,9 +33,11 @@ class ApiSettings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65_535, description="0: any free port")
 
-    keys: tuple[str, ...] = Field(default=(), description="lines as `hortator keys new` prints them")
+    keys: Annotated[tuple[str, ...], *JSON_LIST] = Field(
+        default=(), description="lines as `hortator keys new` prints them"
+    )
     keys_file: Path | None = Field(default=None, description="the same lines in a file")
-    open_paths: frozenset[Literal["/metrics", "/openapi.json", "/v1/queues"]] = Field(
+    open_paths: Annotated[frozenset[Literal["/metrics", "/openapi.json", "/v1/queues"]], *JSON_LIST] = Field(
         default=frozenset(), description="paths that need no key, beside /healthz and /readyz"
     )
 
@@ -35,7 +53,7 @@ class ApiSettings(BaseSettings):
     max_waiters: int = Field(default=1000, ge=1, description="long polls and streams at a time")
     poll_s: float = Field(default=0.02, gt=0, description="how often awaited jobs are looked at")
     keep_alive_s: float = Field(default=10.0, gt=0, description="a silent stream gets a comment after this")
-    sweep_s: float = Field(default=1.0, gt=0, description="how often deadlines and leases are looked at")
+    sweep_s: float = Field(default=1.0, gt=0, description="how often jobs past their deadline are ended")
     drain_s: float = Field(default=10.0, gt=0, description="SIGTERM: time for answers under way")
 
     def key_ring(self) -> KeyRing:

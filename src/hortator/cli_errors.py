@@ -1,7 +1,7 @@
 """How a command says no: exit codes, and one line on stderr."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 EXIT_OK = 0
@@ -44,7 +44,7 @@ def explain(error: Exception) -> int | None:
     if isinstance(error, ModuleNotFoundError) and (hint := missing_extra(error)):
         return fail_line(hint, EXIT_FAILED)
     if isinstance(error, ValueError) and (problems := settings_problems(error)):
-        return fail_line("; ".join(problems), EXIT_USAGE)
+        return fail_line(problems, EXIT_USAGE)
     return None
 
 
@@ -65,23 +65,20 @@ def missing_extra(error: ModuleNotFoundError) -> str | None:
     return f"this command needs more packages ({error.name} is missing): pip install 'hortator[{extra}]'{where}"
 
 
-def settings_problems(error: ValueError) -> list[str]:
+def settings_problems(error: ValueError) -> str:
     """What pydantic found wrong with settings, by the setting's name; empty for any other error."""
     from pydantic import ValidationError
-    from pydantic_settings import SettingsError
 
-    if isinstance(error, SettingsError):
-        return [str(error)]
+    from hortator.producer.problems import listed
+
     if not isinstance(error, ValidationError):
-        return []
-    return list(worded(error.errors(include_url=False)))
+        return ""
+    return listed(error.errors(include_url=False), got=value_of)
 
 
-def worded(problems: Iterable[Any]) -> Iterable[str]:
-    for problem in problems:
-        name = ".".join(str(part) for part in problem["loc"])
-        got = problem["input"]
-        shown = f" (got {got!r})" if isinstance(got, int | float) or (isinstance(got, str) and len(got) <= 40) else ""
-        secret = "url" in name or "key" in name
-        text = problem["msg"].removeprefix("Value error, ")
-        yield f"{name}: {text}{'' if secret else shown}" if name else text
+def value_of(problem: Mapping[str, Any]) -> str:
+    """What was given, unless it is long or may be a secret."""
+    name, value = ".".join(map(str, problem["loc"])), problem["input"]
+    secret = not name or "url" in name or "key" in name
+    short = isinstance(value, int | float) or (isinstance(value, str) and len(value) <= 40)
+    return f" (got {value!r})" if short and not secret else ""

@@ -284,7 +284,8 @@ def why(queue: "QueueInfo") -> str | None:
     found = hindrance(queue)
     if found is None or (not queue.depth and found.why not in (Why.NO_GROUP, Why.NOT_READY, Why.DRAINING)):
         return None
-    return f"jobs {'wait' if queue.depth else 'would wait'}: {found.text}"
+    some_wait = queue.depth or (queue.running and not queue.groups)
+    return f"jobs {'wait' if some_wait else 'would wait'}: {found.text}"
 
 
 def queue_json(queue: "QueueInfo") -> dict[str, Any]:

@@ -34,6 +34,7 @@ def settings_problem(fleet: "Fleet") -> str | None:
     """What is wrong with the settings (HORTATOR_*) in its environment."""
     from pydantic import ValidationError
 
+    from hortator.producer.problems import text_of
     from hortator.variables import PREFIX, strange_to_worker
     from hortator.workers.settings import read_setting
 
@@ -44,5 +45,5 @@ def settings_problem(fleet: "Fleet") -> str | None:
             try:
                 read_setting(name.removeprefix(PREFIX).lower(), value)
             except ValidationError as error:
-                return f"environment.{name}: {error.errors()[0]['msg'].removeprefix('Value error, ')}"
+                return f"environment.{name}: {text_of(error.errors()[0])}"
     return None

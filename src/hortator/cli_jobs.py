@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -159,7 +160,7 @@ def read_jobs(file: Path, common: dict[str, Any], sampling: dict[str, Any]) -> I
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        where = f"{file}:{number}"
+        where = f"{'stdin' if file == STDIN else file}:{number}"
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError) as problem:
@@ -180,15 +181,14 @@ def parsed(fields: dict[str, Any], common: dict[str, Any], sampling: dict[str, A
     from pydantic import ValidationError
 
     from hortator.producer.errors import BadRequest
-    from hortator.producer.job import describe
+    from hortator.producer.job import describe, misplaced
     from hortator.producer.schema import Job, Sampling
 
     own = fields.get("sampling", {})
     prefix = f"{where}: " if where else ""
-    misplaced = [name for name in fields if name in Sampling.model_fields]
     unknown = [f"sampling.{name}" for name in own if name not in Sampling.model_fields] if isinstance(own, dict) else []
-    if misplaced:
-        raise BadRequest(f"{prefix}{', '.join(misplaced)}: write it inside sampling")
+    if problem := misplaced(fields):
+        raise BadRequest(prefix + problem)
     if unknown:
         raise BadRequest(f"{prefix}unknown field {', '.join(unknown)[:200]}")
     merged = {**common, **fields, "sampling": {**sampling, **own} if isinstance(own, dict) else own}
@@ -196,8 +196,8 @@ def parsed(fields: dict[str, Any], common: dict[str, Any], sampling: dict[str, A
         raise BadRequest(f"{prefix}which model? give --model")
     try:
         return Job.model_validate(merged)
-    except ValidationError as problem:
-        raise BadRequest(prefix + describe(problem)) from None
+    except ValidationError as error:
+        raise BadRequest(prefix + describe(error)) from None
 
 
 def answers(talk: "Client", handles: list["JobHandle"], *, as_json: bool) -> int:
@@ -209,13 +209,15 @@ def answers(talk: "Client", handles: list["JobHandle"], *, as_json: bool) -> int
 
 
 def answer(handle: "JobHandle", *, wait_s: float | None, as_json: bool) -> int:
-    """Print one job's end: its text, or why there is none."""
+    """Print one job's end: the text of each answer, or why there is none."""
     from hortator.producer.errors import JobFailed
 
     try:
         if as_json:
             return json_answer(handle, wait_s=wait_s)
-        typer.echo(shown(handle.result(timeout_s=wait_s).text))
+        found = handle.result(timeout_s=wait_s)
+        for one in found.choices or (found,):
+            typer.echo(shown(one.text))
     except JobFailed as failed:
         return fail_line(failed.message, EXIT_FAILED)
     except TimeoutError:
@@ -243,17 +245,24 @@ def columns(rows: Iterable[tuple[str, ...]]) -> list[str]:
 
 
 def print_text(chunks: "Iterable[Chunk]") -> None:
-    """As it comes; its last line is ended even if the job ends badly, so that the reason stands on its own."""
+    """The first answer as it comes, further ones behind it.  Its last line is ended even if the job ends badly, so that
+    the reason stands on its own."""
     begun = False
+    others: defaultdict[int, str] = defaultdict(str)
     try:
         for chunk in chunks:
             begun = True
-            print_now(shown(chunk.text))
+            if chunk.choice:
+                others[chunk.choice] += chunk.text
+            else:
+                print_now(shown(chunk.text))
     except BaseException:
         if begun:
             print_now("\n")
         raise
     print_now("\n")
+    for _, text in sorted(others.items()):
+        typer.echo(shown(text))
 
 
 def print_now(text: str) -> None:

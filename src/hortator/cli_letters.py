@@ -1,5 +1,6 @@
 """Commands about dead letters: messages that can never run, and jobs that took groups down."""
 
+import base64
 import json
 import re
 import time
@@ -61,6 +62,8 @@ def show(
         for name, value in summary(letter).items():
             typer.echo(f"{name}: {printable(str(value))}")
         typer.echo(f"message:\n{message}")
+        if body := body_of(letter.message):
+            typer.echo(f"its body:\n{escaped(body)}")
     return EXIT_OK
 
 
@@ -93,6 +96,14 @@ def summary(letter: "DeadLetter") -> dict[str, str | int | None]:
         "buried_ms": letter.buried_ms,
         "message_bytes": letter.message_bytes,
     }
+
+
+def body_of(message: bytes) -> bytes | None:
+    """What a Celery message wraps in base64, where the job stands; None if it is not such a message."""
+    try:
+        return base64.b64decode(json.loads(message)["body"], validate=True)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def escaped(message: bytes) -> str:

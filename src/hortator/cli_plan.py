@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from hortator.topology.modelshape import ModelShape
     from hortator.topology.plan import Plan
 
+FEWEST_BYTES = 4096  # a smaller bare number has lost its unit
+
 FleetFile = Annotated[Path, typer.Argument(metavar="FLEET", help="fleet file (TOML or YAML)")]
 Hostfile = Annotated[Path | None, typer.Option("--hostfile", "-H", help="default: the fleet file's")]
 Include = Annotated[str, typer.Option("--include", "-i", help="use only these: HOST[:GPU,GPU]@HOST...")]
@@ -204,6 +206,8 @@ def parse_bytes(text: str, option: str) -> int:
 
     from hortator.topology.fleet import Bytes
 
+    if text.strip().isdecimal() and int(text) < FEWEST_BYTES:
+        raise typer.BadParameter(f'{option} {text} would be so many bytes: write the unit, as "{text.strip()} GiB"')
     try:
         return int(TypeAdapter(Bytes).validate_python(text))
     except ValidationError:

@@ -10,14 +10,14 @@ from typing import Annotated, NoReturn
 import typer
 
 from hortator.cli_errors import EXIT_FAILED, EXIT_OK, fail_line
-from hortator.cli_store import Namespace, RedisUrl, given, redacted, store_settings
+from hortator.cli_store import Namespace, RedisUrl, given, redacted, store_settings, tell_strange_variables
 
-EXTRA_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}
+CELERY_ARGUMENTS = {"allow_extra_args": True}  # those behind "--"
 
 
 def register(app: typer.Typer) -> None:
     app.command()(redis)
-    app.command(context_settings=EXTRA_ARGUMENTS)(worker)
+    app.command(context_settings=CELERY_ARGUMENTS)(worker)
     app.command()(serve)
 
 
@@ -68,6 +68,7 @@ def serve(
     signal.signal(signal.SIGINT, interrupt)  # it may be inherited as ignored; later it is uvicorn's
     settings = ApiSettings(**given(host=host, port=port))
     where = store_settings(redis_url, namespace)
+    tell_strange_variables()
     for said in strange_to_api(os.environ, ApiSettings):
         typer.echo(f"warning: {said}", err=True)
     settings.key_ring()  # a wrong key file is refused before the port is taken
@@ -121,8 +122,10 @@ def worker(
 ) -> int:
     """Run a model group: its leader and its ranks.
 
-    The same as `celery -A hortator.workers worker -Q MODEL` with HORTATOR_* set; further arguments go to celery.
+    The same as `celery -A hortator.workers worker -Q MODEL` with HORTATOR_* set; arguments after -- go to celery.
     """
+    if context.args and not context.args[0].startswith("-"):
+        raise typer.BadParameter(f"{context.args[0]}: a model goes behind --model, what celery shall have behind --")
     import celery  # noqa: F401  # a missing extra is said before anything else
 
     from hortator.cli_plan import parse_bytes

@@ -1,5 +1,6 @@
 """Which Redis a command talks to: its options, else HORTATOR_REDIS_URL and HORTATOR_NAMESPACE."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,6 +35,7 @@ def given(**options: Any) -> dict[str, Any]:
 @contextmanager
 def client(redis_url: str | None, namespace: str | None, tenant: str = "default") -> Iterator["Client"]:
     """A client for one command."""
+    tell_strange_variables()
     from hortator.producer.client import Client
 
     with Client(redis_url, namespace=namespace, tenant=tenant) as opened:
@@ -47,3 +49,11 @@ def redacted(url: str) -> str:
     if ":" in user:
         user = user.partition(":")[0] + ":***"
     return urlunsplit(parts._replace(netloc=user + at + address, query="", fragment=""))
+
+
+def tell_strange_variables() -> None:
+    """Before anything is asked, for one of them may have meant another Redis."""
+    from hortator.variables import strange_to_worker
+
+    for said in strange_to_worker(os.environ):
+        typer.echo(f"warning: {said}", err=True)

@@ -18,7 +18,7 @@ from hortator.producer.api import ApiSettings, create_app
 from hortator.producer.api.server import Server, address_of, listen
 from hortator.producer.embedded import EmbeddedRedis
 from hortator.producer.redis_store import AsyncRedisStore, RedisStore
-from hortator.producer.schema import Chunk, Failure, FinishReason, Result, State, Usage
+from hortator.producer.schema import Choice, Chunk, Failure, FinishReason, Result, State, Usage
 from hortator.producer.store import Append, Claimed, GroupBeat, Outcome, Verdict
 
 T = TypeVar("T")
@@ -70,6 +70,19 @@ class Worker:
             finish_reason=FinishReason.STOP,
             usage=Usage(prompt_tokens=6, completion_tokens=len(words)),
         )
+        self._commit(Outcome(claimed.lease, State.SUCCEEDED, result=result))
+
+    def succeed_with(self, claimed: Claimed, texts: list[str]) -> None:
+        """Several answers of one token each."""
+        journal = [
+            Append(claimed.lease, Chunk(index=n, token_ids=(n,), text=text, choice=n)) for n, text in enumerate(texts)
+        ]
+        self.store.append(journal)
+        choices = tuple(
+            Choice(index=n, text=text, token_ids=(n,), finish_reason=FinishReason.STOP) for n, text in enumerate(texts)
+        )
+        usage = Usage(prompt_tokens=6, completion_tokens=len(texts))
+        result = Result(**choices[0].model_dump(exclude={"index"}), usage=usage, choices=choices)
         self._commit(Outcome(claimed.lease, State.SUCCEEDED, result=result))
 
     def fail(self, claimed: Claimed, code: str, message: str) -> None:

@@ -85,8 +85,18 @@ def test_header_and_body_must_not_name_two_keys(api: Api) -> None:
 
 
 def test_fields_that_nobody_knows_are_named_in_the_answer(api: Api) -> None:
-    answer = api.http.post("/v1/jobs", json=job(max_tokens=5, sampling={"temprature": 1}))
-    assert answer.json()["ignored"] == ["max_tokens", "sampling.temprature"]
+    answer = api.http.post("/v1/jobs", json=job(colour="red", sampling={"temprature": 1}))
+    assert answer.json()["ignored"] == ["colour", "sampling.temprature"]
+
+
+def test_a_sampling_parameter_beside_the_prompt_is_refused_and_not_ignored(api: Api) -> None:
+    answer = api.http.post("/v1/jobs", json=job(max_tokens=5, seed=1))
+    assert answer.status_code == 422
+    assert answer.json()["error"] == {
+        "code": "bad_request",
+        "message": "max_tokens, seed: write it inside sampling",
+    }
+    assert not api.worker.claim()
 
 
 def test_an_unknown_job_is_404_and_not_queued(api: Api) -> None:

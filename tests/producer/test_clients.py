@@ -250,7 +250,7 @@ def test_watching_many_jobs_takes_one_question_at_a_time(rig: Rig, monkeypatch: 
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({}, "job: .*exactly one of"),
+        ({}, "^give exactly one of"),
         ({"prompt": "x", "token_ids": [1]}, "exactly one of"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": 7}, "prompt"),
@@ -262,6 +262,7 @@ def test_watching_many_jobs_takes_one_question_at_a_time(rig: Rig, monkeypatch: 
         ({"prompt": "SECRET", "deadline_s": -1}, "deadline_s"),
         ({"prompt": "SECRET", "deadline_s": float("nan")}, "deadline_s"),
         ({"prompt": "SECRET", "metadata": {"k": 1}}, "metadata.k"),
+        ({"prompt": "SECRET", "sampling": {"max_token": 3}}, "sampling.max_token: .*did you mean max_tokens"),
         ({"prompt": "SECRET", "tenant": "../x"}, "tenant"),
         ({"prompt": "SECRET\ud800"}, "prompt"),
     ],

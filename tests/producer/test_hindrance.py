@@ -12,14 +12,15 @@ def beat(group: str = "a", state: str = "ready", running: int = 0, **info: Any) 
     return GroupBeat(group=group, model="m", running=running, capacity=8, epoch=1, state=state, info=info)
 
 
-def queue(*groups: GroupBeat, suspects: int = 0) -> QueueInfo:
-    return QueueInfo(model="m", depth=3, oldest_age_s=1.0, running=0, suspects=suspects, groups=groups)
+def queue(*groups: GroupBeat, suspects: int = 0, running: int = 0) -> QueueInfo:
+    return QueueInfo(model="m", depth=3, oldest_age_s=1.0, running=running, suspects=suspects, groups=groups)
 
 
 @pytest.mark.parametrize(
     ("waiting", "why", "said"),
     [
         (queue(), Why.NO_GROUP, "no group is alive: start one"),
+        (queue(running=2), Why.NO_GROUP, "; 2 jobs of a dead one go on with it"),
         (queue(beat(state="starting")), Why.NOT_READY, "a is starting"),
         (queue(beat(state="down", last_failure="rank 1 died")), Why.NOT_READY, "a is down: rank 1 died"),
         (queue(beat(state="draining"), beat("b", "draining")), Why.DRAINING, "a, b drain and take nothing"),

@@ -59,6 +59,16 @@ def test_a_leader_is_told_its_group_and_where_its_ranks_are(fleet: Fleet, monkey
     assert hosts_of_ranks(planned(fleet)) == ("10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.2")
 
 
+def test_a_leader_uses_the_redis_of_its_fleet_whatever_its_host_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = parse_fleet('[[models]]\nname = "m"\npath = "/m"\n')
+    monkeypatch.setenv("HORTATOR_REDIS_URL", "redis://elsewhere:1/0")
+    monkeypatch.setenv("HORTATOR_NAMESPACE", "elsewhere:")
+    for name, value in leader_order(fleet, planned(fleet), python=PYTHON).environment.items():
+        monkeypatch.setenv(name, value)
+    settings = WorkerSettings()
+    assert (settings.redis_url, settings.namespace) == (fleet.redis_url, "")
+
+
 def test_what_the_file_does_not_say_of_ssh_is_left_to_sshs_own_configuration(fleet: Fleet) -> None:
     order = leader_order(fleet, planned(fleet), python=PYTHON)
     assert "HORTATOR_SSH_PORT" not in order.environment

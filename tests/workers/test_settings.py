@@ -58,3 +58,13 @@ def test_a_leader_keeps_to_the_rules_in_the_environment(monkeypatch: pytest.Monk
         monkeypatch.setenv(f"HORTATOR_{name.upper()}", str(value))
     with App(WorkerSettings()).make_store() as store:
         assert store.rules == replace(Rules(), **said)  # type: ignore[arg-type]
+
+
+def test_a_process_without_a_model_finds_its_redis_where_a_worker_does(
+    toml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toml.write_text('redis_url = "redis://file:1/0"\nnamespace = "file:"\nlease_s = 7.0\n')
+    monkeypatch.setenv("HORTATOR_NAMESPACE", "env:")
+    conf = App().conf
+    assert conf.broker_url == "redis://file:1/0"
+    assert conf.broker_transport_options["global_keyprefix"] == "env:"
