@@ -1,8 +1,7 @@
 """The listening end of a port on which frames come in: sockets, buffers, strangers; what frames mean is not known here.
 
-Bytes of strangers cost them their own connection and nothing else: half frames wait in their own buffer, which is small,
-and whoever has not said something valid within HELLO_TIMEOUT_S is dropped.  A host that sends many strangers crowds out
-its own.
+Bytes of strangers cost them their own connection and nothing else: half frames wait in their own small buffer, and
+whoever has not said something valid within HELLO_TIMEOUT_S is dropped.  A host that sends many crowds out its own.
 """
 
 import contextlib
@@ -22,7 +21,7 @@ HELLO_TIMEOUT_S = 2.0
 MAX_STRANGERS = 128
 MAX_STRANGE_PAYLOAD_BYTES = 64 * 1024
 ACCEPTED_AT_A_TIME = 128
-"""As many as can wait in the backlog: a flood of connections must not make one that belongs here wait for many turns."""
+"""As many as the backlog holds: in a flood of connections one that belongs here must not wait for many turns."""
 MAX_UNSENT_BYTES = 256 * 1024
 MAX_REASONS = 100  # strangers may make them up
 NONCE_BYTES = 16

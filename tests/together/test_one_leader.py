@@ -5,7 +5,6 @@ from pathlib import Path
 
 from tests.together.fleet import Fleet, wait_for
 
-
 START_S = 90.0  # three leaders import and start, one after the other, on whatever else the machine does
 
 
