@@ -1,13 +1,16 @@
 """Asks leaders (commands.py) over Celery's remote control, and waits until they have done what they were told."""
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from celery import Celery
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
 
-from hortator.producer.errors import GroupFailed, HortatorError
+from hortator.producer.errors import GroupFailed, HortatorError, StoreUnavailable
 from hortator.producer.redis_url import kombu_url
 from hortator.producer.store import GroupBeat, Store
 
@@ -58,9 +61,15 @@ class FleetControl:
     def close(self) -> None:
         self._app.close()
 
-    def alive(self) -> dict[str, GroupBeat]:
-        """Groups by name, as they last said of themselves."""
-        return {beat.group: beat for queue in self._store.queues() for beat in queue.groups}
+    def alive(self, *, patient_until: float = 0.0) -> dict[str, GroupBeat]:
+        """Groups by name, as they last said of themselves.  Who waits for them anyway waits for Redis, too."""
+        while True:
+            try:
+                return {beat.group: beat for queue in self._store.queues() for beat in queue.groups}
+            except StoreUnavailable:
+                if time.monotonic() > patient_until:
+                    raise
+                time.sleep(POLL_S)
 
     def chosen(self, groups: Sequence[str], *, everything: bool = False) -> list[str]:
         """The groups that are meant, all alive.  Raises NoSuchGroup, also if everything is nothing."""
@@ -87,13 +96,16 @@ class FleetControl:
         return heard
 
     def _ask(self, command: str, groups: Sequence[str]) -> dict[str, Leader]:
-        replies = self._app.control.broadcast(
-            f"group_{command}",
-            arguments={"groups": list(groups)},
-            reply=True,
-            timeout=REPLY_TIMEOUT_S / 2,
-            limit=max(len(self.alive()), 1),
-        )
+        try:
+            replies = self._app.control.broadcast(
+                f"group_{command}",
+                arguments={"groups": list(groups)},
+                reply=True,
+                timeout=REPLY_TIMEOUT_S / 2,
+                limit=max(len(self.alive()), 1),
+            )
+        except (OperationalError, RedisError, OSError) as error:
+            raise StoreUnavailable(f"Redis went away while leaders were asked: {error}; try again") from error
         told = [said for reply in replies or () for said in reply.values()]
         leaders = [leader for said in told if (leader := read_leader(said)) is not None]
         return {leader.group: leader for leader in leaders if leader.obeys}
@@ -118,16 +130,21 @@ class FleetControl:
         well = drained_by  # when it was last seen on its way
         while time.monotonic() < min(drained_by + before.start_timeout_s, well + SILENCE_S):
             time.sleep(POLL_S)
-            now = self.alive().get(group)
+            now = self.alive(patient_until=well + SILENCE_S).get(group)
             if now is not None and now.state in ("draining", "starting"):
                 well = max(well, time.monotonic())
             elif now is not None:
-                after = self._ask("look", [group]).get(group)
+                after = self._look(group)
                 if after is not None and after.life != before.life and after.state == "ready":
                     return time.monotonic() - began
         now = self.alive().get(group)
         why = f"it is {now.state}: {now.info.get('last_failure')}" if now else "its leader is gone: see its log"
         raise GroupFailed(f"{group} did not come back within {time.monotonic() - began:.0f} s: {why}")
+
+    def _look(self, group: str) -> Leader | None:
+        with contextlib.suppress(StoreUnavailable):
+            return self._ask("look", [group]).get(group)
+        return None
 
     def _is_drained(self, group: str, alive: dict[str, GroupBeat]) -> bool:
         beat = alive.get(group)
@@ -143,7 +160,7 @@ class FleetControl:
     ) -> None:
         left = list(groups)
         while left:
-            alive = self.alive()
+            alive = self.alive(patient_until=until)
             for group in [group for group in left if done(group, alive)]:
                 left.remove(group)
                 on_done(group)
