@@ -1,7 +1,8 @@
-"""What a connection may cost before it has asked anything: a place among those that descriptors suffice for, for a while.
+"""What a connection may cost before it has asked anything: one of the places that descriptors suffice for, and that for
+a while only.
 
-uvicorn keeps a connection that stays silent, or sends its headers a byte at a time, for ever; and when descriptors run out
-asyncio serves nobody and logs every try.
+uvicorn keeps a connection that stays silent, or sends its headers a byte at a time, for ever; and when descriptors run
+out asyncio serves nobody and logs every try.
 """
 
 import asyncio
