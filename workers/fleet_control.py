@@ -105,7 +105,9 @@ class FleetControl:
                 limit=max(len(self.alive()), 1),
             )
         except (OperationalError, RedisError, OSError) as error:
-            raise StoreUnavailable(f"Redis went away while leaders were asked: {error}; try again") from error
+            raise StoreUnavailable(
+                f"leaders cannot be asked over Redis: {error}; `hortator down --fleet FLEET` ends them without it"
+            ) from error
         told = [said for reply in replies or () for said in reply.values()]
         leaders = [leader for said in told if (leader := read_leader(said)) is not None]
         return {leader.group: leader for leader in leaders if leader.obeys}
@@ -123,27 +125,34 @@ class FleetControl:
         self._wait(groups, until, lambda group, alive: group not in alive, on_done, "is still there")
 
     def restart(self, group: str) -> float:
-        """Drain, start again, wait until it is ready; the seconds that took."""
+        """Drain, start again, wait until it is ready; the seconds that took.
+
+        An answer may be lost with a Redis that is away for a moment, so what counts is what the leader becomes."""
         began = time.monotonic()
-        before = self.tell("restart", [group])[group]
+        before = self.tell("look", [group])[group]
+        self._try("restart", group)
         drained_by = began + before.grace_s + LAST_WORDS_S
         well = drained_by  # when it was last seen on its way
         while time.monotonic() < min(drained_by + before.start_timeout_s, well + SILENCE_S):
             time.sleep(POLL_S)
             now = self.alive(patient_until=well + SILENCE_S).get(group)
-            if now is not None and now.state in ("draining", "starting"):
+            draining = now is not None and now.state == "draining" and time.monotonic() < drained_by
+            if now is not None and (draining or now.state == "starting"):
                 well = max(well, time.monotonic())
             elif now is not None:
-                after = self._look(group)
-                if after is not None and after.life != before.life and after.state == "ready":
+                after = self._try("look", group)
+                if after is not None and after.life == before.life:  # who has heard of it answers no more
+                    self._try("restart", group)
+                elif after is not None and after.state == "ready":
                     return time.monotonic() - began
         now = self.alive().get(group)
         why = f"it is {now.state}: {now.info.get('last_failure')}" if now else "its leader is gone: see its log"
         raise GroupFailed(f"{group} did not come back within {time.monotonic() - began:.0f} s: {why}")
 
-    def _look(self, group: str) -> Leader | None:
+    def _try(self, command: str, group: str) -> Leader | None:
+        """The leader's answer, if one comes."""
         with contextlib.suppress(StoreUnavailable):
-            return self._ask("look", [group]).get(group)
+            return self._ask(command, [group]).get(group)
         return None
 
     def _is_drained(self, group: str, alive: dict[str, GroupBeat]) -> bool:
