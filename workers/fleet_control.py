@@ -156,8 +156,9 @@ class FleetControl:
         return None
 
     def _is_drained(self, group: str, alive: dict[str, GroupBeat]) -> bool:
-        beat = alive.get(group)
-        return beat is None or (beat.state == "draining" and beat.running == 0)
+        if group not in alive:
+            raise GroupFailed(f"{group} is gone: its leader has ended, and what it ran goes to other groups")
+        return alive[group].state == "draining" and alive[group].running == 0
 
     def _wait(
         self,
