@@ -98,7 +98,8 @@ class RankConfig(BaseModel):
 
 
 EngineFactory = Callable[[RankConfig, "Mesh"], Engine]
-"""What `engine = "module:factory"` names: called once on every rank, after the ranks have met."""
+"""What `engine = "module:factory"` names: called once on every rank, after the ranks have met.  Its own process
+groups it makes now: over gloo nobody gets through to another rank later (doors.py)."""
 
 
 def main() -> NoReturn:

@@ -379,7 +379,8 @@ def test_a_crowd_of_strangers_does_not_keep_ranks_out(front: Front) -> None:
     assert front.troubles == []
 
 
-def test_a_host_that_sends_a_crowd_crowds_out_its_own(front: Front) -> None:
+def test_a_host_that_sends_a_crowd_crowds_out_its_own(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire_module, "HELLO_TIMEOUT_S", 60.0)
     quiet = front.stranger()
     for _ in range(3 * MAX_STRANGERS):
         front.stranger(source="127.0.0.2")
