@@ -150,6 +150,22 @@ def test_a_stopping_serve_answers_who_waits(newest_redis_url: str) -> None:
         assert process.wait(5) in (0, -signal.SIGTERM)
 
 
+def test_a_crowd_that_asks_nothing_takes_serve_no_descriptor_that_it_needs(newest_redis_url: str) -> None:
+    few = ("sh", "-c", 'ulimit -n 64; exec "$@"', "sh")
+    with running("serve", "--port", "0", before=few, HORTATOR_REDIS_URL=newest_redis_url) as process:
+        url = serving(process)
+        crowd = [socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=5) for _ in range(200)]
+        refused = httpx.get(f"{url}/readyz")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "too_many_connections")
+        for silent in crowd:
+            silent.close()
+        wait_for("readyz", lambda: httpx.get(f"{url}/readyz").status_code == 200)
+        process.terminate()
+        process.wait(5)
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+
+
 def test_serve_without_redis_starts_says_so_and_recovers(tmp_path: Path) -> None:
     redis = EmbeddedRedis(tmp_path)
     redis.start()

@@ -12,7 +12,7 @@
 
 The key is drawn for every launch.  On accept the front sends CHALLENGE with a nonce; from then on both ends use a key
 derived from it, and count frames.  So a frame that was recorded elsewhere, or earlier, or in the other direction, does
-not verify.  Nothing is parsed before its MAC is checked, and never more than MAX_PAYLOAD_BYTES are held for a stranger.
+not verify.  Nothing is parsed before its MAC is checked, and never more than `max_payload_bytes` are held for a sender.
 """
 
 import hashlib
@@ -78,6 +78,8 @@ class Framer:
         self._outgoing, self._incoming = (0, 1) if front else (1, 0)
         self._sent = self._received = 0
         self._buffer = bytearray()
+        self.max_payload_bytes = MAX_PAYLOAD_BYTES
+        """Of what comes in."""
 
     def rekey(self, nonce: bytes) -> None:
         """Both ends call this after CHALLENGE."""
@@ -133,8 +135,8 @@ class Framer:
             raise BadFrame(f"version {version}, not {VERSION}")
         if epoch != self._epoch:
             raise BadFrame(f"epoch {epoch}, not {self._epoch}")
-        if length > MAX_PAYLOAD_BYTES:
-            raise BadFrame(f"{length} bytes announced, {MAX_PAYLOAD_BYTES} allowed")
+        if length > self.max_payload_bytes:
+            raise BadFrame(f"{length} bytes announced, {self.max_payload_bytes} allowed")
         try:
             return Kind(kind), rank, length
         except ValueError:

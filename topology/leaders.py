@@ -287,9 +287,11 @@ class StateDirectory:
         return next((line.strip()[:400] for line in reversed(self.tail(group, 40)) if line.strip()), "it said nothing")
 
     def _last_words(self, group: str) -> str:
-        """Why it ended: what was critical, if it says so among the last lines, else the last one."""
-        lines = reversed(self.tail(group, 12))
-        return next((line.strip()[:400] for line in lines if ": CRITICAL/" in line), self._last_line(group))
+        """Why it ended: what was critical, if it says so among the last lines, else its own last one, else a rank's."""
+        lines = [line.strip()[:400] for line in reversed(self.tail(group, 40)) if line.strip()]
+        critical = (line for line in lines[:12] if ": CRITICAL/" in line)
+        own = (line for line in lines if "] [rank " not in line)
+        return next(critical, None) or next(own, None) or self._last_line(group)
 
     def _read(self, group: str) -> Record | None:
         try:

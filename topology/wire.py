@@ -1,7 +1,7 @@
 """The listening end of a port on which frames come in: sockets, buffers, strangers; what frames mean is not known here.
 
-Bytes of strangers cost them their own connection and nothing else: half frames wait in their own buffer, and whoever
-has not said something valid within HELLO_TIMEOUT_S is dropped.
+Bytes of strangers cost them their own connection and nothing else: half frames wait in their own small buffer, and
+whoever has not said something valid within HELLO_TIMEOUT_S is dropped.  A host that sends many crowds out its own.
 """
 
 import contextlib
@@ -15,11 +15,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import BadFrame, PortTaken
-from .frames import FRONT, Frame, Framer, Kind
+from .frames import FRONT, MAX_PAYLOAD_BYTES, Frame, Framer, Kind
 
 HELLO_TIMEOUT_S = 2.0
-MAX_STRANGERS = 32
+MAX_STRANGERS = 128
+MAX_STRANGE_PAYLOAD_BYTES = 64 * 1024
+ACCEPTED_AT_A_TIME = 128
+"""As many as the backlog holds: in a flood of connections one that belongs here must not wait for many turns."""
 MAX_UNSENT_BYTES = 256 * 1024
+MAX_REASONS = 100  # strangers may make them up
 NONCE_BYTES = 16
 _RECEIVE_BYTES = 65536
 
@@ -31,6 +35,7 @@ class Connection:
     sock: socket.socket
     framer: Framer
     accepted: float
+    host: str
     member: int | None = None
     unsent: bytearray = field(default_factory=bytearray)
 
@@ -110,7 +115,8 @@ class Wire:
         self._selector.unregister(connection.sock)
         connection.sock.close()
         if connection.member is None:
-            self.rejected[reason] += 1
+            known = reason in self.rejected or len(self.rejected) < MAX_REASONS
+            self.rejected[reason if known else "other"] += 1
         else:
             self._on_lost(connection.member, reason)
 
@@ -127,19 +133,27 @@ class Wire:
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
-            sock, _ = self._listener.accept()
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            framer = Framer(self._key, epoch=self._epoch, front=True)
-            connection = Connection(sock, framer, time.monotonic())
-            self.connections.add(connection)
-            self._selector.register(sock, selectors.EVENT_READ, connection)
-            nonce = secrets.token_bytes(NONCE_BYTES)
-            self.send(connection, Kind.CHALLENGE, {"nonce": nonce.hex()})
-            framer.rekey(nonce)
-        strangers = sorted((c for c in self.connections if c.member is None), key=lambda c: c.accepted)
-        for connection in strangers[: -self._max_strangers]:
-            self.drop(connection, "too many strangers")
+            for _ in range(ACCEPTED_AT_A_TIME):
+                sock, (host, *_) = self._listener.accept()
+                self._greet(sock, host)
+        strangers = [c for c in self.connections if c.member is None]
+        while len(strangers) > self._max_strangers:
+            crowds = Counter(c.host for c in strangers)
+            one_too_many = min(strangers, key=lambda c: (-crowds[c.host], c.accepted))
+            strangers.remove(one_too_many)
+            self.drop(one_too_many, "too many strangers")
+
+    def _greet(self, sock: socket.socket, host: str) -> None:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        framer = Framer(self._key, epoch=self._epoch, front=True)
+        framer.max_payload_bytes = MAX_STRANGE_PAYLOAD_BYTES
+        connection = Connection(sock, framer, time.monotonic(), host)
+        self.connections.add(connection)
+        self._selector.register(sock, selectors.EVENT_READ, connection)
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        self.send(connection, Kind.CHALLENGE, {"nonce": nonce.hex()})
+        framer.rekey(nonce)
 
     def _serve(self, connection: Connection, events: int) -> None:
         if events & selectors.EVENT_WRITE:
@@ -152,6 +166,8 @@ class Wire:
                 self._on_frame(connection, frame)
                 if connection not in self.connections:
                     return
+                if connection.member is not None:
+                    connection.framer.max_payload_bytes = MAX_PAYLOAD_BYTES
         except BlockingIOError:
             return
         except BadFrame as error:

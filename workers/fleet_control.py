@@ -1,13 +1,16 @@
 """Asks leaders (commands.py) over Celery's remote control, and waits until they have done what they were told."""
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from celery import Celery
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
 
-from hortator.producer.errors import GroupFailed, HortatorError
+from hortator.producer.errors import GroupFailed, HortatorError, StoreUnavailable
 from hortator.producer.redis_url import kombu_url
 from hortator.producer.store import GroupBeat, Store
 
@@ -58,9 +61,15 @@ class FleetControl:
     def close(self) -> None:
         self._app.close()
 
-    def alive(self) -> dict[str, GroupBeat]:
-        """Groups by name, as they last said of themselves."""
-        return {beat.group: beat for queue in self._store.queues() for beat in queue.groups}
+    def alive(self, *, patient_until: float = 0.0) -> dict[str, GroupBeat]:
+        """Groups by name, as they last said of themselves.  Who waits for them anyway waits for Redis, too."""
+        while True:
+            try:
+                return {beat.group: beat for queue in self._store.queues() for beat in queue.groups}
+            except StoreUnavailable:
+                if time.monotonic() > patient_until:
+                    raise
+                time.sleep(POLL_S)
 
     def chosen(self, groups: Sequence[str], *, everything: bool = False) -> list[str]:
         """The groups that are meant, all alive.  Raises NoSuchGroup, also if everything is nothing."""
@@ -87,13 +96,18 @@ class FleetControl:
         return heard
 
     def _ask(self, command: str, groups: Sequence[str]) -> dict[str, Leader]:
-        replies = self._app.control.broadcast(
-            f"group_{command}",
-            arguments={"groups": list(groups)},
-            reply=True,
-            timeout=REPLY_TIMEOUT_S / 2,
-            limit=max(len(self.alive()), 1),
-        )
+        try:
+            replies = self._app.control.broadcast(
+                f"group_{command}",
+                arguments={"groups": list(groups)},
+                reply=True,
+                timeout=REPLY_TIMEOUT_S / 2,
+                limit=max(len(self.alive()), 1),
+            )
+        except (OperationalError, RedisError, OSError) as error:
+            raise StoreUnavailable(
+                f"leaders cannot be asked over Redis: {error}; `hortator down --fleet FLEET` ends them without it"
+            ) from error
         told = [said for reply in replies or () for said in reply.values()]
         leaders = [leader for said in told if (leader := read_leader(said)) is not None]
         return {leader.group: leader for leader in leaders if leader.obeys}
@@ -111,27 +125,40 @@ class FleetControl:
         self._wait(groups, until, lambda group, alive: group not in alive, on_done, "is still there")
 
     def restart(self, group: str) -> float:
-        """Drain, start again, wait until it is ready; the seconds that took."""
+        """Drain, start again, wait until it is ready; the seconds that took.
+
+        An answer may be lost with a Redis that is away for a moment, so what counts is what the leader becomes."""
         began = time.monotonic()
-        before = self.tell("restart", [group])[group]
+        before = self.tell("look", [group])[group]
+        self._try("restart", group)
         drained_by = began + before.grace_s + LAST_WORDS_S
         well = drained_by  # when it was last seen on its way
         while time.monotonic() < min(drained_by + before.start_timeout_s, well + SILENCE_S):
             time.sleep(POLL_S)
-            now = self.alive().get(group)
-            if now is not None and now.state in ("draining", "starting"):
+            now = self.alive(patient_until=well + SILENCE_S).get(group)
+            draining = now is not None and now.state == "draining" and time.monotonic() < drained_by
+            if now is not None and (draining or now.state == "starting"):
                 well = max(well, time.monotonic())
             elif now is not None:
-                after = self._ask("look", [group]).get(group)
-                if after is not None and after.life != before.life and after.state == "ready":
+                after = self._try("look", group)
+                if after is not None and after.life == before.life:  # who has heard of it answers no more
+                    self._try("restart", group)
+                elif after is not None and after.state == "ready":
                     return time.monotonic() - began
         now = self.alive().get(group)
         why = f"it is {now.state}: {now.info.get('last_failure')}" if now else "its leader is gone: see its log"
         raise GroupFailed(f"{group} did not come back within {time.monotonic() - began:.0f} s: {why}")
 
+    def _try(self, command: str, group: str) -> Leader | None:
+        """The leader's answer, if one comes."""
+        with contextlib.suppress(StoreUnavailable):
+            return self._ask(command, [group]).get(group)
+        return None
+
     def _is_drained(self, group: str, alive: dict[str, GroupBeat]) -> bool:
-        beat = alive.get(group)
-        return beat is None or (beat.state == "draining" and beat.running == 0)
+        if group not in alive:
+            raise GroupFailed(f"{group} is gone: its leader has ended, and what it ran goes to other groups")
+        return alive[group].state == "draining" and alive[group].running == 0
 
     def _wait(
         self,
@@ -143,7 +170,7 @@ class FleetControl:
     ) -> None:
         left = list(groups)
         while left:
-            alive = self.alive()
+            alive = self.alive(patient_until=until)
             for group in [group for group in left if done(group, alive)]:
                 left.remove(group)
                 on_done(group)

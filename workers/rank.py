@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from hortator.producer.errors import ConfigError, HortatorError
 from hortator.topology.codeprint import code_digest
 from hortator.topology.control import listen
+from hortator.topology.doors import close_doors
 from hortator.topology.errors import LeaderLost, MeshFailed, NoDevice, PortTaken, Refused
 from hortator.topology.launch import PARENT_VARIABLE
 from hortator.topology.tether import EXIT_LEADER_LOST, ControlClient, exit_process
@@ -97,7 +98,8 @@ class RankConfig(BaseModel):
 
 
 EngineFactory = Callable[[RankConfig, "Mesh"], Engine]
-"""What `engine = "module:factory"` names: called once on every rank, after the ranks have met."""
+"""What `engine = "module:factory"` names: called once on every rank, after the ranks have met.  Its own process
+groups it makes now: over gloo nobody gets through to another rank later (doors.py)."""
 
 
 def main() -> NoReturn:
@@ -218,6 +220,8 @@ def serve(config: RankConfig, control: ControlClient, listener: socket.socket | 
     met = time.monotonic()
     engine = load_engine(config, mesh)
     spent = {"meet_s": f"{met - begun:.1f}", "load_s": f"{time.monotonic() - met:.1f}"}
+    if mesh is not None and mesh.backend == "gloo":  # NCCL connects pairs of ranks only when they first talk
+        close_doors()
     channel: Channel = InProcessChannel()
     if mesh is not None and mesh.world_group is not None:
         channel = DistributedChannel(mesh.world_group, mesh.device, ahead=mesh.pp_size - 1)

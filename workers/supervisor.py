@@ -22,6 +22,7 @@ from hortator.topology.vitals import Cause, Trouble, Vitals
 from .engine.step import EngineInfo
 from .launching import check_meeting_host, rank_commands
 from .rank import Exit, read_description
+from .ranklog import RankLog
 from .settings import WorkerSettings
 from .watch import Watch
 
@@ -32,7 +33,6 @@ HEALTHY_S = 10.0
 MAX_BACKOFF_S = 30.0
 
 log = logging.getLogger("hortator.group")
-rank_log = logging.getLogger("hortator.rank")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +107,7 @@ class Supervisor:
         self.rejected: Mapping[str, int] = {}
         """Connections to the control port that were turned away, by reason."""
         self._watch = Watch(settings.heartbeat_s, settings.heartbeat_timeout_s)
+        self._rank_log = RankLog()
 
     @property
     def steady(self) -> bool:
@@ -161,6 +162,7 @@ class Supervisor:
     def _report(self, failure: Failure) -> float | None:
         """Post Down; the pause until the next try, None for ever."""
         self.phase = "down"
+        self._rank_log.flush()
         self.last_failure, self.given_up = failure.reason, failure.permanent
         if self.outage is None or self._ready_since is not None:
             self.outage = Outage(failure.reason, self.epoch, time.time())
@@ -221,7 +223,7 @@ class Supervisor:
             pipe=pipe,
             environment=self._environment,
         )
-        self._launcher.launch(commands, on_line=log_line)
+        self._launcher.launch(commands, on_line=self._rank_log)
         self.pids = self._launcher.pids
 
     def _live(self, server: ControlServer, pipe: socket.socket) -> Failure | None:
@@ -315,8 +317,3 @@ def _absent(launcher: Launcher) -> str:
     """Whom the group has waited for in vain, if that is known."""
     absent = launcher.absent
     return f": nobody has come for rank {', '.join(map(str, absent))}" if absent else ""
-
-
-def log_line(rank: int, text: str) -> None:
-    """What a rank prints goes to the front's log."""
-    rank_log.info("[rank %d] %s", rank, text)

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 
 from hortator.producer.errors import ConfigError
 
+from .connection import Connection, accepted_at_a_time, raise_limit
 from .settings import ApiSettings
 
 BACKLOG = 2048
@@ -64,11 +65,14 @@ def run(
 ) -> None:
     """Serve on a bound socket until SIGINT or SIGTERM.  What `make_app` refuses is raised before anything is served."""
 
+    raise_limit()
+
     async def serve() -> None:
         try:
             config = uvicorn.Config(
                 await make_app(),
-                http="h11",
+                http=Connection,
+                backlog=accepted_at_a_time(),
                 ws="none",
                 lifespan="on",
                 log_level="warning",

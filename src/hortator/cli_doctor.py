@@ -114,7 +114,7 @@ def checksum(model: Path) -> Mapping[str, str]:
     from hortator.workers.engine.fingerprint import fingerprint
 
     facts = fingerprint(model, dtype="")
-    return {name: facts[name] for name in ("config", "weights")}
+    return {name: facts[name] for name in ("config", "weights", "tokenizer")}
 
 
 def wanted_hosts(

@@ -13,7 +13,7 @@ import typer
 
 from hortator.cli_errors import EXIT_OK, printable
 from hortator.cli_hosts import Directory, FleetOnHosts, SshProgram
-from hortator.cli_store import AsJson, Namespace, RedisUrl, client, store_settings
+from hortator.cli_store import AsJson, Namespace, RedisUrl, operator, store_settings
 
 if TYPE_CHECKING:
     from hortator.producer.store import GroupBeat, QueueInfo
@@ -42,7 +42,7 @@ def status(
     namespace: Namespace = None,
 ) -> int:
     """Print queues, why their jobs wait, and the groups that are alive."""
-    with client(redis_url, namespace) as talk:
+    with operator(redis_url, namespace) as talk:
         if as_json:
             for queue in talk.queues():
                 typer.echo(json.dumps(queue_json(queue)))
@@ -169,7 +169,7 @@ def fleet_control(redis_url: str | None, namespace: str | None) -> Iterator["Fle
     from hortator.workers.fleet_control import FleetControl
 
     where = store_settings(redis_url, namespace)
-    with client(redis_url, namespace) as talk:
+    with operator(redis_url, namespace) as talk:
         control = FleetControl(where.redis_url, where.namespace, talk.store)
         try:
             yield control

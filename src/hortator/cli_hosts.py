@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hortator.cli_errors import EXIT_FAILED, fail_line, printable
-from hortator.cli_store import client
+from hortator.cli_store import operator
 
 if TYPE_CHECKING:
     from hortator.producer.store import GroupBeat
@@ -145,7 +145,7 @@ class FleetOnHosts:
 
     def alive(self) -> "dict[str, GroupBeat]":
         """Groups that the fleet's Redis knows alive."""
-        with client(self.fleet.redis_url, self.fleet.namespace) as talk:
+        with operator(self.fleet.redis_url, self.fleet.namespace) as talk:
             return {beat.group: beat for queue in talk.queues() for beat in queue.groups}
 
     # ---- what hosts are asked

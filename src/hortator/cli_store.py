@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -18,6 +18,7 @@ RedisUrl = Annotated[
 Tenant = Annotated[str, typer.Option("--tenant", help="whose jobs")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON, one object a line")]
 Namespace = Annotated[str | None, typer.Option("--namespace", help="default: HORTATOR_NAMESPACE, else none")]
+OPERATOR_TIMEOUT_S = 2.0
 
 
 def store_settings(redis_url: str | None, namespace: str | None) -> "StoreSettings":
@@ -33,13 +34,20 @@ def given(**options: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def client(redis_url: str | None, namespace: str | None, tenant: str = "default") -> Iterator["Client"]:
+def client(
+    redis_url: str | None, namespace: str | None, tenant: str = "default", timeout_s: float | None = None
+) -> Iterator["Client"]:
     """A client for one command."""
     tell_strange_variables()
     from hortator.producer.client import Client
 
-    with Client(redis_url, namespace=namespace, tenant=tenant) as opened:
+    with Client(redis_url, namespace=namespace, tenant=tenant, timeout_s=timeout_s) as opened:
         yield opened
+
+
+def operator(redis_url: str | None, namespace: str | None) -> AbstractContextManager["Client"]:
+    """The client of whoever operates a fleet, who rather waits than hears of a Redis that is busy for a moment."""
+    return client(redis_url, namespace, timeout_s=OPERATOR_TIMEOUT_S)
 
 
 def redacted(url: str) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from hortator.cli_errors import EXIT_FAILED, fail_line, printable
-from hortator.cli_store import client
+from hortator.cli_store import operator
 
 if TYPE_CHECKING:
     from hortator.cli_hosts import FleetOnHosts, FoundLeader
@@ -17,17 +17,29 @@ if TYPE_CHECKING:
 POLL_S = 0.5
 LOOK_EVERY_S = 4.0
 SAY_EVERY_S = 10.0
+SILENT_REDIS_S = 30.0
 START_S = 30.0  # beyond its ranks' start: what a leader itself needs
 
 
 def wait_ready(fleet: "FleetOnHosts", started: "Mapping[str, FoundLeader]") -> bool:
-    """Until all are ready, or have failed, or the time for starting is over."""
+    """Until all are ready, or have failed, or the time for starting is over.  A Redis that is away for a moment is
+    waited for, as the groups do; StoreUnavailable if it stays away."""
+    from hortator.producer.errors import StoreUnavailable
+
     limit_s = max(spec.start_timeout_s for spec in fleet.fleet.models) + START_S
     until = time.monotonic() + limit_s
     awaited = Awaited(fleet, dict(started))
-    with client(fleet.fleet.redis_url, fleet.fleet.namespace) as talk:
+    answered = time.monotonic()
+    with operator(fleet.fleet.redis_url, fleet.fleet.namespace) as talk:
         while awaited.left and time.monotonic() < until:
-            awaited.look({beat.group: beat for queue in talk.queues() for beat in queue.groups})
+            try:
+                beats = {beat.group: beat for queue in talk.queues() for beat in queue.groups}
+                answered = time.monotonic()
+            except StoreUnavailable:
+                if time.monotonic() - answered > SILENT_REDIS_S:
+                    raise
+                beats = {}
+            awaited.look(beats)
             time.sleep(POLL_S if awaited.left else 0)
     if awaited.left:
         fail_line(f"not ready after {limit_s:.0f} s: {', '.join(awaited.left)}; see hortator logs", EXIT_FAILED)

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Iterator
 
@@ -69,6 +70,22 @@ def test_a_rolling_restart_under_load_loses_no_job_and_charges_none(
     assert {status.attempt for status in done.values()} == {1}, "what was handed back is not charged"
     assert not any(map(alive, ranks)), "ranks of the former lives are gone"
     assert [worker.pid for worker in two.workers if worker.process.poll() is None] == pids
+
+
+def test_a_restart_waits_for_a_redis_that_is_away_for_a_while(two: Fleet, capsys: pytest.CaptureFixture[str]) -> None:
+    def away() -> None:
+        wait_for("the restart is under way", lambda: "told to restart" in two.workers[0].log.read_text()[before:])
+        two.redis.pause()
+        time.sleep(3.0)
+        two.redis.resume()
+
+    before = len(two.workers[0].log.read_text())
+    nuisance = threading.Thread(target=away)
+    nuisance.start()
+    try:
+        assert operate(capsys, "restart", "one").startswith("one is ready again after")
+    finally:
+        nuisance.join()
 
 
 def test_a_drained_group_hands_back_what_outlasts_its_grace_and_stays_up(

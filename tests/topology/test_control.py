@@ -73,8 +73,8 @@ class Front:
         client.hello(**({"fingerprint": {"weights": "a"}} | hello))
         return client
 
-    def stranger(self) -> socket.socket:
-        self._strangers.append(socket.create_connection(self.server.address, timeout=5))
+    def stranger(self, source: str = "127.0.0.1") -> socket.socket:
+        self._strangers.append(socket.create_connection(self.server.address, timeout=5, source_address=(source, 0)))
         return self._strangers[-1]
 
     def wait(self, probe: Callable[[], Any], timeout_s: float = 5.0) -> float:
@@ -377,6 +377,33 @@ def test_a_crowd_of_strangers_does_not_keep_ranks_out(front: Front) -> None:
     front.rank(1)
     leader.wait_welcome(5)
     assert front.troubles == []
+
+
+def test_a_host_that_sends_a_crowd_crowds_out_its_own(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire_module, "HELLO_TIMEOUT_S", 60.0)
+    quiet = front.stranger()
+    for _ in range(3 * MAX_STRANGERS):
+        front.stranger(source="127.0.0.2")
+    front.wait(lambda: front.server.rejected["too many strangers"] >= MAX_STRANGERS)
+    quiet.settimeout(0.3)
+    assert not is_closed(quiet)
+
+
+def test_a_stranger_that_announces_much_is_turned_away_at_once(front: Front) -> None:
+    long = Framer(KEY, epoch=EPOCH, front=False).seal(Kind.HELLO, rank=0, payload={"x": "x" * (1 << 17)})
+    stranger = front.stranger()
+    stranger.sendall(long[:100])
+    assert is_closed(stranger)
+    front.wait(rejected_for(front, "bytes announced"))
+
+
+def test_reasons_that_strangers_make_up_are_not_all_kept(front: Front) -> None:
+    for epoch in range(100, 300):
+        with front.stranger() as stranger:
+            stranger.sendall(Framer(KEY, epoch=epoch, front=False).seal(Kind.HELLO, rank=0))
+            assert is_closed(stranger)
+    front.wait(lambda: sum(front.server.rejected.values()) == 200)
+    assert len(front.server.rejected) <= wire_module.MAX_REASONS + 1
 
 
 def test_strangers_do_not_slow_the_ranks_down(front: Front) -> None:

@@ -125,6 +125,11 @@ def test_the_last_words_of_a_leader_are_its_complaint_not_its_farewell(state: St
         state.start(order("print('[x: CRITICAL/MainProcess] group g is led by pid 7\\n[x: INFO/MainProcess] drained')"))
 
 
+def test_the_last_words_of_a_leader_are_its_own_not_those_of_a_rank(state: StateDirectory) -> None:
+    with pytest.raises(CannotStart, match="told to stop"):
+        state.start(order("print('[x: INFO/MainProcess] told to stop\\n[x: INFO/MainProcess] [rank 1] a warning')"))
+
+
 STARTS_AGAIN = """
 import os, signal, sys, time
 if sys.argv[1:]:

@@ -237,6 +237,18 @@ def test_a_front_cannot_set_any_variable_that_it_likes(hall: Hall, name: str) ->
     assert hall.pids() == []
 
 
+def test_a_hundred_connections_at_once_do_not_make_a_keeper_wait_for_as_many_turns(hall: Hall) -> None:
+    """The launcher pumps ten times a second when nothing else happens."""
+    hall.begin(0)
+    idle = [socket.create_connection(hall.muster.address) for _ in range(100)]
+    late = socket.create_connection(hall.muster.address)
+    late.settimeout(0.2)
+    hall.muster.pump()
+    assert late.recv(4096), "it was greeted"
+    for stranger in (*idle, late):
+        stranger.close()
+
+
 def test_a_probe_keeps_a_keeper_whose_connection_is_stuck(hall: Hall, monkeypatch: pytest.MonkeyPatch) -> None:
     hall.begin(1)
     hall.keeper("1")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from hortator.producer.errors import GroupFailed
@@ -77,6 +78,17 @@ def test_an_idle_group_answers_within_milliseconds(driver: Driver) -> None:
     started = time.monotonic()
     driver.answer(max_tokens=1)
     assert time.monotonic() - started < 0.3
+
+
+def test_ranks_that_have_met_let_nobody_else_in(driver: Driver) -> None:
+    """The store and gloo go on listening, but the kernel drops what comes; the mesh itself goes on."""
+    ranks = [psutil.Process(pid) for pid in driver.group.pids.values()]
+    doors = {c.laddr for rank in ranks for c in rank.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    assert len(doors) >= 3, "the store of rank 0, and each rank's gloo"
+    for door in doors:
+        with pytest.raises(TimeoutError):
+            socket.create_connection(door, timeout=0.1).close()
+    assert driver.answer(b"still", 10) == b"stillstill"
 
 
 def test_an_idle_group_uses_almost_no_cpu(driver: Driver) -> None:

@@ -23,6 +23,7 @@ def fingerprint(model_dir: Path, *, dtype: str, weights: bool = True, **settings
     return {
         "config": _config(model_dir),
         "weights": _weights(read_entries(model_dir)) if weights else "none",
+        "tokenizer": _tokenizer(model_dir / "tokenizer.json"),
         "dtype": dtype,
         "hortator": hortator.__version__,
         "torch": version("torch"),
@@ -37,6 +38,11 @@ def _config(model_dir: Path) -> str:
         if name == "config.json" or (model_dir / name).is_file():
             state.update(json.dumps(read_json(model_dir / name), sort_keys=True).encode())
     return state.hexdigest()
+
+
+def _tokenizer(file: Path) -> str:
+    """The rank that samples reads its own for structured output, and may be on another host than the front."""
+    return blake2b(file.read_bytes(), digest_size=16).hexdigest() if file.is_file() else "none"
 
 
 def _weights(entries: dict[str, TensorEntry]) -> str:

@@ -15,8 +15,6 @@ from typing import Self
 
 import psutil
 
-from hortator.producer import Client
-from hortator.producer.redis_store import RedisStore
 from tests.together.fleet import ECHO, LEASE_S, REPOSITORY, Fleet, Worker
 from tests.together.nodes.machines import Machine, Machines
 
@@ -37,9 +35,6 @@ class Cluster(Fleet):
         try:
             enter_network(Path(f"/run/netns/{self.first.netns}"))
             super().__enter__()
-            self.store = RedisStore(self.redis.url, timeout_s=10.0)  # what is tested here is not Redis' speed
-            self.client.close()
-            self.client = Client(self.redis.url, require_known_model=False, timeout_s=10.0)
         except BaseException:
             self._leave()
             raise

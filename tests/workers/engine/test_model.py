@@ -220,10 +220,11 @@ def test_another_random_seed_has_another_fingerprint(llama: Checkpoint, tmp_path
     [
         (lambda p: edit(p / "config.json", rms_norm_eps=1e-5), "config"),
         (lambda p: edit(p / "generation_config.json", eos_token_id=3), "config"),
+        (lambda p: (p / "tokenizer.json").write_text("{}"), "tokenizer"),
     ],
 )
-def test_a_difference_in_config_is_named(
-    change: Callable[[Path], None], name: str, llama: Checkpoint, copy: Path
+def test_a_difference_in_what_lies_beside_the_weights_is_named(
+    change: Callable[[Path], object], name: str, llama: Checkpoint, copy: Path
 ) -> None:
     change(copy)
     ours, theirs = fingerprint(llama.path, dtype="float32"), fingerprint(copy, dtype="float32")
