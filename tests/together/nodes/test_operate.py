@@ -159,7 +159,7 @@ def answer(cluster: Cluster, prompt: str) -> str:
 
 def leader(machine: Machine) -> int:
     [process] = [one for one in machine.matching("hortator.workers") if one.ppid() == machine.init]
-    return process.pid
+    return int(process.pid)
 
 
 @contextmanager
