@@ -118,6 +118,7 @@ restart_backoff_s = 0.2
 """
 
 
+@pytest.mark.timeout(240)  # two starts by DeepSpeed, which take 10 s each on a quiet machine
 def test_deepspeeds_launcher_starts_a_fleet_that_is_steered_and_leaves_nothing_when_killed(
     cluster: Cluster, sh: Shell
 ) -> None:
