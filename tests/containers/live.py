@@ -208,7 +208,7 @@ def test_stopping_all_lets_jobs_finish_and_hands_the_rest_back(stack: Stack) -> 
         time.sleep(BEFORE_FAULT_S)
     stack.compose("stop")
     said = stack.compose("logs", "--no-color", "--tail=20", "leader")
-    assert "draining: " in said
+    assert "Warm shutdown" in said
     assert "is down" not in said, "the peer has to outlive the leader"
     stack.up()
     assert all_right(load, "all stopped and started").num_second_attempts == 0
