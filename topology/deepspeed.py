@@ -1,4 +1,4 @@
-"""Starts keepers through DeepSpeed's launcher (pdsh over ssh), with a hostfile written here.
+"""Starts keepers through DeepSpeed's launcher (pdsh over ssh), with a hostfile of the group's hosts and devices.
 
 DeepSpeed starts a process for each rank and lets them run on when a host goes; so the group's life never hangs on it.
 Its processes are keepers: each ends its rank, and itself, when the front is gone.  They stay over restarts of the group
@@ -13,10 +13,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from .address import host_port
@@ -38,7 +37,6 @@ class DeepSpeedStarter:
         self._options = options
         self._environment = environment
         self._secret_file = secret_file.resolve()
-        self._directory: tempfile.TemporaryDirectory[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._said: deque[str] = deque(maxlen=5)
         self._told = False
@@ -47,21 +45,25 @@ class DeepSpeedStarter:
     def start(self, shares: Sequence[Share], *, address: tuple[str, int], key: bytes, on_line: LineSink) -> None:
         if self._process is not None:
             return
-        self._directory = tempfile.TemporaryDirectory(prefix="hortator-")
-        hostfile = Path(self._directory.name) / "hostfile"
-        hostfile.write_text(hostfile_of(shares))
         self.token, self._told = secrets.token_hex(8), False
-        command = deepspeed_command(
-            shares, hostfile=hostfile, address=address, secret_file=self._secret_file, token=self.token
-        )
-        self._process = subprocess.Popen(
-            tied(command),
-            env=deepspeed_environment(self._environment, self._options),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        environment = deepspeed_environment(self._environment, self._options)
+        with nameless_file(hostfile_of(shares)) as hostfile:
+            command = deepspeed_command(
+                shares,
+                hostfile=Path(f"/dev/fd/{hostfile}"),
+                address=address,
+                secret_file=self._secret_file,
+                token=self.token,
+            )
+            self._process = subprocess.Popen(
+                tied(command),
+                env=environment,
+                pass_fds=(hostfile,),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         assert self._process.stdout is not None
         said: deque[str] = deque(maxlen=5)
         self._said = said
@@ -93,10 +95,18 @@ class DeepSpeedStarter:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(5.0)
             self._process = None
-        if self._directory is not None:
-            self._directory.cleanup()
-            self._directory = None
         self.token = secrets.token_hex(8)
+
+
+@contextlib.contextmanager
+def nameless_file(text: str) -> Iterator[int]:
+    """A descriptor to hand on as /dev/fd/N.  Nothing of it is on a disk, so nothing stays when its owner is killed."""
+    fd = os.memfd_create("hostfile")
+    try:
+        os.write(fd, text.encode())
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def check_hosts(hosts: Iterable[str]) -> None:

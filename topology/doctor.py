@@ -44,6 +44,7 @@ def examine(
     yield from reached(demand, problems)
     if not reports:
         return
+    yield from machines_apart(reports)
     yield from same_versions(reports)
     yield from gpus_found(demand, reports)
     yield ports_free(demand, reports)
@@ -59,6 +60,17 @@ def reached(demand: Demand, problems: Mapping[str, str]) -> Iterator[Finding]:
     if not problems:
         yield fine("ssh", f"all {len(demand.hosts)} hosts answer")
     yield from unreached(problems)
+
+
+def machines_apart(reports: Reports) -> Iterator[Finding]:
+    """No machine stands in the hostfile twice under two names (localhost and 127.0.0.1, a name and its address)."""
+    names = grouped({host: report.machine for host, report in reports.items() if report.machine})
+    if twice := [hosts for hosts in names.values() if len(hosts) > 1]:
+        text = "; ".join(f"{named(hosts)} are one machine" for hosts in twice)
+        advice = "keep one of its names in the hostfile, with all of its slots"
+        yield wrong("machines", f"{text}: its slots are counted twice", advice, [h for hosts in twice for h in hosts])
+    elif len(names) == len(reports) > 1:
+        yield fine("machines", f"{len(names)} hosts are as many machines")
 
 
 def same_versions(reports: Reports) -> Iterator[Finding]:

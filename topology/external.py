@@ -91,7 +91,9 @@ spec:
       spec:
         terminationGracePeriodSeconds: $grace
         automountServiceAccountToken: false
-        securityContext: &user {runAsNonRoot: true, runAsUser: 10001, runAsGroup: 10001, fsGroup: 10001}
+        securityContext: &user
+          {runAsNonRoot: true, runAsUser: 10001, runAsGroup: 10001, fsGroup: 10001,
+           seccompProfile: {type: RuntimeDefault}}
         containers:
           - name: leader
             image: hortator-worker

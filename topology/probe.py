@@ -21,6 +21,7 @@ from .network import Interface, RdmaPort, addresses_of, carrying, read_interface
 
 PACKAGES = ("hortator", "torch", "transformers", "deepspeed", "celery", "pydantic", "safetensors", "tokenizers")
 REACH_TIMEOUT_S = 3.0
+BOOT_ID, NETWORK = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/net")
 
 Checksum = Callable[[Path], Mapping[str, str]]
 """Facts about a model directory that must be equal on all hosts; raises an exception that says what is wrong."""
@@ -62,6 +63,7 @@ class HostReport(BaseModel):
     address: str
     hostname: str
     hostname_addresses: tuple[str, ...]
+    machine: str | None = Field(default=None, description="equal for two names of one machine")
     python: str
     executable: str
     versions: dict[str, str | None]
@@ -88,6 +90,7 @@ def probe(request: ProbeRequest, *, checksum: Checksum) -> HostReport:
         address=request.address,
         hostname=socket.gethostname(),
         hostname_addresses=addresses_of(socket.gethostname()),
+        machine=this_machine(),
         python=platform.python_version(),
         executable=sys.executable,
         versions=read_versions(),
@@ -104,6 +107,14 @@ def probe(request: ProbeRequest, *, checksum: Checksum) -> HostReport:
         rdma=read_rdma(),
         clock_s=time.time(),
     )
+
+
+def this_machine() -> str | None:
+    """This boot of this kernel, and this network: a container with a network of its own counts as a machine."""
+    try:
+        return f"{BOOT_ID.read_text().strip()}:{NETWORK.stat().st_ino}"
+    except OSError:
+        return None
 
 
 def read_versions() -> dict[str, str | None]:

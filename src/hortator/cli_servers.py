@@ -27,7 +27,10 @@ def redis(
     ] = None,
     port: Annotated[int, typer.Option(help="0: any free one", min=0, max=65_535)] = 6379,
 ) -> int:
-    """Run a private redis-server until Ctrl-C.  It is set up so that it loses no job."""
+    """Run a private redis-server until Ctrl-C.  It is set up so that it loses no job.
+
+    It listens on 127.0.0.1, for this host only; docs/10-operating.md has the redis.conf for a fleet of several hosts.
+    """
     from hortator.producer.embedded import EmbeddedRedis
     from hortator.producer.errors import ConfigError
 

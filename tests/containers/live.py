@@ -203,6 +203,17 @@ def test_a_stopped_leader_hands_its_jobs_back(stack: Stack) -> None:
     all_right(load, "leader restarted")
 
 
+def test_stopping_all_lets_jobs_finish_and_hands_the_rest_back(stack: Stack) -> None:
+    with load_of(stack) as load:
+        time.sleep(BEFORE_FAULT_S)
+    stack.compose("stop")
+    said = stack.compose("logs", "--no-color", "--tail=20", "leader")
+    assert "Warm shutdown" in said
+    assert "is down" not in said, "the peer has to outlive the leader"
+    stack.up()
+    assert all_right(load, "all stopped and started").num_second_attempts == 0
+
+
 def test_taking_it_down_leaves_nothing(stack: Stack) -> None:
     stack.compose("down", "--volumes", "--remove-orphans")
     label = f"label=com.docker.compose.project={stack.project}"

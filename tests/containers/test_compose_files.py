@@ -94,6 +94,15 @@ def test_a_stopped_leader_has_the_time_to_finish() -> None:
     assert grace_s > WorkerSettings.model_fields["grace_s"].default
 
 
+def test_a_peer_is_stopped_only_after_its_leader() -> None:
+    assert "peer" in SERVICES["leader"]["depends_on"]
+    assert "depends_on" not in SERVICES["peer"]
+
+
+def test_every_first_process_collects_what_health_checks_leave() -> None:
+    assert all(SERVICES[name].get("init") for name in ("redis", *OURS))
+
+
 def test_nothing_is_published_beyond_this_machine() -> None:
     ports = [port for service in SERVICES.values() for port in service.get("ports", [])]
     assert len(ports) == 4

@@ -99,14 +99,20 @@ def test_the_pods_of_a_group_have_the_time_to_finish() -> None:
 def test_nothing_of_ours_runs_as_root_or_may_become_it() -> None:
     for pod in pods().values():
         assert pod["spec"]["securityContext"]["runAsNonRoot"]
+        assert pod["spec"]["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         for container in pod["spec"]["containers"]:
             assert not container["securityContext"]["allowPrivilegeEscalation"]
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
 
 
 def test_services_and_policies_select_pods_that_exist() -> None:
     labels = [pod["metadata"]["labels"] for pod in pods().values()]
     for service in (d for d in DOCUMENTS if d["kind"] == "Service"):
         assert any(service["spec"]["selector"].items() <= found.items() for found in labels)
+
+
+def test_applying_the_manifests_again_does_not_undo_what_scaling_did() -> None:
+    assert "replicas" not in named("LeaderWorkerSet", "demo")["spec"]
 
 
 def test_scaling_looks_at_the_queue_of_the_model_that_it_scales() -> None:

@@ -78,6 +78,14 @@ def test_what_differs_on_one_host_fails_and_names_it(changed: dict[str, Any], ch
     assert found[check].advice
 
 
+def test_one_machine_under_two_names_is_named_with_both() -> None:
+    boots = dict(zip(HOSTS, ("a", "b", "c", "b", "d"), strict=True))
+    found = judged({host: report(host, machine=boot) for host, boot in boots.items()})
+    assert list(found) == ["machines"]
+    assert found["machines"].text == "10.0.0.2, 10.0.0.4 are one machine: its slots are counted twice"
+    assert found["machines"].hosts == (HOSTS[1], HOSTS[3])
+
+
 @pytest.mark.parametrize(
     ("changed", "check"),
     [

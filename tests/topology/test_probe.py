@@ -29,6 +29,8 @@ def test_a_probe_describes_this_host() -> None:
     assert found.versions["torch"]
     assert found.versions["hortator"]
     assert found.own_interface == "lo"
+    assert found.machine
+    assert found.machine == look(address="localhost").machine
     assert HostReport.model_validate_json(found.model_dump_json()) == found
 
 

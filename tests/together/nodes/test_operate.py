@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,10 +11,12 @@ from contextlib import contextmanager
 
 import pytest
 
+from hortator.producer import Sampling
 from hortator.producer.embedded import executables
 from hortator.producer.schema import State
-from tests.together.nodes.cluster import Cluster
-from tests.together.nodes.machines import REPOSITORY
+from tests.together.fleet import alive, wait_for
+from tests.together.nodes.cluster import Cluster, secret_in
+from tests.together.nodes.machines import REPOSITORY, Machine
 
 NAMES = ["nodeA", "nodeB"]
 FLEET = """
@@ -93,6 +96,71 @@ def test_a_fleet_is_started_read_and_ended_over_ssh(cluster: Cluster, sh: Shell)
     assert "echo-0 is down" in sh("down", "--fleet", str(sh.fleet_file), *sh.state())
     assert cluster.living() == []
     assert cluster.first.matching("hortator.workers") == []
+
+
+DEEPSPEED_FLEET = """
+redis_url = "{redis}"
+hostfile = "hosts"
+environment = {{ HORTATOR_SECRET_FILE = "{secret}", OMP_NUM_THREADS = "1", TMPDIR = "{files}" }}
+
+[ssh]
+identity_file = "{identity}"
+known_hosts_file = "{known}"
+
+[[models]]
+name = "demo"
+path = "{model}"
+device = "cpu"
+tensor_parallel_size = 2
+max_model_len = 512
+grace_s = 2
+restart_backoff_s = 0.2
+"""
+
+
+@pytest.mark.timeout(240)  # two starts by DeepSpeed, which take 10 s each on a quiet machine
+def test_deepspeeds_launcher_starts_a_fleet_that_is_steered_and_leaves_nothing_when_killed(
+    cluster: Cluster, sh: Shell
+) -> None:
+    (files := sh.directory / "temporary").mkdir()
+    file, state = sh.directory / "deepspeed.toml", ("--dir", str(sh.directory / "state-of-deepspeed"))
+    text = DEEPSPEED_FLEET.format(
+        redis=cluster.redis.url,
+        secret=secret_in(sh.directory),
+        files=files,
+        identity=cluster.machines.identity_file,
+        known=cluster.machines.known_hosts_file,
+        model=REPOSITORY / "demo" / "model",
+    )
+    file.write_text(text)
+    assert "demo-0 is ready" in sh("up", str(file), *state, "--launcher", "deepspeed")
+    assert len(cluster.first.matching("deepspeed.launcher.runner")) == 1
+    first_life = [process.pid for process in cluster.living()]
+    assert answer(cluster, "12+30=") == "42"
+
+    assert "demo-0 is ready again" in sh("restart", "demo-0", "--redis-url", cluster.redis.url)
+    second_life = [process.pid for process in cluster.living()]
+    assert not set(first_life) & set(second_life)
+    assert answer(cluster, "count(3,12)=") == "3 4 5 6 7 8 9 10 11 12"
+    queues = map(json.loads, sh("status", "--json", "--redis-url", cluster.redis.url).splitlines())
+    [group] = [group for queue in queues for group in queue["groups"]]
+    assert (group["state"], group["info"]["ranks"]) == ("ready", 2)
+
+    launcher = [process.pid for process in cluster.first.processes() if process.name() in ("pdsh", "pdsh.bin")]
+    assert launcher
+    os.kill(leader(cluster.first), signal.SIGKILL)
+    wait_for("everything to end", lambda: not any(map(alive, (*second_life, *launcher))), 5.0)
+    assert list(files.glob("hortator-*")) == []
+    assert sh("down", "--fleet", str(file), *state) == ""
+
+
+def answer(cluster: Cluster, prompt: str) -> str:
+    return cluster.client.enqueue(prompt, model="demo", sampling=Sampling(max_tokens=60)).result(timeout_s=20).text
+
+
+def leader(machine: Machine) -> int:
+    [process] = [one for one in machine.matching("hortator.workers") if one.ppid() == machine.init]
+    return int(process.pid)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Every way in which the ranks of one group come to be on several machines, with the demo model's right answers."""
+"""The ways in which the ranks of one group come to be on several machines (DeepSpeed's: test_operate.py)."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hortator.producer import Job, Sampling
-from tests.together.fleet import REPOSITORY, Worker, alive, wait_for
+from tests.together.fleet import REPOSITORY, Worker, wait_for
 from tests.together.nodes.cluster import Cluster
 from tests.together.nodes.faults import FAULTS, downs, readies, suffer, wait_ready
 from tests.together.nodes.machines import Machine
@@ -47,15 +47,6 @@ def test_a_machine_that_cannot_be_reached_is_named_within_ten_seconds(empty_pair
     wait_for("the group to go down", lambda: downs(worker), 10.0)
     assert downs(worker)[0][1].startswith("ssh to nodeB (rank 1) ended: ssh: connect to host nodeb port 22: ")
     assert empty_pair.living() == []
-
-
-def test_deepspeeds_launcher_starts_a_group_that_answers_right_and_leaves_nothing(empty_pair: Cluster) -> None:
-    worker = empty_pair.worker(launcher="deepspeed", secret_file=empty_pair.directory / "secret", **DEMO)
-    wait_ready(worker)
-    assert answers(empty_pair, list(ANSWERS)) == list(ANSWERS.values())
-    before = [process.pid for process in empty_pair.living()]
-    worker.signal(9)
-    wait_for("everything to end", lambda: not any(map(alive, before)), 5.0)
 
 
 @contextmanager
