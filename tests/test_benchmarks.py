@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 
+from hortator.topology.traffic import PLAN_HEADER_BYTES
 from hortator.workers.engine.build import build_engine
 from hortator.workers.engine.parallel import SingleRank
 from tests.workers.engine.checkpoints import VOCAB, make_checkpoint
@@ -47,8 +48,8 @@ def test_the_cost_of_the_step_plan_is_measured_on_real_ranks(tmp_path: Path) -> 
     script, found = str(FOLDER / "bench_lockstep.py"), tmp_path / "found.json"
     subprocess.run([sys.executable, script, *options, "--json", str(found)], check=True, capture_output=True)
     one, eight = json.loads(found.read_text())["plan"]
-    assert one["bytes"] == 32  # nobody ends so soon: every plan is a bare header
-    assert eight["bytes"] > 32
+    assert one["bytes"] == PLAN_HEADER_BYTES  # nobody ends so soon: every plan is a bare header
+    assert eight["bytes"] > PLAN_HEADER_BYTES
     assert 0 < one["encode_us"] < one["plan_us"] < one["step_us"]
 
 
