@@ -106,6 +106,7 @@ class Front:
         self._deadlines: list[tuple[float, int, Outcome]] = []  # (when, tie breaker, how it ends)
         self._sound = False  # this Redis loses no job
         self._draining = False
+        self._unwanted = False  # Celery was told to consume nothing
         self._journal_every_s = journal_every_s
         self._renew_every_s = min(settings.lease_s / 3, RENEW_EVERY_S)
         self._claimed_at = self._beat_at = self._sweep_at = self._renew_at = self._deliver_at = clock()
@@ -115,7 +116,7 @@ class Front:
 
     @property
     def state(self) -> str:
-        if self._draining:
+        if self._draining or self._unwanted:
             return "draining"
         if self._info is not None:
             return "ready"
@@ -158,7 +159,8 @@ class Front:
     # ---- from the store to the engine
 
     def _may_claim(self) -> bool:
-        return self._info is not None and not self._draining and self._entitled and self._group.steady
+        wanted = not self._draining and not self._unwanted
+        return self._info is not None and wanted and self._entitled and self._group.steady
 
     @property
     def _entitled(self) -> bool:
@@ -410,6 +412,10 @@ class Front:
     def resume(self) -> None:
         """Claim again after `drain`."""
         self._draining = False
+
+    def consume(self, wanted: bool) -> None:
+        """Whether Celery takes jobs at all: its word, beside `drain` and `resume`, which are ours."""
+        self._unwanted = not wanted
 
     def leave(self) -> None:
         """Tell the fleet that this group ends; without it the group would pass for alive a while longer."""
