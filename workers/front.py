@@ -38,6 +38,7 @@ from .intake import prepare
 from .link import Link
 from .live import Live, Strand
 from .outbox import Delivery, Letter, Outbox
+from .refusals import Refusals
 from .settings import WorkerSettings
 from .supervisor import Down
 from .tenure import Tenure
@@ -94,6 +95,7 @@ class Front:
         self._tenure = Tenure(store, self._link, settings.group, clock=clock)
         self._sweeper = Sweeper(store, settings.lease_s, clock=clock)
         self._gauges = Gauges(group, clock)
+        self._refusals = Refusals(clock)
         self._handles = itertools.count(1)
         self._info: EngineInfo | None = None  # of the group that is up
         self._stats: EngineStats | None = None
@@ -281,7 +283,7 @@ class Front:
         lease = claimed.lease
         if not isinstance(error, PromptTooLong):  # a sound message: another group may have room for it
             self._outbox.bury(Letter(claimed.message, error.message, lease.job_id))
-        logger.debug("job %s is refused: %s", lease.job_id, error.code)
+        self._refusals.note(lease.job_id, error.code)
         self.end(lease.job_id, State.FAILED, Failure(code=error.code, message=error.message))
 
     # ---- from the engine to the store
@@ -419,6 +421,7 @@ class Front:
 
     def leave(self) -> None:
         """Tell the fleet that this group ends; without it the group would pass for alive a while longer."""
+        self._refusals.flush()
         if not self._tenure.held:  # what beats under this name is another leader
             return
         with contextlib.suppress(StoreUnavailable):
@@ -548,6 +551,7 @@ class Front:
             return
         self._beat_at = now + BEAT_EVERY_S
         self._gauges.turn_over()
+        self._refusals.turn_over()
         if self._keep_name():
             self._link.call(self._store.beat, self.beat())
 
