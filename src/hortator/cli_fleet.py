@@ -108,6 +108,7 @@ def restart(
 
         check_launcher(launcher or "ssh", ("ssh", "deepspeed"))
         fleet = FleetOnHosts.read(fleet_file, hostfile, directory=directory, ssh=ssh_program)
+        fleet.tell_ignored_variables()
         return restart_fleet(fleet, groups or (), launcher=launcher or "ssh")
     with fleet_control(redis_url, namespace) as control:
         for number, group in enumerate(control.chosen(groups or (), everything=everything)):
@@ -140,7 +141,9 @@ def down(
             raise typer.BadParameter("--all is every group of a Redis; with --fleet leave it out: its groups are meant")
         from hortator.cli_steering import down_fleet
 
-        return down_fleet(FleetOnHosts.read(fleet_file, hostfile, directory=directory, ssh=ssh_program), groups or ())
+        fleet = FleetOnHosts.read(fleet_file, hostfile, directory=directory, ssh=ssh_program)
+        fleet.tell_ignored_variables()
+        return down_fleet(fleet, groups or ())
     check_choice(groups, everything)
     with fleet_control(redis_url, namespace) as control:
         chosen = control.chosen(groups or (), everything=everything)
