@@ -171,6 +171,12 @@ def test_who_left_the_queue_says_so_while_what_runs_goes_on(leader: Leader, pool
     assert leader.front.state == "ready"
 
 
+def test_resume_takes_back_also_what_celery_was_told(pool: Pool) -> None:
+    pool.left_queue(pool.joined_queue)
+    pool.resume()
+    assert pool.front.state == "ready"
+
+
 def test_a_consumer_that_a_reconnect_replaces_is_no_draining(leader: Leader, pool: Pool) -> None:
     pool.consumed_by(None)
     assert leader.front.state == "ready"
