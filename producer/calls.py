@@ -239,6 +239,9 @@ class Calls:
     def dead_letters(self, limit: int, before: str | None) -> Call[list[DeadLetter]]:
         return self._call("letters", [max(limit, 1), before or ""], lambda reply: [_letter(one) for one in reply])
 
+    def count_dead_letters(self) -> Call[int]:
+        return self._call("count_letters", [], int)
+
     def dead_letter(self, letter_id: str) -> Call[DeadLetter | None]:
         return self._call("letter", [letter_id], lambda reply: _letter(reply[0]) if reply else None)
 

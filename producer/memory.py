@@ -544,6 +544,10 @@ class MemoryStore:
         older = [letter for letter in letters if before is None or _order(letter.letter_id) < _order(before)]
         return [replace(letter, message=letter.message[:LETTER_HEAD_BYTES]) for letter in older[:limit]]
 
+    def count_dead_letters(self) -> int:
+        with self._lock:
+            return len(self._letters)
+
     def dead_letter(self, letter_id: str) -> DeadLetter | None:
         with self._lock:
             return next((letter for letter, _, _ in self._letters if letter.letter_id == letter_id), None)

@@ -45,5 +45,8 @@ class AsyncMemoryStore:
     async def dead_letters(self, *, limit: int = 100, before: str | None = None) -> list[DeadLetter]:
         return self.sync.dead_letters(limit=limit, before=before)
 
+    async def count_dead_letters(self) -> int:
+        return self.sync.count_dead_letters()
+
     async def check(self, *, for_submits: bool = False) -> None:
         self.sync.check(for_submits=for_submits)

@@ -154,6 +154,9 @@ class RedisStore:
     def dead_letters(self, *, limit: int = 100, before: str | None = None) -> list[DeadLetter]:
         return self._run(self._calls.dead_letters(limit, before))
 
+    def count_dead_letters(self) -> int:
+        return self._run(self._calls.count_dead_letters())
+
     def dead_letter(self, letter_id: str) -> DeadLetter | None:
         return self._run(self._calls.dead_letter(letter_id))
 
@@ -268,6 +271,9 @@ class AsyncRedisStore:
 
     async def dead_letters(self, *, limit: int = 100, before: str | None = None) -> list[DeadLetter]:
         return await self._run(self._calls.dead_letters(limit, before))
+
+    async def count_dead_letters(self) -> int:
+        return await self._run(self._calls.count_dead_letters())
 
     async def check(self, *, for_submits: bool = False) -> None:
         async with self._translated():

@@ -239,6 +239,9 @@ class Store(Protocol):
     def dead_letters(self, *, limit: int = 100, before: str | None = None) -> list[DeadLetter]:
         """Newest first, each with the first bytes of its message."""
 
+    def count_dead_letters(self) -> int:
+        """How many there are, of all models."""
+
     def dead_letter(self, letter_id: str) -> DeadLetter | None:
         """One letter with all that was kept of its message; None if there is none."""
 

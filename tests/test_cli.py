@@ -293,6 +293,8 @@ def test_dead_letters_are_listed_shown_harmless_and_replayed(sh: Shell, worker: 
     worker.fail(claimed, "poison", "it took two groups down")
     letter = worker.store.bury("demo", claimed.message, reason="poison\x1b[31m", job_id=claimed.lease.job_id)
     worker.store.bury("demo", b"\x1b]0;evil\x07\xff", reason="not JSON")
+    assert sh.out("status").splitlines()[-1] == "2 dead letters: hortator dead-letters list"
+    assert json.loads(sh.out("status", "--json").splitlines()[-1]) == {"dead_letters": 2}
     listed = sh.out("dead-letters", "list")
     assert letter in listed
     assert "not JSON" in listed

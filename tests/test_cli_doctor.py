@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from hortator.cli import run
+from hortator.cli_doctor import redis_of
+from hortator.topology.fleet import parse_fleet
 from hortator.topology.probe import HostReport
 from tests.topology.reports import report
 
@@ -96,6 +98,11 @@ def test_this_host_needs_no_ssh(hosts: Hosts, capsys: pytest.CaptureFixture[str]
     code, lines = examined(capsys, hosts, "--hostfile", hosts.file("127.0.0.1"), "--model", str(model))
     assert code == 0
     assert any(line.startswith("ok   model") for line in lines)
+
+
+def test_the_redis_that_a_fleet_file_does_not_name_is_asked_all_the_same() -> None:
+    [address] = redis_of(parse_fleet('[[models]]\nname = "m"\nengine = "echo"\n'))
+    assert (address.host, address.port) == ("127.0.0.1", 6379)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hortator.cli_fleet import page, queue_json, watch_queues
+from hortator.cli_fleet import page, queue_json, watch_pages
 from hortator.producer.errors import StoreUnavailable
 from hortator.producer.store import GroupBeat, QueueInfo
 
@@ -102,16 +102,16 @@ def test_watching_outlives_a_redis_that_is_away(
         [[queue(beat("llama-0"))], StoreUnavailable("Redis at x does not answer"), [queue(beat("llama-7"))]]
     )
 
-    def look() -> list[QueueInfo]:
+    def look() -> str:
         found = next(looks, None)
         if found is None:
             raise KeyboardInterrupt
         if isinstance(found, Exception):
             raise found
-        return found
+        return page(found)
 
     monkeypatch.setattr("hortator.cli_fleet.time.sleep", lambda _: None)
     with pytest.raises(KeyboardInterrupt):
-        watch_queues(look, 1.0)
+        watch_pages(look, 1.0)
     shown = capsys.readouterr().out
     assert shown.index("llama-0") < shown.index("Redis at x does not answer; trying again") < shown.index("llama-7")

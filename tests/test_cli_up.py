@@ -84,6 +84,21 @@ def test_a_fleet_comes_up_takes_new_settings_and_goes_down(sh: Shell) -> None:
     assert "echo-0" not in sh("down")
 
 
+@pytest.mark.parametrize("command", [("down",), ("restart", "--all"), ("up",)], ids=" ".join)
+def test_a_redis_of_the_shell_that_a_fleet_file_overrules_is_told(
+    command: tuple[str, ...], sh: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("cli_up.start_fleet", "cli_steering.restart_fleet", "cli_steering.down_fleet"):
+        monkeypatch.setattr(f"hortator.{module}", lambda *_, **__: 0)
+    monkeypatch.setenv("HORTATOR_REDIS_URL", sh.redis)
+    assert sh(*command) == ""
+    monkeypatch.setenv("HORTATOR_REDIS_URL", "redis://:s3kret@other/0")
+    file = sh.directory / "f.toml"
+    assert sh(*command) == f"warning: HORTATOR_REDIS_URL is ignored: {file} says redis_url = {sh.redis}\n"
+    file.write_text(re.sub("redis_url.*", "", file.read_text()))
+    assert "has by default redis_url = redis://127.0.0.1:6379/0" in sh(*command)
+
+
 def test_a_setting_that_cannot_work_is_told_by_up_itself(sh: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hortator.cli_waiting.LOOK_EVERY_S", 1.0)
     file = sh.directory / "f.toml"

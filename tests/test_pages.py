@@ -72,7 +72,7 @@ def headings(page: Path) -> set[str]:
 
 def families() -> Iterator[Metric]:
     yield from Metrics().registry.collect()
-    yield from Queues([]).collect()
+    yield from Queues([], 0).collect()
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ def examine(
 def reached(demand: Demand, problems: Mapping[str, str]) -> Iterator[Finding]:
     """Every host answered."""
     if not problems:
-        yield fine("ssh", f"all {len(demand.hosts)} hosts answer")
+        yield fine("ssh", "the host answers" if len(demand.hosts) == 1 else f"all {len(demand.hosts)} hosts answer")
     yield from unreached(problems)
 
 
@@ -189,7 +189,7 @@ def _equal_sums(check: str, sums: Mapping[str, Mapping[str, str]]) -> Finding:
         if finding.hosts:
             text = f"{name} differs: {finding.text}"
             return wrong(check, text, "copy the directory anew from one host to the others", finding.hosts)
-    return fine(check, f"the same on {len(sums)} hosts")
+    return fine(check, "sound" if len(sums) == 1 else f"the same on {len(sums)} hosts")
 
 
 def connections(demand: Demand, reports: Reports) -> Finding:
@@ -200,7 +200,7 @@ def connections(demand: Demand, reports: Reports) -> Finding:
         if r.unreachable
     }
     if not demand.reach:
-        return fine("redis", "not asked: no redis_url in a fleet file that has a plan")
+        return fine("redis", "not asked: no fleet file with a plan says where it is")
     if not gone:
         return fine("redis", f"every leader's host reaches {', '.join(demand.reach)}")
     text = "; ".join(f"{named(hosts)}: {why}" for why, hosts in grouped(gone).items())

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from .address import host_port
 from .errors import CannotStart
+from .findings import counted
 from .fleet import Fleet
 from .orders import celery_command
 from .plan import PlannedGroup
@@ -32,7 +33,7 @@ STYLES = ("torchrun", "slurm", "kubernetes")
 _SAY_IT = "${HORTATOR_REDIS_URL:?has a password, so it is not written here}"
 
 _TORCHRUN = Template("""\
-# Group $group: $num_hosts hosts of $per_host ranks.$make_secret
+# Group $group: $size.$make_secret
 
 # 1. The leader, on $first:
 $settings \\
@@ -312,6 +313,7 @@ def _common(fleet: Fleet, group: PlannedGroup, python: Path, number: int) -> dic
     make = _MAKE_SECRET.substitute(secret=shlex.quote(secret), directory=shlex.quote(str(Path(secret).parent)))
     return {
         "group": group.name,
+        "size": f"{counted(len(group.hosts), 'host')} of {counted(per_host(group), 'rank')}",
         "num_hosts": len(group.hosts),
         "per_host": per_host(group),
         "port": KEEPER_PORT + number,

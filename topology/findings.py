@@ -39,6 +39,10 @@ def doubtful(check: str, text: str, advice: str, hosts: Iterable[str] = ()) -> F
     return Finding(check, Grade.WARN, text, advice, tuple(hosts))
 
 
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
 def named(hosts: Sequence[str]) -> str:
     """The hosts of a list, as many as one reads."""
     more = len(hosts) - NAMED_HOSTS

@@ -22,6 +22,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, StringConstraints
 
 from .errors import CannotStart
+from .variables import OWN_PREFIX
 
 LOOK_S = 1.5
 """A leader with a wrong setting says so and ends within this."""
@@ -45,7 +46,8 @@ class Seat(BaseModel):
 
 
 class Order(BaseModel):
-    """What to start.  `argv` runs with `environment` over the host's own; `seats`: where its ranks will be."""
+    """What to start.  `argv` runs with `environment` over the host's own, of which no setting of ours is taken;
+    `seats`: where its ranks will be."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -166,7 +168,7 @@ class StateDirectory:
             with self.log(order.group).open("ab") as log:
                 process = subprocess.Popen(
                     [sys.executable, "-I", "-S", str(GATE), str(held), *order.argv],
-                    env=os.environ | dict(order.environment),
+                    env=without_settings(os.environ) | dict(order.environment),
                     cwd=self.directory,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
@@ -312,6 +314,11 @@ class StateDirectory:
         with (self.directory / f"{group}.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def without_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """A group is what its fleet file says, whatever the shell of whoever starts it has for other commands."""
+    return {name: value for name, value in environment.items() if not name.upper().startswith(OWN_PREFIX)}
 
 
 def _command(pid: int) -> list[str]:

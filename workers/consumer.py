@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from celery.exceptions import CPendingDeprecationWarning, InvalidTaskError, WorkerShutdown, WorkerTerminate
@@ -92,6 +93,12 @@ class LeaderConsumer(Consumer):  # type: ignore[misc]
     def add_task_queue(self, queue: str, *args: Any, **options: Any) -> None:
         if queue == self.pool.queue:  # others are refused by the command below
             super().add_task_queue(queue, *args, **options)
+            self.pool.joined_queue()
+
+    def cancel_task_queue(self, queue: str) -> None:
+        super().cancel_task_queue(queue)
+        if queue == self.pool.queue:
+            self.pool.left_queue(partial(self.call_soon, self.add_task_queue, queue))
 
 
 @control.control_command(  # type: ignore[untyped-decorator]

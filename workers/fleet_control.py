@@ -17,6 +17,7 @@ from hortator.producer.store import GroupBeat, Store
 REPLY_TIMEOUT_S = 5.0
 """A leader answers between two turns; a call to a stalled Redis may hold it up for two seconds."""
 
+UP = "`hortator up FLEET` starts one that is not"
 POLL_S = 0.25
 SILENCE_S = 30.0
 """A leader that starts again is seen within this; one that is not, or whose ranks stay down, has failed."""
@@ -78,7 +79,7 @@ class FleetControl:
             raise NoSuchGroup("no group is alive in this Redis and namespace: nothing to do")
         if unknown := [group for group in groups if group not in alive]:
             there = ", ".join(sorted(alive)) or "none"
-            raise NoSuchGroup(f"no group {unknown[0]} is alive; alive: {there}")
+            raise NoSuchGroup(f"no group {unknown[0]} is alive; alive: {there}; {UP}")
         return sorted(alive) if everything else list(dict.fromkeys(groups))
 
     def tell(self, command: str, groups: Sequence[str]) -> dict[str, Leader]:

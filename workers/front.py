@@ -38,6 +38,7 @@ from .intake import prepare
 from .link import Link
 from .live import Live, Strand
 from .outbox import Delivery, Letter, Outbox
+from .refusals import Refusals
 from .settings import WorkerSettings
 from .supervisor import Down
 from .tenure import Tenure
@@ -94,6 +95,7 @@ class Front:
         self._tenure = Tenure(store, self._link, settings.group, clock=clock)
         self._sweeper = Sweeper(store, settings.lease_s, clock=clock)
         self._gauges = Gauges(group, clock)
+        self._refusals = Refusals(clock)
         self._handles = itertools.count(1)
         self._info: EngineInfo | None = None  # of the group that is up
         self._stats: EngineStats | None = None
@@ -106,6 +108,7 @@ class Front:
         self._deadlines: list[tuple[float, int, Outcome]] = []  # (when, tie breaker, how it ends)
         self._sound = False  # this Redis loses no job
         self._draining = False
+        self._unwanted = False  # Celery was told to consume nothing
         self._journal_every_s = journal_every_s
         self._renew_every_s = min(settings.lease_s / 3, RENEW_EVERY_S)
         self._claimed_at = self._beat_at = self._sweep_at = self._renew_at = self._deliver_at = clock()
@@ -115,7 +118,7 @@ class Front:
 
     @property
     def state(self) -> str:
-        if self._draining:
+        if self._draining or self._unwanted:
             return "draining"
         if self._info is not None:
             return "ready"
@@ -158,7 +161,8 @@ class Front:
     # ---- from the store to the engine
 
     def _may_claim(self) -> bool:
-        return self._info is not None and not self._draining and self._entitled and self._group.steady
+        wanted = not self._draining and not self._unwanted
+        return self._info is not None and wanted and self._entitled and self._group.steady
 
     @property
     def _entitled(self) -> bool:
@@ -279,7 +283,7 @@ class Front:
         lease = claimed.lease
         if not isinstance(error, PromptTooLong):  # a sound message: another group may have room for it
             self._outbox.bury(Letter(claimed.message, error.message, lease.job_id))
-        logger.debug("job %s is refused: %s", lease.job_id, error.code)
+        self._refusals.note(lease.job_id, error.code)
         self.end(lease.job_id, State.FAILED, Failure(code=error.code, message=error.message))
 
     # ---- from the engine to the store
@@ -411,8 +415,13 @@ class Front:
         """Claim again after `drain`."""
         self._draining = False
 
+    def consume(self, wanted: bool) -> None:
+        """Whether Celery takes jobs at all: its word, beside `drain` and `resume`, which are ours."""
+        self._unwanted = not wanted
+
     def leave(self) -> None:
         """Tell the fleet that this group ends; without it the group would pass for alive a while longer."""
+        self._refusals.flush()
         if not self._tenure.held:  # what beats under this name is another leader
             return
         with contextlib.suppress(StoreUnavailable):
@@ -542,6 +551,7 @@ class Front:
             return
         self._beat_at = now + BEAT_EVERY_S
         self._gauges.turn_over()
+        self._refusals.turn_over()
         if self._keep_name():
             self._link.call(self._store.beat, self.beat())
 

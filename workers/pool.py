@@ -49,6 +49,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
         self.front: Any = None
         self._requests: dict[str, PromptRequest] = {}
         self._deliver: Callable[[ClaimedMessage], None] | None = None
+        self._rejoin: Callable[[], None] | None = None  # while Celery was told to leave the queue
         self._hub: Any = None
         self._timer: Any = None
         self._timer_at = 0.0
@@ -138,9 +139,22 @@ class EnginePool(BasePool):  # type: ignore[misc]
         self._hand_back_at = time.monotonic() + self.settings.grace_s
 
     def resume(self) -> None:
-        """Claim again."""
+        """Claim again, whichever way the group was told to claim nothing."""
         self._hand_back_at = math.inf
         self.front.resume()
+        if self._rejoin is not None:
+            self._rejoin()
+
+    def left_queue(self, rejoin: Callable[[], None]) -> None:
+        """Celery was told to consume nothing (`cancel_consumer`); a consumer that a reconnect replaces is no such
+        word."""
+        self._rejoin = rejoin
+        self.front.consume(False)
+
+    def joined_queue(self) -> None:
+        """Celery consumes again."""
+        self._rejoin = None
+        self.front.consume(True)
 
     def on_terminate(self) -> None:
         """A cold shutdown."""

@@ -79,10 +79,12 @@ class FleetRoutes:
         if "/metrics" not in self._settings.open_paths and not caller_of(request).operator:
             raise Forbidden("metrics cover every tenant: this needs an operator's key")
         queues: list[QueueInfo] | None = None
+        num_letters: int | None = None
         with suppress(StoreUnavailable):  # said by hortator_store_up
             queues = await self._store.queues()
+            num_letters = await self._store.count_dead_letters()
         self._metrics.waiters.set(self._watcher.waiters)
-        return Response(self._metrics.page(queues), media_type=CONTENT_TYPE)
+        return Response(self._metrics.page(queues, num_letters), media_type=CONTENT_TYPE)
 
 
 def queue_shape(queue: QueueInfo) -> Queue:

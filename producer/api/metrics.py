@@ -40,22 +40,24 @@ class Metrics:
             "hortator_expired_jobs", "Jobs that this process ended at their deadline.", registry=self.registry
         )
 
-    def page(self, queues: Sequence[QueueInfo] | None) -> bytes:
-        """The text format.  queues None: the store is away; its figures are then absent, not zero."""
+    def page(self, queues: Sequence[QueueInfo] | None, num_letters: int | None = None) -> bytes:
+        """The text format.  None: the store is away; its figures are then absent, not zero."""
         scrape = CollectorRegistry()
-        scrape.register(Queues(queues))
+        scrape.register(Queues(queues, num_letters))
         return generate_latest(self.registry) + generate_latest(scrape)
 
 
 class Queues(Collector):
-    """One scrape's view of the queues."""
+    """One scrape's view of the queues and of what fell out of them."""
 
-    def __init__(self, queues: Sequence[QueueInfo] | None) -> None:
-        self._queues = queues
+    def __init__(self, queues: Sequence[QueueInfo] | None, num_letters: int | None) -> None:
+        self._queues, self._num_letters = queues, num_letters
 
     def collect(self) -> Iterable[Metric]:
         up = self._queues is not None
         yield GaugeMetricFamily("hortator_store_up", "1 if the store answered this scrape.", value=float(up))
+        if self._num_letters is not None:
+            yield GaugeMetricFamily("hortator_dead_letters", "Dead letters, of all models.", value=self._num_letters)
         queues = self._queues or ()
         yield gauge("hortator_queue_depth", "Jobs that wait.", {q.model: q.depth for q in queues})
         yield gauge(

@@ -86,6 +86,9 @@ class PatientStore:
     async def dead_letters(self, *, limit: int = 100, before: str | None = None) -> list[DeadLetter]:
         return await self._in_turn(lambda: self._store.dead_letters(limit=limit, before=before))
 
+    async def count_dead_letters(self) -> int:
+        return await self._in_turn(self._store.count_dead_letters)
+
     async def check(self, *, for_submits: bool = False) -> None:
         await self._in_turn(lambda: self._store.check(for_submits=for_submits))
 

@@ -262,10 +262,10 @@ def read_report(answer: "Answer") -> "HostReport | str":
 
 
 def redis_of(fleet: "Fleet | None") -> tuple["Address", ...]:
-    """Redis as leaders must reach it, if the fleet file names one."""
+    """Redis as leaders must reach it: the fleet file's, or the one that goes without saying."""
     from hortator.topology.probe import Address
 
-    if fleet is None or "redis_url" not in fleet.model_fields_set:
+    if fleet is None:
         return ()
     parts = urlsplit(fleet.redis_url)
     return (Address(host=parts.hostname, port=parts.port or 6379),) if parts.hostname else ()

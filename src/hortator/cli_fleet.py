@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +16,7 @@ from hortator.cli_hosts import Directory, FleetOnHosts, SshProgram
 from hortator.cli_store import AsJson, Namespace, RedisUrl, operator, store_settings
 
 if TYPE_CHECKING:
+    from hortator.producer.client import Client
     from hortator.producer.store import GroupBeat, QueueInfo
     from hortator.workers.fleet_control import FleetControl
 
@@ -46,10 +47,12 @@ def status(
         if as_json:
             for queue in talk.queues():
                 typer.echo(json.dumps(queue_json(queue)))
+            if num_letters := talk.store.count_dead_letters():
+                typer.echo(json.dumps({"dead_letters": num_letters}))
         elif watch:
-            watch_queues(talk.queues, every_s)
+            watch_pages(lambda: page_of(talk), every_s)
         else:
-            typer.echo(page(talk.queues()))
+            typer.echo(page_of(talk))
     return EXIT_OK
 
 
@@ -105,6 +108,7 @@ def restart(
 
         check_launcher(launcher or "ssh", ("ssh", "deepspeed"))
         fleet = FleetOnHosts.read(fleet_file, hostfile, directory=directory, ssh=ssh_program)
+        fleet.tell_ignored_variables()
         return restart_fleet(fleet, groups or (), launcher=launcher or "ssh")
     with fleet_control(redis_url, namespace) as control:
         for number, group in enumerate(control.chosen(groups or (), everything=everything)):
@@ -137,7 +141,9 @@ def down(
             raise typer.BadParameter("--all is every group of a Redis; with --fleet leave it out: its groups are meant")
         from hortator.cli_steering import down_fleet
 
-        return down_fleet(FleetOnHosts.read(fleet_file, hostfile, directory=directory, ssh=ssh_program), groups or ())
+        fleet = FleetOnHosts.read(fleet_file, hostfile, directory=directory, ssh=ssh_program)
+        fleet.tell_ignored_variables()
+        return down_fleet(fleet, groups or ())
     check_choice(groups, everything)
     with fleet_control(redis_url, namespace) as control:
         chosen = control.chosen(groups or (), everything=everything)
@@ -180,21 +186,38 @@ def fleet_control(redis_url: str | None, namespace: str | None) -> Iterator["Fle
 # ---- what status shows
 
 
-def page(queues: Sequence["QueueInfo"]) -> str:
+def page_of(talk: "Client") -> str:
+    return page(talk.queues(), num_letters=talk.store.count_dead_letters())
+
+
+def page(queues: Sequence["QueueInfo"], *, num_letters: int = 0) -> str:
     """Two tables, as wide as they need to be: they may go into a pipe."""
+    return "\n\n".join([*tables(queues), *letter_lines(num_letters)])
+
+
+def letter_lines(num_letters: int) -> Iterator[str]:
+    from hortator.producer.hindrance import counted
+
+    if num_letters:
+        yield f"{counted(num_letters, 'dead letter')}: hortator dead-letters list"
+
+
+def tables(queues: Sequence["QueueInfo"]) -> Iterator[str]:
     from hortator.cli_jobs import columns
 
     if not queues:
-        return "no model is known yet: start a worker"
+        yield "no model is known yet: start a worker"
+        return
     lines = columns(queue_rows(queues))
     waits = [f"{queue.model}: {text}" for queue in queues if (text := why(queue))]
     groups = list(group_rows(queues))
-    lines += ["", *columns(groups)] if len(groups) > 1 else ["", "no group is alive"]
-    failures = list(failure_lines(queues))
-    return "\n".join([*lines, *([""] if waits or failures else []), *map(printable, [*waits, *failures])])
+    yield "\n".join(lines)
+    yield "\n".join(columns(groups)) if len(groups) > 1 else "no group is alive"
+    if remarks := [*waits, *failure_lines(queues)]:
+        yield "\n".join(map(printable, remarks))
 
 
-def watch_queues(look: Any, every_s: float) -> None:
+def watch_pages(look: Callable[[], str], every_s: float) -> None:
     """Redraws a terminal, else prints page after page, until Ctrl-C; a Redis that is away is said and waited for."""
     from rich.console import Console
     from rich.live import Live
@@ -210,11 +233,11 @@ def watch_queues(look: Any, every_s: float) -> None:
             time.sleep(every_s)
 
 
-def watched(look: Any) -> str:
+def watched(look: Callable[[], str]) -> str:
     from hortator.producer.errors import StoreUnavailable
 
     try:
-        return page(look())
+        return look()
     except StoreUnavailable as problem:
         return f"{printable(problem.message)}; trying again"
 

@@ -1,6 +1,7 @@
 """A fleet on its hosts, as the commands that reach them over ssh see it: what runs where, and the way to change it."""
 
 import json
+import os
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hortator.cli_errors import EXIT_FAILED, fail_line, printable
-from hortator.cli_store import operator
+from hortator.cli_store import operator, redacted
 
 if TYPE_CHECKING:
     from hortator.producer.store import GroupBeat
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from hortator.topology.plan import Plan, PlannedGroup, Seats
     from hortator.topology.road import Road
 
+OWN_PREFIX = "HORTATOR_"
 STATE = Path("~/.local/state/hortator")
 ANSWER_S = 30.0
 LAST_WORDS_S = 15.0  # beyond its grace: what a leader needs to tell the store and to end its ranks
@@ -147,6 +149,16 @@ class FleetOnHosts:
         """Groups that the fleet's Redis knows alive."""
         with operator(self.fleet.redis_url, self.fleet.namespace) as talk:
             return {beat.group: beat for queue in talk.queues() for beat in queue.groups}
+
+    def tell_ignored_variables(self) -> None:
+        """Where the shell names another Redis, which commands without a fleet file would ask.  Never its value."""
+        for name, said in (("redis_url", self.fleet.redis_url), ("namespace", self.fleet.namespace)):
+            variable = f"{OWN_PREFIX}{name.upper()}"
+            if os.environ.get(variable, said) == said:
+                continue
+            source = "says" if name in self.fleet.model_fields_set else "has by default"
+            shown = redacted(said) if name == "redis_url" else repr(said)
+            typer.echo(f"warning: {variable} is ignored: {self.file} {source} {name} = {printable(shown)}", err=True)
 
     # ---- what hosts are asked
 

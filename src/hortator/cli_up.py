@@ -66,6 +66,7 @@ def up(
         raise typer.BadParameter(f"--out goes with --launcher external, and this is --launcher {launcher}")
     filters = {"include": include, "exclude": exclude, "num_nodes": num_nodes, "num_gpus": num_gpus}
     fleet = FleetOnHosts.read(fleet_file, hostfile, directory=directory, ssh=ssh_program, **filters)
+    fleet.tell_ignored_variables()
     names = fleet.chosen(group or ())
     if launcher == "external":
         print_recipes(fleet, names, style or "torchrun", out)

@@ -81,10 +81,12 @@ def test_metrics_hold_the_queues_and_the_requests_by_route_not_by_id(newest_redi
         job_id = api.submit()
         api.http.get(f"/v1/jobs/{job_id}")
         api.http.get("/no/such/route")
+        api.store.bury("demo", b"x", reason="not JSON")
         answer = api.http.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
     lines = answer.text.splitlines()
     assert 'hortator_queue_depth{model="demo"} 1.0' in lines
+    assert "hortator_dead_letters 1.0" in lines
     assert 'hortator_groups_alive{model="demo"} 1.0' in lines
     assert 'hortator_http_requests_total{method="POST",route="/v1/jobs",status="202"} 1.0' in lines
     assert 'hortator_http_requests_total{method="GET",route="/v1/jobs/{job_id}",status="200"} 1.0' in lines

@@ -274,6 +274,14 @@ def test_letters_come_newest_first_and_page(rig: Rig) -> None:
     assert [letter.message for page in pages for letter in page] == [b"%d" % i for i in reversed(range(7))]
 
 
+def test_letters_are_counted_until_they_are_replayed(rig: Rig) -> None:
+    assert rig.store.count_dead_letters() == 0
+    first, _ = (rig.store.bury(MODEL, b"x", reason=str(n)) for n in range(2))
+    assert rig.store.count_dead_letters() == 2
+    rig.store.replay([first])
+    assert rig.store.count_dead_letters() == 1
+
+
 def test_only_the_newest_letters_are_kept(rig: Rig) -> None:
     rig.rule(max_letters=5)
     for i in range(9):

@@ -106,7 +106,8 @@ def test_a_drained_group_hands_back_what_outlasts_its_grace_and_stays_up(
     assert "one    echo   drained" in operate(capsys, "status")
     operate(capsys, "resume", "one")
     assert run(["drain", "three"]) == 1
-    assert capsys.readouterr().err == "error: no group three is alive; alive: one, two\n"
+    said = capsys.readouterr().err
+    assert said == "error: no group three is alive; alive: one, two; `hortator up FLEET` starts one that is not\n"
     assert run(["restart"]) == 2
 
 

@@ -36,6 +36,14 @@ def test_equal_hosts_are_fit_to_run() -> None:
     assert judged(reports()) == {}
 
 
+def test_one_host_is_not_counted() -> None:
+    alone = {host: one for host, one in reports().items() if host == HOSTS[0]}
+    demand = Demand(gpus={HOSTS[0]: (0, 1)}, device="cuda")
+    said = {one.check: one.text for one in examine(demand, alone, {}, {})}
+    assert said["ssh"] == "the host answers"
+    assert [text for text in said.values() if "1 hosts" in text] == []
+
+
 @pytest.mark.parametrize("check", ["ports", "redis"])
 def test_what_was_not_looked_at_is_not_called_good(check: str) -> None:
     unasked = Demand(gpus=DEMAND.gpus, device="cuda")

@@ -141,6 +141,7 @@ def commands(text: str) -> list[dict[str, str]]:
 def test_torchrun_starts_a_keeper_for_every_rank(fleet: Fleet) -> None:
     text = made("torchrun", fleet)[0].text
     leader, *keepers = commands(text)
+    assert ": 2 hosts of 2 ranks." in text
     assert leader["HORTATOR_CONTROL_HOST"] == "10.0.0.1"
     assert [(k["--nnodes"], k["--nproc-per-node"], k["--node-rank"]) for k in keepers] == [
         ("2", "2", "0"),

@@ -86,6 +86,16 @@ def test_what_it_is_told_is_in_its_environment_and_on_no_disk(state: StateDirect
     assert {oct(file.stat().st_mode & 0o077) for file in state.directory.glob("*.log")} == {"0o0"}
 
 
+def test_settings_of_the_shell_that_starts_it_are_not_a_leaders(
+    state: StateDirectory, patient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HORTATOR_LEASE_S", "77")
+    monkeypatch.setenv("hortator_grace_s", "77")
+    told = "import os, sys; print({n: v for n, v in os.environ.items() if 'HORTATOR' in n.upper()}); sys.exit(1)"
+    with pytest.raises(CannotStart, match=r"\{'HORTATOR_GROUP': 'g'\}"):
+        state.start(order(told, HORTATOR_GROUP="g"))
+
+
 def test_a_log_is_followed_over_its_rotation(state: StateDirectory) -> None:
     log = state.log("g")
     lines = state.follow("g")
@@ -120,12 +130,12 @@ def test_where_the_ranks_are_is_remembered_also_of_a_leader_that_has_ended(state
     assert (found.pid, found.born, found.model, found.seats) == (None, started.born, "m", seats)
 
 
-def test_the_last_words_of_a_leader_are_its_complaint_not_its_farewell(state: StateDirectory) -> None:
+def test_the_last_words_of_a_leader_are_its_complaint_not_its_farewell(state: StateDirectory, patient: None) -> None:
     with pytest.raises(CannotStart, match=r"CRITICAL/MainProcess\] group g is led by pid 7"):
         state.start(order("print('[x: CRITICAL/MainProcess] group g is led by pid 7\\n[x: INFO/MainProcess] drained')"))
 
 
-def test_the_last_words_of_a_leader_are_its_own_not_those_of_a_rank(state: StateDirectory) -> None:
+def test_the_last_words_of_a_leader_are_its_own_not_those_of_a_rank(state: StateDirectory, patient: None) -> None:
     with pytest.raises(CannotStart, match="told to stop"):
         state.start(order("print('[x: INFO/MainProcess] told to stop\\n[x: INFO/MainProcess] [rank 1] a warning')"))
 

@@ -52,6 +52,11 @@ def own_redis() -> Iterator[EmbeddedRedis]:
         yield server
 
 
+def said(worker: Worker) -> str:
+    """What its group says of itself."""
+    return next(beat.state for queue in worker.store.queues() for beat in queue.groups)
+
+
 def push(server: EmbeddedRedis, *prompts: str, tokens: int = 5) -> list[str]:
     """What any program can do that knows Redis only."""
     ids = [str(uuid.uuid4()) for _ in prompts]
@@ -132,7 +137,17 @@ def test_a_queue_can_be_left_and_joined_again(worker: Worker, client: Client) ->
     result = client.send()
     time.sleep(0.3)
     assert worker.status(result.id) is None
+    wait_for("draining in status", lambda: said(worker) == "draining")
     client.app.control.add_consumer(QUEUE, destination=[worker.name], reply=True, timeout=3)
+    assert result.get(timeout=10)["text"] == "hello"
+    wait_for("ready in status", lambda: said(worker) == "ready")
+
+
+def test_resume_rejoins_a_queue_that_celery_was_told_to_leave(worker: Worker, client: Client) -> None:
+    client.app.control.cancel_consumer(QUEUE, destination=[worker.name], reply=True, timeout=3)
+    result = client.send()
+    wait_for("draining", lambda: client.inspect(worker, "stats")["pool"]["state"] == "draining")
+    client.app.control.broadcast("group_resume", destination=[worker.name], reply=True, timeout=3)
     assert result.get(timeout=10)["text"] == "hello"
 
 

@@ -1018,6 +1018,24 @@ def test_deadlines_of_jobs_that_ended_are_forgotten() -> None:
     assert len(leader.front._deadlines) <= 2 + MIN_DEADLINES
 
 
+def test_a_refused_job_is_a_line_of_the_log_without_its_prompt(caplog: pytest.LogCaptureFixture) -> None:
+    leader = Leader()
+    with caplog.at_level("INFO", logger="hortator.front"):
+        leader.run(prompt="secret" * 99, job_id="long-1")
+    assert "job long-1 is refused: prompt_too_long" in caplog.messages
+    assert "secret" not in caplog.text
+
+
+def test_a_flood_of_refused_jobs_is_counted(caplog: pytest.LogCaptureFixture) -> None:
+    leader = Leader()
+    with caplog.at_level("INFO", logger="hortator.front"):
+        for number in range(23):
+            leader.run(prompt="secret" * 99, job_id=f"long-{number}")
+        assert sum("is refused" in line for line in caplog.messages) == 20
+        leader.turn(after_s=60)
+    assert "3 more jobs were refused: prompt_too_long 3" in caplog.messages
+
+
 def test_a_start_tells_what_its_time_was_spent_on(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     leader = Leader()

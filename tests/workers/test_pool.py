@@ -161,6 +161,27 @@ def test_without_a_consumer_nothing_is_claimed(leader: Leader, pool: Pool) -> No
     assert leader.status().state is State.QUEUED
 
 
+def test_who_left_the_queue_says_so_while_what_runs_goes_on(leader: Leader, pool: Pool) -> None:
+    send(leader, pool)
+    pool.left_queue(lambda: None)
+    assert (leader.front.state, leader.front.room()) == ("draining", 0)
+    leader.step("a", finish=Finish.LENGTH)
+    assert leader.status().state is State.SUCCEEDED
+    pool.joined_queue()
+    assert leader.front.state == "ready"
+
+
+def test_resume_takes_back_also_what_celery_was_told(pool: Pool) -> None:
+    pool.left_queue(pool.joined_queue)
+    pool.resume()
+    assert pool.front.state == "ready"
+
+
+def test_a_consumer_that_a_reconnect_replaces_is_no_draining(leader: Leader, pool: Pool) -> None:
+    pool.consumed_by(None)
+    assert leader.front.state == "ready"
+
+
 def test_a_fatal_front_ends_the_worker(leader: Leader, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_state, "should_stop", None)
     leader.front.fatal = "no such model"
