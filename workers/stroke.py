@@ -15,10 +15,10 @@ from .pipe import Pipe, read_submission, report
 LINGER_S = 0.02
 """An idle group keeps the peers at the channel this long before it parks, so that a steady trickle costs no WAKE."""
 
-REPORT_EVERY_S = 0.03
+REPORT_EVERY_S = 0.05
 """Steps of a well filled group are told together this often, unless rows have become free that only the front can
 fill: each message wakes the front, which costs the engine time where they share a processor."""
-MOST_UNTOLD_STEPS = 4  # less than a suspect's probation: where a group died must be known better than that
+MOST_UNTOLD_STEPS = 6  # less than a suspect's probation: where a group died must be known better than that
 
 _NOTHING = StepOutput()
 
