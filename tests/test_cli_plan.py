@@ -1,6 +1,7 @@
 """`hortator plan` and `hortator plan-memory`, as a user types them."""
 
 import json
+import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -204,11 +205,16 @@ def test_the_documentations_example_is_a_plan(sh: Shell, tmp_path: Path) -> None
     assert [(host.address, len(host.free)) for host in plan.hosts] == [("node-a", 0), ("node-b", 5), ("10.0.0.17", 0)]
 
 
-def test_the_demonstration_fleet_is_planned_and_found_fit_as_it_stands(sh: Shell) -> None:
+def test_the_demonstration_fleet_is_planned_as_it_stands_and_found_fit_with_a_redis(
+    sh: Shell, tmp_path: Path, newest_redis_url: str
+) -> None:
     file = Path(__file__).parents[1] / "demo" / "fleet.toml"
     plan = Plan.model_validate_json(sh.out("plan", file, "--json"))
     assert [(group.name, group.tensor_parallel_size, group.hosts[0].host) for group in plan.groups] == [
         ("demo-0", 2, "localhost")
     ]
     assert (plan.num_free, plan.notes) == (0, ())
-    assert "fit to run" in sh.out("doctor", file, "--no-links")
+    with_redis = tmp_path / "demo"
+    shutil.copytree(file.parent, with_redis)
+    (with_redis / "fleet.toml").write_text(f'redis_url = "{newest_redis_url}"\n{file.read_text()}')
+    assert "fit to run" in sh.out("doctor", with_redis / "fleet.toml", "--no-links")
