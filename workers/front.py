@@ -161,8 +161,7 @@ class Front:
     # ---- from the store to the engine
 
     def _may_claim(self) -> bool:
-        wanted = not self._draining and not self._unwanted
-        return self._info is not None and wanted and self._entitled and self._group.steady
+        return self.state == "ready" and self._entitled and self._group.steady
 
     @property
     def _entitled(self) -> bool:
@@ -458,7 +457,7 @@ class Front:
                 due(now)
 
     def wake_in(self) -> float:
-        """Seconds until `tick`, `take` or `flush` has something to do; not positive when it has."""
+        """Seconds until `tick`, `take` or `flush` has something to do."""
         now = self._clock()
         at = min(self._beat_at, self._ticked_at + LONGEST_SLEEP_S)
         if self._live:
@@ -471,7 +470,7 @@ class Front:
             at = min(at, self._deadlines[0][0])
         if self.room() > 0:
             at = min(at, self._claimer.at)
-        return max(at, self._ticked_at + self._shortest_sleep_s) - now
+        return max(at - now, self._ticked_at + self._shortest_sleep_s - now, 0.0)
 
     @property
     def _shortest_sleep_s(self) -> float:

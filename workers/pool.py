@@ -204,7 +204,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
         """Turn without Celery's loop, while it waits for the broker or has ended."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
-            select.select([self._group.fileno()], [], [], min(left, max(0.0, self.front.wake_in())))
+            select.select([self._group.fileno()], [], [], min(left, self.front.wake_in()))
             self.turn()
 
     def _on_readable(self) -> None:
@@ -214,7 +214,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
 
     def _on_timer(self) -> None:
         try:
-            if self.front.wake_in() <= 0:  # else a report has brought a turn meanwhile
+            if not self.front.wake_in():  # else a report has brought a turn meanwhile
                 self.turn()
         finally:  # Celery logs what a timer raises and goes on; so must we
             self._schedule()
@@ -222,7 +222,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
     def _schedule(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        delay = max(0.0, self.front.wake_in())
+        delay = self.front.wake_in()
         self._timer_at = time.monotonic() + delay
         self._timer = self._hub.call_later(delay, self._on_timer)
 

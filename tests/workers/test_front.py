@@ -207,6 +207,17 @@ def test_a_full_group_is_not_woken_between_steps() -> None:
     assert leader.front.wake_in() >= 0.02
 
 
+def test_a_turn_that_a_report_brought_makes_one_between_reports_needless() -> None:
+    leader = Leader(max_num_seqs=4)
+    for number in range(3):
+        leader.run(job_id=f"id-{number}")
+    leader.step("a", after_s=0.04)
+    leader.clock.now += 0.04
+    assert leader.front.wake_in() > 0
+    leader.clock.now += 0.02
+    assert leader.front.wake_in() == 0
+
+
 def test_a_full_group_with_slow_steps_asks_for_jobs_no_more_than_twice_a_step() -> None:
     leader = Leader(max_num_seqs=4)
     for number in range(3):
