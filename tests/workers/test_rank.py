@@ -15,6 +15,7 @@ import pytest
 from hortator.producer.errors import ConfigError
 from hortator.topology.errors import LeaderLost, MeshFailed, PortTaken, Refused
 from hortator.topology.tether import ControlClient
+from hortator.workers import stroke
 from hortator.workers.engine.echo import EchoEngine
 from hortator.workers.engine.step import EngineInfo, Request, SamplingParams, StepPlan
 from hortator.workers.lockstep import CollectiveFailed, Follower, InProcessChannel, LockstepError
@@ -29,7 +30,7 @@ from hortator.workers.rank import (
     load_engine,
     read_description,
 )
-from hortator.workers.stroke import LINGER_S, Leader, Peer
+from hortator.workers.stroke import LINGER_S, MOST_UNTOLD_STEPS, Leader, Peer
 
 CONFIG: dict[str, Any] = {
     "rank": 0,
@@ -165,6 +166,16 @@ def test_a_full_group_tells_of_several_steps_at_once_and_loses_none(full_ranks: 
         assert said == (prompt * 17)[:50]
     assert len(reports) < 25
     assert sum(len(report.finished) for report in reports) == 2
+
+
+def test_ends_wait_for_the_next_report_while_others_wait_for_their_rows(
+    full_ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stroke, "REPORT_EVERY_S", 60.0)
+    full_ranks.submit(*[b"a"] * 40, max_tokens=1)
+    reports = [read_report(message) for message in full_ranks.until_idle()]
+    assert sum(len(report.finished) for report in reports) == 40
+    assert len(reports) <= 20 // MOST_UNTOLD_STEPS + 3, "twenty steps, in each of which two of them end"
 
 
 def test_an_idle_group_parks_and_is_woken_by_the_next_submission(ranks: Ranks) -> None:
