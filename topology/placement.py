@@ -29,12 +29,11 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """Where one rank runs; `num_local`: ranks of this group on that host."""
+    """Where one rank runs."""
 
     rank: int
     host: str
     device: int
-    num_local: int
     interface: str | None
 
 
@@ -64,9 +63,7 @@ def read_nodes(value: object) -> tuple[Node, ...]:
 def seats(nodes: Sequence[Node]) -> tuple[Seat, ...]:
     """One seat for each rank, in the order of the hosts."""
     places = [(node, device) for node in nodes for device in node.devices]
-    return tuple(
-        Seat(rank, node.host, device, len(node.devices), node.interface) for rank, (node, device) in enumerate(places)
-    )
+    return tuple(Seat(rank, node.host, device, node.interface) for rank, (node, device) in enumerate(places))
 
 
 def shares(nodes: Sequence[Node]) -> tuple[Share, ...]:

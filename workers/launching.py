@@ -102,7 +102,7 @@ def rank_commands(
     placed = dict(enumerate(seats(settings.hosts)))
     commands = []
     for rank in range(settings.world_size):
-        seat = placed.get(rank) or (Seat(rank, "", rank, own, None) if rank < own else None)
+        seat = placed.get(rank) or (Seat(rank, "", rank, None) if rank < own else None)
         # a keeper knows its devices better: its starter may have renumbered them (CUDA_VISIBLE_DEVICES)
         own_seat = seat if rank < own else None
         config = _config(settings, rank, epoch=epoch, key=key, control=control, seat=own_seat, pipe=pipe)
@@ -198,7 +198,6 @@ def _config(
             "rank": rank,
             "epoch": epoch,
             "local_rank": seat.device if seat else None,
-            "local_ranks": seat.num_local if seat else None,
             "pipe_fd": pipe.fileno() if rank == 0 else None,
             "control_host": control[0],
             "control_port": control[1],

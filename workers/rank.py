@@ -58,7 +58,6 @@ class RankConfig(BaseModel):
     rank: int = Field(ge=0)
     epoch: int = Field(ge=0)
     local_rank: int | None = Field(default=None, ge=0, description="device; None: LOCAL_RANK, as the keeper says")
-    local_ranks: int | None = Field(default=None, ge=1, description="ranks on this host; None: LOCAL_WORLD_SIZE")
     pipe_fd: int | None = Field(default=None, description="rank 0: the inherited end of the pipe")
 
     control_host: str
@@ -130,10 +129,9 @@ def read_config() -> RankConfig:
     """Take the configuration out of the environment, so that nothing started from here inherits the key."""
     try:
         config = RankConfig.model_validate_json(os.environ.pop(CONFIG_VARIABLE, ""))
-        place = {"local_rank": "LOCAL_RANK", "local_ranks": "LOCAL_WORLD_SIZE"}
-        missing = [field for field in place if getattr(config, field) is None and place[field] in os.environ]
-        found = {field: os.environ[place[field]] for field in missing}
-        return RankConfig.model_validate(config.model_dump() | found)
+        if config.local_rank is None and "LOCAL_RANK" in os.environ:
+            return RankConfig.model_validate(config.model_dump() | {"local_rank": os.environ["LOCAL_RANK"]})
+        return config
     except ValidationError as error:
         wrong = ", ".join(".".join(map(str, item["loc"])) or item["type"] for item in error.errors())
         exit_process(Exit.CONFIG, f"{CONFIG_VARIABLE} is not a rank's configuration: {wrong}")
@@ -239,11 +237,8 @@ def meet(config: RankConfig, store: Any, listener: socket.socket | None) -> "Mes
     """The mesh; None where no torch is needed at all."""
     if config.engine == "echo" and config.world_size == 1:
         return None
-    import torch
-
     from hortator.topology.mesh import join
 
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (config.local_ranks or 1)))
     return join(
         rank=config.rank,
         tp_size=config.tensor_parallel_size,

@@ -24,10 +24,10 @@ def test_an_address_with_colons_stands_in_brackets() -> None:
 def test_hosts_are_filled_in_order_so_stages_stay_together() -> None:
     nodes = read_nodes('[{"host": "a", "devices": [2, 3], "interface": "eth1"}, {"host": "b", "ranks": 2}]')
     assert seats(nodes) == (
-        Seat(0, "a", 2, 2, "eth1"),
-        Seat(1, "a", 3, 2, "eth1"),
-        Seat(2, "b", 0, 2, None),
-        Seat(3, "b", 1, 2, None),
+        Seat(0, "a", 2, "eth1"),
+        Seat(1, "a", 3, "eth1"),
+        Seat(2, "b", 0, None),
+        Seat(3, "b", 1, None),
     )
     assert [share.ranks for share in shares(nodes)] == [(0, 1), (2, 3)]
 

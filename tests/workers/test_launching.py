@@ -148,12 +148,7 @@ def test_ranks_that_others_start_find_no_loopback_address_unless_somebody_says_t
 def test_every_rank_is_told_its_place_and_keepers_tell_the_devices_of_theirs() -> None:
     found = [config(command) for command in commands(spread())]
     assert [entry["rank"] for entry in found] == [0, 1, 2, 3]
-    assert [(entry["local_rank"], entry["local_ranks"]) for entry in found] == [
-        (0, 2),
-        (1, 2),
-        (None, None),
-        (None, None),
-    ]
+    assert [entry["local_rank"] for entry in found] == [0, 1, None, None]
     assert {entry["store_host"] for entry in found} == {"10.1.1.1"}
     assert {entry["control_port"] for entry in found} == {4711}
 
@@ -181,6 +176,13 @@ def test_named_variables_reach_the_ranks_of_every_host_and_a_named_interface_win
     assert "OTHER" not in commands(group, front)[2].env
     with pytest.raises(ValidationError, match="HORTATOR_REDIS_URL is the front's alone"):
         spread(rank_variables="FOO_MARK,HORTATOR_REDIS_URL")
+
+
+def test_ranks_of_a_host_share_its_cores_unless_somebody_says_how_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(9)))
+    pair = settings(tensor_parallel_size=2)
+    assert [command.env["OMP_NUM_THREADS"] for command in commands(pair, {})] == ["4", "4"]
+    assert [command.env["OMP_NUM_THREADS"] for command in commands(pair, {"OMP_NUM_THREADS": "3"})] == ["3", "3"]
 
 
 # --- a budget

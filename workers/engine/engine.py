@@ -67,7 +67,8 @@ class PagedEngine:
                 "architecture": config.architecture,
                 "dtype": str(config.dtype).removeprefix("torch."),
                 "kv_bytes_per_rank": str(limits.kv_tokens * config.cache_shape(ranks).token_bytes),
-            },
+            }
+            | ({"threads": str(runner.threads)} if runner.threads else {}),
         )
         self._flying: deque[tuple[Batch, Flight]] = deque()
         self._batch = Batch()

@@ -22,6 +22,7 @@ from .sampler import Draw, Sampler, Score, fault_of, scores
 from .scheduler import Batch, Row
 from .step import Fault
 from .structure import Grammars
+from .threads import Threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,8 @@ class Runner:
 
     speculates = False
     """Decodes can be launched before their newest token is known to the host."""
+    threads: Threads | None = None
+    """Of a CPU, for each step; None: as many as torch has."""
 
     def __init__(self, model: LoadedModel, ranks: Ranks, grammars: Grammars | None) -> None:
         hf = model.config.hf
@@ -115,6 +118,8 @@ class TorchRunner(Runner):
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Flight:
         """Compute the rows and choose the tokens of those that sample."""
+        if self.threads:
+            self.threads.use(batch.num_tokens)
         rows = in_attention_order(batch)
         if batch.fresh_blocks:
             self._cache.forget(self._indices(batch.fresh_blocks))
