@@ -4,8 +4,9 @@
 
 decode: one step with all rows running.  All three arms run in the same process on the same weights, the first two step
 by step in turn, in interleaved rounds; the figure is the median over all steps of all rounds.  The engine's step is a
-whole one (schedule, forward, choose, account); the DynamicCache step is the bare forward of equally long rows without a
-mask, and an argmax: its best case.  mix: requests of many lengths, see mixed_load.py.
+whole one (schedule, forward, choose, account), with as many threads as the other arms, whatever its own trial would
+find; the DynamicCache step is the bare forward of equally long rows without a mask, and an argmax: its best case.
+mix: requests of many lengths, see mixed_load.py.
 """
 
 import argparse
@@ -108,6 +109,7 @@ def measure(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
             max_model_len=max(args.context + args.steps + 64, args.mix_prompts[1] + args.mix_outputs[1]),
             max_num_batched_tokens=max(2048, max(args.batch) * args.context),
         )
+        engine._runner.threads = None  # as many as the other arms, in every step
         model = transformers.LlamaForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation="sdpa")
         model.eval()
         found: dict[str, list[dict[str, Any]]] = {}
