@@ -300,13 +300,12 @@ class Front:
 
     def _ready(self, event: Ready) -> None:
         info = self._info = event.info
-        threads = info.details.get("threads")  # of rank 0, where it computes on a CPU
         self._stats = None
         self._claimer.at = self._beat_at = self._clock()  # from this beat on the model takes jobs
         logger.info(
-            "group %s is ready after %.1f s%s: %s, epoch %d, %d sequences of up to %d tokens%s",
+            "group %s is ready after %.1f s%s: %s, epoch %d, %d sequences of up to %d tokens",
             self._settings.group, event.start_s, _spent(event), self._queue, event.epoch,
-            info.max_num_seqs, info.max_model_len, f", threads {threads}" if threads else "",
+            info.max_num_seqs, info.max_model_len,
         )  # fmt: skip
 
     def _stepped(self, event: Stepped) -> None:

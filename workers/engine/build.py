@@ -15,7 +15,7 @@ from .poolsize import Room, size_pool
 from .runner import Runner, TorchRunner
 from .shortage import memory_for
 from .structure import Grammars
-from .threads import Threads, threads_by_trial, trial_batch
+from .threads import Threads
 
 
 def build_engine(
@@ -51,7 +51,7 @@ def build_engine(
     with memory_for(f"the KV pool of {human(pool_bytes)} beside the weights", f"lower {room.smaller}"):
         runner = make_runner(model, mesh, limits, grammars)
         if mesh.device.type == "cpu":
-            runner.threads = _find_threads(runner, mesh, limits)
+            runner.threads = Threads(small=2 * max_num_seqs)
     return PagedEngine(config, runner, ranks=mesh, limits=limits)
 
 
@@ -70,12 +70,6 @@ def make_runner(model: LoadedModel, ranks: Ranks, limits: Limits, grammars: Gram
         if body.fits(model):
             return CudaRunner(model, ranks, limits, operations=kernels, grammars=grammars)
     return TorchRunner(model, ranks, num_blocks=limits.num_blocks, block_size=limits.block_size, grammars=grammars)
-
-
-def _find_threads(runner: Runner, ranks: Ranks, limits: Limits) -> Threads:
-    num_rows = min(limits.max_num_seqs, limits.num_blocks)
-    batch = trial_batch(num_rows, context=min(limits.block_size, limits.max_model_len))
-    return threads_by_trial(lambda: runner.launch(batch).land(), ranks, num_rows=num_rows)
 
 
 def _load(config: ModelConfig, mesh: Ranks, load_format: LoadFormat) -> tuple[LoadedModel, Grammars | None]:

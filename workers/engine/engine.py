@@ -67,8 +67,7 @@ class PagedEngine:
                 "architecture": config.architecture,
                 "dtype": str(config.dtype).removeprefix("torch."),
                 "kv_bytes_per_rank": str(limits.kv_tokens * config.cache_shape(ranks).token_bytes),
-            }
-            | ({"threads": str(runner.threads)} if runner.threads else {}),
+            },
         )
         self._flying: deque[tuple[Batch, Flight]] = deque()
         self._batch = Batch()
@@ -101,6 +100,7 @@ class PagedEngine:
             prompt_tokens=scheduler.num_prompt_tokens,
             cached_tokens=scheduler.num_cached_tokens,
             shortages=self._shortages,
+            threads=self._runner.threads.few if self._runner.threads else 0,
         )
 
     def apply(self, plan: StepPlan) -> int:

@@ -2,92 +2,79 @@
 
 Threads shorten matrix products and nothing else.  In a step of single tokens through a small model little time goes
 there; more threads then gain nothing, spin while they wait for each other, and keep cores from the front, Redis and
-other ranks.  What counts as small depends on the machine as much as on the model, so it is found by trial when an
-engine is built.
+other ranks.  What counts as small depends on the model, the machine and whatever else runs there, so the steps
+themselves are timed: now and then some of them, every other one, use half or twice as many threads.
 """
 
 import time
-from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import median
+from typing import TypeVar
 
 import torch
 
-from .parallel import Ranks, agree_on_minimum
-from .scheduler import Batch, Row, Sequence
-from .step import Request, SamplingParams
+SLACK = 1.1  # fewer threads may take so much longer
+PAIRS = 5  # steps with each number of threads, in turn
+SOON, LATER = 16, 1_000  # steps until it is tried again: after a change, and else
 
-SLACK = 1.1
-"""Half as many threads may take so much longer."""
-LONG_S = 0.1
-"""A step that takes longer than this with all threads is made of matrix products: nothing is tried then."""
-_ROUNDS = 5
+T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
 class Threads:
-    """How many threads for which steps."""
+    """Runs steps with as many threads as they deserve; those of more than `small` tokens with all of torch's.
 
-    few: int
-    most: int
-    small: int  # tokens in a step, up to which `few` do
-
-    def use(self, num_tokens: int) -> None:
-        """Those of a step with so many tokens, from now on, in the calling thread."""
-        torch.set_num_threads(self.few if num_tokens <= self.small else self.most)
-
-    def __str__(self) -> str:
-        return f"{self.few}" + (f" ({self.most} beyond {self.small} tokens a step)" if self.few < self.most else "")
-
-
-def threads_by_trial(
-    step: Callable[[], object], ranks: Ranks, *, num_rows: int, clock: Callable[[], float] = time.perf_counter
-) -> Threads:
-    """The fewest threads that make `step`, one of `num_rows` single tokens, no longer; they do for steps of up to twice
-    as many tokens (a short prompt beside the others).  Collective: all ranks of the group try together and agree.
+    Each rank decides for itself: how a step is cut among threads changes nothing of what ranks must share.
     """
-    most = few = torch.get_num_threads()
-    halvings = (-agree_on_minimum(-most, ranks)).bit_length() - 1
-    if halvings and _is_short(step, most, ranks, clock):
-        for _ in range(halvings):
-            half = max(1, few // 2)
-            if not agree_on_minimum(int(_enough(step, half, few, clock)), ranks):
-                break
-            few = half
-        torch.set_num_threads(most)
-    return Threads(few, most, small=2 * num_rows)
 
+    def __init__(self, *, small: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._most = self.few = torch.get_num_threads()
+        self._small = small
+        self._clock = clock
+        self._pause = SOON
+        self._falling = True
+        self._times: dict[int, list[float]] = {}
+        self._choose_other()
 
-def _is_short(step: Callable[[], object], threads: int, ranks: Ranks, clock: Callable[[], float]) -> bool:
-    """On every rank; the first step is left out."""
-    step()
-    return agree_on_minimum(int(_time(step, threads, clock) <= LONG_S), ranks) == 1
+    def run(self, num_tokens: int, step: Callable[[], T]) -> T:
+        """What `step` returns."""
+        if self._most == 1:
+            return step()
+        if num_tokens > self._small:
+            torch.set_num_threads(self._most)
+            return step()
+        number = self._turn()
+        torch.set_num_threads(number)
+        begun = self._clock()
+        outcome = step()
+        self._took(number, self._clock() - begun)
+        return outcome
 
+    def _turn(self) -> int:
+        """How many threads are this step's."""
+        if self._pause:
+            return self.few
+        return min(self._times, key=lambda number: len(self._times[number]))
 
-def _enough(step: Callable[[], object], half: int, whole: int, clock: Callable[[], float]) -> bool:
-    """Half the threads take no longer, by the medians of interleaved steps."""
-    pairs = [(_time(step, half, clock), _time(step, whole, clock)) for _ in range(_ROUNDS)]
-    return median(by_half for by_half, _ in pairs) <= SLACK * median(by_whole for _, by_whole in pairs)
+    def _took(self, number: int, seconds: float) -> None:
+        if self._pause:
+            self._pause -= 1
+            return
+        self._times[number].append(seconds)
+        if all(len(times) == PAIRS for times in self._times.values()):
+            self._decide()
 
+    def _decide(self) -> None:
+        fewer, more = sorted(self._times)
+        enough = median(self._times[fewer]) <= SLACK * median(self._times[more])
+        before, self.few = self.few, fewer if enough else more
+        self._pause = LATER if self.few == before else SOON
+        if self.few == before:
+            self._falling = not self._falling
+        self._choose_other()
 
-def _time(step: Callable[[], object], threads: int, clock: Callable[[], float]) -> float:
-    torch.set_num_threads(threads)
-    begun = clock()
-    step()
-    return clock() - begun
-
-
-def trial_batch(num_rows: int, context: int) -> Batch:
-    """One token of each of so many sequences, the last one of `context` in its only block."""
-    request = Request(0, (0,) * context, SamplingParams(max_tokens=1))
-    rows = [
-        Row(
-            Sequence(request, context + 1, frozenset(), array("i", request.prompt), blocks=array("i", (block,))),
-            start=context - 1,
-            count=1,
-            samples=True,
-        )
-        for block in range(num_rows)
-    ]
-    return Batch(tuple(rows), fresh_blocks=tuple(range(num_rows)))
+    def _choose_other(self) -> None:
+        """The number to compare with: half or twice as many, on in the direction that was better."""
+        if self.few == (1 if self._falling else self._most):
+            self._falling = not self._falling
+        other = self.few // 2 if self._falling else min(self._most, 2 * self.few)
+        self._times = {self.few: [], other: []}
