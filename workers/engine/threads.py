@@ -13,9 +13,9 @@ from typing import TypeVar
 
 import torch
 
-SLACK = 1.1  # fewer threads may take so much longer
+SLACK = 1.05  # fewer threads may take so much longer
 PAIRS = 5  # steps with each number of threads, in turn
-SOON, LATER = 16, 1_000  # steps until it is tried again: after a change, and else
+SOON, LATER = 16, 1_024  # steps until it is tried again: after a change, then ever more
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ class Threads:
         self._most = self.few = torch.get_num_threads()
         self._small = small
         self._clock = clock
-        self._pause = SOON
+        self._patience = self._pause = SOON
         self._falling = True
         self._times: dict[int, list[float]] = {}
         self._choose_other()
@@ -67,9 +67,9 @@ class Threads:
         fewer, more = sorted(self._times)
         enough = median(self._times[fewer]) <= SLACK * median(self._times[more])
         before, self.few = self.few, fewer if enough else more
-        self._pause = LATER if self.few == before else SOON
         if self.few == before:
             self._falling = not self._falling
+        self._pause = self._patience = SOON if self.few != before else min(LATER, 2 * self._patience)
         self._choose_other()
 
     def _choose_other(self) -> None:
