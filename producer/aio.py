@@ -209,7 +209,7 @@ class AsyncClient:
                 del waiting[handle.id]
                 yield handle
             if waiting:
-                await self._wait(pace, progress=bool(done), jobs=len(waiting), waiting_for=f"{len(waiting)} jobs")
+                await self._wait(pace, news=len(done), jobs=len(waiting), waiting_for=f"{len(waiting)} jobs")
 
     async def stream(self, handle: AsyncJobHandle, *, after: int, timeout_s: float | None) -> AsyncIterator[Chunk]:
         """What AsyncJobHandle.stream says."""
@@ -231,7 +231,7 @@ class AsyncClient:
                 for chunk in reader.rest(result_of(status)):
                     yield chunk
                 return
-            await self._wait(pace, progress=bool(chunks), waiting_for=f"job {handle.id}")
+            await self._wait(pace, news=len(chunks), waiting_for=f"job {handle.id}")
 
     async def unknown(self, handle: AsyncJobHandle) -> UnknownJob:
         """UnknownJob, telling gone from never issued."""
@@ -249,8 +249,8 @@ class AsyncClient:
         return done
 
     @staticmethod
-    async def _wait(pace: Pace, *, progress: bool, jobs: int = 1, waiting_for: str) -> None:
-        delay = pace.delay(progress=progress, jobs=jobs)
+    async def _wait(pace: Pace, *, news: int, jobs: int = 1, waiting_for: str) -> None:
+        delay = pace.delay(news=news, jobs=jobs)
         if delay is None:
             raise TimeoutError(f"time is up, still waiting for {waiting_for}")
         await asyncio.sleep(delay)

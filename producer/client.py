@@ -201,7 +201,7 @@ class Client:
                 del waiting[handle.id]
                 yield handle
             if waiting:
-                self._wait(pace, progress=bool(done), jobs=len(waiting), waiting_for=f"{len(waiting)} jobs")
+                self._wait(pace, news=len(done), jobs=len(waiting), waiting_for=f"{len(waiting)} jobs")
 
     def stream(self, handle: JobHandle, *, after: int, timeout_s: float | None) -> Iterator[Chunk]:
         """What JobHandle.stream says."""
@@ -221,7 +221,7 @@ class Client:
             if status is not None and status.state.terminal:
                 yield from reader.rest(result_of(status))
                 return
-            self._wait(pace, progress=bool(chunks), waiting_for=f"job {handle.id}")
+            self._wait(pace, news=len(chunks), waiting_for=f"job {handle.id}")
 
     def unknown(self, handle: JobHandle) -> UnknownJob:
         """UnknownJob, telling gone from never issued."""
@@ -239,8 +239,8 @@ class Client:
         return done
 
     @staticmethod
-    def _wait(pace: Pace, *, progress: bool, jobs: int = 1, waiting_for: str) -> None:
-        delay = pace.delay(progress=progress, jobs=jobs)
+    def _wait(pace: Pace, *, news: int, jobs: int = 1, waiting_for: str) -> None:
+        delay = pace.delay(news=news, jobs=jobs)
         if delay is None:
             raise TimeoutError(f"time is up, still waiting for {waiting_for}")
         time.sleep(delay)

@@ -21,6 +21,7 @@ from .schema import Choice, Chunk, Job, Priority, Result, Sampling, State, Statu
 MIN_POLL_S = 0.005
 MAX_POLL_S = 0.25
 POLL_PER_JOB_S = 0.0002  # who watches many jobs hears of one every few milliseconds anyway
+FEW, LITTLE_NEWS = 16, 2.5  # news of less than a sixteenth of the jobs: the wait grows, to so many times the shortest
 POLL_SHARE = 0.05  # at most this share of the time goes into asking
 
 
@@ -113,11 +114,15 @@ class Pace:
     def asking(self) -> None:
         self._asked = time.monotonic()
 
-    def delay(self, *, progress: bool, jobs: int = 1) -> float | None:
-        """Seconds to wait before asking again about so many jobs; None when the time is up."""
+    def delay(self, *, news: int, jobs: int = 1) -> float | None:
+        """Seconds to wait before asking again about so many jobs, after that much news; None when the time is up."""
         now = time.monotonic()
         shortest = MIN_POLL_S + jobs * POLL_PER_JOB_S
-        self._delay = min(max(shortest, 0.0 if progress else self._delay * 1.5), MAX_POLL_S)
+        if news * FEW >= jobs:
+            self._delay = min(shortest, MAX_POLL_S)
+        else:
+            longest = min(LITTLE_NEWS * shortest, MAX_POLL_S) if news else MAX_POLL_S
+            self._delay = min(max(shortest, 1.5 * self._delay), longest)
         delay = max(self._delay, (now - self._asked) * (1 / POLL_SHARE - 1))
         if self._give_up is None:
             return delay

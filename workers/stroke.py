@@ -62,7 +62,7 @@ class Leader:
     def _report(self, plan: StepPlan, output: StepOutput) -> None:
         """Steps in which nothing happened are not worth a message."""
         idle = self._engine.idle and not self._inbox
-        can_wait = not (idle or plan.admit or plan.cancel) and self._can_wait(plan.step, output)
+        can_wait = not (idle or plan.cancel) and self._can_wait(plan, output)
         self._untold = self._untold + output
         if can_wait:
             if self._pipe.unsent:
@@ -71,12 +71,13 @@ class Leader:
         self._pipe.send(report(plan.step, self._untold, self._engine.stats(), idle=idle))
         self._untold, self._told_at, self._told_step = _NOTHING, time.monotonic(), plan.step
 
-    def _can_wait(self, step: int, output: StepOutput) -> bool:
+    def _can_wait(self, plan: StepPlan, output: StepOutput) -> bool:
+        """Ends, and first tokens, only while requests wait for a row: then no row waits for the front."""
         if output == _NOTHING:
-            return self._untold == _NOTHING
+            return self._untold == _NOTHING and not plan.admit
         many = 2 * len(output.tokens) >= self._engine.info.max_num_seqs
-        nothing_to_do = not output.faults and (not output.finished or self._engine.stats().waiting > 0)
-        recent = step - self._told_step < MOST_UNTOLD_STEPS and time.monotonic() - self._told_at < REPORT_EVERY_S
+        nothing_to_do = not output.faults and (not (output.finished or plan.admit) or self._engine.stats().waiting > 0)
+        recent = plan.step - self._told_step < MOST_UNTOLD_STEPS and time.monotonic() - self._told_at < REPORT_EVERY_S
         return many and nothing_to_do and recent
 
     def _park(self) -> None:

@@ -109,9 +109,10 @@ class Ranks:
 
         return guarded
 
-    def submit(self, *prompts: bytes, cancel: tuple[int, ...] = (), max_tokens: int = 3) -> None:
+    def submit(self, *prompts: bytes, cancel: tuple[int, ...] = (), max_tokens: int = 3, first: int = 0) -> None:
         params = SamplingParams(max_tokens=max_tokens)
-        for message in submissions([Request(n, tuple(prompt), params) for n, prompt in enumerate(prompts)], cancel):
+        requests = [Request(n, tuple(prompt), params) for n, prompt in enumerate(prompts, first)]
+        for message in submissions(requests, cancel):
             self.front.send(message)
 
     def until_idle(self) -> list[Message]:
@@ -176,6 +177,20 @@ def test_ends_wait_for_the_next_report_while_others_wait_for_their_rows(
     reports = [read_report(message) for message in full_ranks.until_idle()]
     assert sum(len(report.finished) for report in reports) == 40
     assert len(reports) <= 20 // MOST_UNTOLD_STEPS + 3, "twenty steps, in each of which two of them end"
+
+
+def test_who_joins_a_group_in_which_others_wait_for_a_row_makes_no_report_of_its_own(
+    full_ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stroke, "REPORT_EVERY_S", 60.0)
+    monkeypatch.setattr(stroke, "MOST_UNTOLD_STEPS", 10**6)
+    full_ranks.submit(b"a", b"b", b"c", max_tokens=3_000)
+    for handle in range(3, 13):
+        full_ranks.submit(b"x", max_tokens=1, first=handle)
+        time.sleep(0.002)
+    reports = [read_report(message) for message in full_ranks.until_idle()]
+    assert sum(len(report.finished) for report in reports) == 13
+    assert len(reports) <= 5, "not one for each of the ten"
 
 
 def test_an_idle_group_parks_and_is_woken_by_the_next_submission(ranks: Ranks) -> None:
