@@ -4,8 +4,8 @@
 
 decode: one step with all rows running.  All three arms run in the same process on the same weights, the first two step
 by step in turn, in interleaved rounds; the figure is the median over all steps of all rounds.  The engine's step is a
-whole one (schedule, forward, choose, account), with as many threads as the other arms, whatever its own trial would
-find; the DynamicCache step is the bare forward of equally long rows without a mask, and an argmax: its best case.
+whole one (schedule, forward, choose, account), with as many threads as the other arms, however few it would use; the
+DynamicCache step is the bare forward of equally long rows without a mask, and an argmax: its best case.
 mix: requests of many lengths, see mixed_load.py.
 """
 

@@ -4,7 +4,7 @@
 
 All arms run one rank of the demo model with the same settings; the runs are interleaved.
 - bare: this file in a child process calls the engine's apply and execute in a loop, all requests admitted at once.
-- bare, all threads: the same, with all cores for every step, whatever the engine's own trial has found.
+- bare, all threads: the same, with all cores for every step, however few threads the engine would use.
 - line: a private Redis, a real `celery worker`, a producer that enqueues all jobs and waits for all results.
 Tokens per second count from the first enqueue to the last visible result; the line is held against the faster bare arm.
 """
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=384)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--bare", choices=("found", "all"), help="run a bare arm in this process and print JSON")
+    parser.add_argument("--bare", choices=("few", "all"), help="run a bare arm in this process and print JSON")
     args = parser.parse_args()
     if args.bare:
         print(json.dumps(run_bare(args.jobs, all_threads=args.bare == "all")))
@@ -131,7 +131,7 @@ def main() -> None:
     runs: dict[str, list[dict[str, Any]]] = {"bare engine": [], "bare, all threads": [], "whole line": []}
     for _ in range(args.repeats):
         child = [sys.executable, __file__, "--jobs", str(args.jobs), "--bare"]
-        runs["bare engine"].append(json.loads(subprocess.check_output([*child, "found"])))
+        runs["bare engine"].append(json.loads(subprocess.check_output([*child, "few"])))
         runs["bare, all threads"].append(json.loads(subprocess.check_output([*child, "all"])))
         runs["whole line"].append(run_line(args.jobs))
     rates = {arm: statistics.median(run["tokens"] / run["seconds"] for run in of) for arm, of in runs.items()}

@@ -44,7 +44,6 @@ class Gauges:
             "waiting": stats.waiting if stats else 0,
             "preemptions": stats.preemptions if stats else 0,
             "shortages": stats.shortages if stats else 0,  # steps computed in parts, for lack of memory
-            "threads": stats.threads if stats else 0,  # of rank 0, on a CPU, for a step of single tokens
             "pids": list(self._group.pids.values()),
             "ranks": len(self._group.members),
             "last_failure": str(failure) if failure else None,

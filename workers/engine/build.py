@@ -15,7 +15,6 @@ from .poolsize import Room, size_pool
 from .runner import Runner, TorchRunner
 from .shortage import memory_for
 from .structure import Grammars
-from .threads import Threads
 
 
 def build_engine(
@@ -50,8 +49,6 @@ def build_engine(
     pool_bytes = limits.kv_tokens * config.cache_shape(mesh).token_bytes
     with memory_for(f"the KV pool of {human(pool_bytes)} beside the weights", f"lower {room.smaller}"):
         runner = make_runner(model, mesh, limits, grammars)
-        if mesh.device.type == "cpu":
-            runner.threads = Threads(small=2 * max_num_seqs)
     return PagedEngine(config, runner, ranks=mesh, limits=limits)
 
 

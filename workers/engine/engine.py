@@ -100,7 +100,6 @@ class PagedEngine:
             prompt_tokens=scheduler.num_prompt_tokens,
             cached_tokens=scheduler.num_cached_tokens,
             shortages=self._shortages,
-            threads=self._runner.threads.few if self._runner.threads else 0,
         )
 
     def apply(self, plan: StepPlan) -> int:

@@ -65,8 +65,6 @@ class Runner:
 
     speculates = False
     """Decodes can be launched before their newest token is known to the host."""
-    threads: Threads | None = None
-    """Of a CPU; None: as many as torch has."""
 
     def __init__(self, model: LoadedModel, ranks: Ranks, grammars: Grammars | None) -> None:
         hf = model.config.hf
@@ -114,19 +112,13 @@ class TorchRunner(Runner):
         super().__init__(model, ranks, grammars)
         shape = model.config.cache_shape(ranks)
         self._cache = PagedCache(shape, num_blocks=num_blocks, block_size=block_size, device=ranks.device)
-
-    def launch(self, batch: Batch) -> Flight:
-        """Compute the rows and choose the tokens of those that sample."""
-        if self.threads is None:
-            return self._compute(batch)
-        return self.threads.run(batch.num_tokens, lambda: self._compute(batch))
-
-    def free(self) -> None:
-        self._cache.shrink()
-        super().free()
+        self.threads = Threads.found(model.body, model.head) if ranks.device.type == "cpu" else None
 
     @torch.inference_mode()
-    def _compute(self, batch: Batch) -> Flight:
+    def launch(self, batch: Batch) -> Flight:
+        """Compute the rows and choose the tokens of those that sample."""
+        if self.threads:
+            self.threads.use(batch.num_tokens)
         rows = in_attention_order(batch)
         if batch.fresh_blocks:
             self._cache.forget(self._indices(batch.fresh_blocks))
@@ -139,6 +131,10 @@ class TorchRunner(Runner):
         hidden = self._model.hidden(inputs, positions, self._paged(rows))
         self._link.send(hidden)
         return self._choose(hidden, rows, [row for row in batch.rows if row.samples])
+
+    def free(self) -> None:
+        self._cache.shrink()
+        super().free()
 
     def _choose(self, hidden: torch.Tensor, rows: list[Row], sampling: list[Row]) -> Flight:
         """One rank chooses; the others take its word, for their logits need not be equal bit by bit."""

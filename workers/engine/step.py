@@ -141,7 +141,6 @@ class EngineStats:
     prompt_tokens: int = 0  # admitted since start, a preempted request's again
     cached_tokens: int = 0  # of these, found in the prefix cache
     shortages: int = 0  # steps, since start, that the device had no memory for and that were tried again in parts
-    threads: int = 0  # of a CPU, for small steps; 0: not a CPU
 
 
 @dataclass(frozen=True, slots=True)

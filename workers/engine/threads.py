@@ -1,80 +1,41 @@
-"""How many threads a step uses on a CPU: as few as take no longer.
+"""How many threads a step uses on a CPU: one for so much work in matrix products.
 
-Threads shorten matrix products and nothing else.  In a step of single tokens through a small model little time goes
-there; more threads then gain nothing, spin while they wait for each other, and keep cores from the front, Redis and
-other ranks.  What counts as small depends on the model, the machine and whatever else runs there, so the steps
-themselves are timed: now and then some of them, every other one, use half or twice as many threads.
+Threads shorten matrix products and nothing else.  Where a step has few of them, more threads gain nothing, spin while
+they wait for each other, and keep cores from the front, Redis and other ranks.
 """
 
-import time
-from collections.abc import Callable
-from statistics import median
-from typing import TypeVar
+from dataclasses import dataclass
 
 import torch
 
-SLACK = 1.05  # fewer threads may take so much longer
-PAIRS = 5  # steps with each number of threads, in turn
-SOON, LATER = 16, 1_024  # steps until it is tried again: after a change, then ever more
-
-T = TypeVar("T")
+FLOPS_PER_THREAD = 1 << 28
+"""3 to 5 ms of one core: below it one thread is as fast as two, above it two are faster (docs/04-engine.md)."""
 
 
+@dataclass(frozen=True, slots=True)
 class Threads:
-    """Runs steps with as many threads as they deserve; those of more than `small` tokens with all of torch's.
+    """Of a model whose matrices have so many parameters on this rank; at most `most`."""
 
-    Each rank decides for itself: how a step is cut among threads changes nothing of what ranks must share.
-    """
+    most: int
+    num_parameters: int
 
-    def __init__(self, *, small: int, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._most = self.few = torch.get_num_threads()
-        self._small = small
-        self._clock = clock
-        self._patience = self._pause = SOON
-        self._falling = True
-        self._times: dict[int, list[float]] = {}
-        self._choose_other()
+    @classmethod
+    def found(cls, *parts: torch.nn.Module | None) -> "Threads":
+        """At most as many as torch has.  Embeddings are looked up, not multiplied."""
+        modules = [module for part in parts if part is not None for module in part.modules()]
+        matrices = [
+            matrix
+            for module in modules
+            if not isinstance(module, torch.nn.Embedding)
+            for matrix in module.parameters(recurse=False)
+            if matrix.dim() > 1
+        ]
+        return cls(torch.get_num_threads(), sum(matrix.numel() for matrix in matrices))
 
-    def run(self, num_tokens: int, step: Callable[[], T]) -> T:
-        """What `step` returns."""
-        if self._most == 1:
-            return step()
-        if num_tokens > self._small:
-            torch.set_num_threads(self._most)
-            return step()
-        number = self._turn()
-        torch.set_num_threads(number)
-        begun = self._clock()
-        outcome = step()
-        self._took(number, self._clock() - begun)
-        return outcome
+    def wanted(self, num_tokens: int) -> int:
+        """By a step of so many tokens."""
+        return min(self.most, 1 + 2 * self.num_parameters * num_tokens // FLOPS_PER_THREAD)
 
-    def _turn(self) -> int:
-        """How many threads are this step's."""
-        if self._pause:
-            return self.few
-        return min(self._times, key=lambda number: len(self._times[number]))
-
-    def _took(self, number: int, seconds: float) -> None:
-        if self._pause:
-            self._pause -= 1
-            return
-        self._times[number].append(seconds)
-        if all(len(times) == PAIRS for times in self._times.values()):
-            self._decide()
-
-    def _decide(self) -> None:
-        fewer, more = sorted(self._times)
-        enough = median(self._times[fewer]) <= SLACK * median(self._times[more])
-        before, self.few = self.few, fewer if enough else more
-        if self.few == before:
-            self._falling = not self._falling
-        self._pause = self._patience = SOON if self.few != before else min(LATER, 2 * self._patience)
-        self._choose_other()
-
-    def _choose_other(self) -> None:
-        """The number to compare with: half or twice as many, on in the direction that was better."""
-        if self.few == (1 if self._falling else self._most):
-            self._falling = not self._falling
-        other = self.few // 2 if self._falling else min(self._most, 2 * self.few)
-        self._times = {self.few: [], other: []}
+    def use(self, num_tokens: int) -> None:
+        """From now on, in the calling thread."""
+        torch.set_num_threads(self.wanted(num_tokens))
