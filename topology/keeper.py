@@ -28,7 +28,7 @@ from .dial import PROBE_TIMEOUT_S, dial, probe
 from .errors import BadFrame, LeaderLost, Refused, TopologyError
 from .frames import Framer, Kind
 from .join import Place, place_of, read_secret
-from .launch import LocalLauncher, RankCommand
+from .launch import LocalLauncher, RankCommand, threads_each
 from .network import interface_of
 from .variables import variable_problem
 from .vitals import bearable_silence_s
@@ -235,7 +235,7 @@ class _Watch:
         found = {
             "LOCAL_RANK": str(place.devices[place.ranks.index(rank)]),
             "LOCAL_WORLD_SIZE": str(num_local),
-            "OMP_NUM_THREADS": own.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // num_local)),
+            "OMP_NUM_THREADS": threads_each(num_local, own.get("OMP_NUM_THREADS")),
         }
         if interface is not None:
             found |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}

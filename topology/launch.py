@@ -6,6 +6,7 @@ the difference.
 
 import contextlib
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -61,6 +62,14 @@ class Launcher(Protocol):
 
     def close(self) -> None:
         """Let go of what outlives a launch."""
+
+
+def threads_each(num_ranks: int, said: str | None) -> str:
+    """OMP_NUM_THREADS of each rank of this host: what somebody has said, if that is a number, or their share of the
+    cores."""
+    if re.match(r"\s*[1-9]", said or ""):
+        return str(said)
+    return str(max(1, len(os.sched_getaffinity(0)) // num_ranks))
 
 
 class LocalLauncher:

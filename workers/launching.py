@@ -1,6 +1,5 @@
 """From a group's settings to its launcher, and to what each rank is told."""
 
-import os
 import socket
 import sys
 from collections.abc import Collection, Mapping
@@ -10,7 +9,7 @@ from hortator.topology.address import is_loopback, means_this_host
 from hortator.topology.deepspeed import DeepSpeedStarter
 from hortator.topology.errors import CannotStart
 from hortator.topology.join import read_secret
-from hortator.topology.launch import Launcher, LocalLauncher, RankCommand
+from hortator.topology.launch import Launcher, LocalLauncher, RankCommand, threads_each
 from hortator.topology.muster import Muster
 from hortator.topology.network import interface_of
 from hortator.topology.placement import Seat, seats, shares
@@ -124,13 +123,13 @@ def rank_environment(inherited: Mapping[str, str], *, local_ranks: int, interfac
 
     gloo asks the resolver for this host's name unless it is told an interface; ranks of one host need no other than lo.
     """
-    threads = max(1, len(os.sched_getaffinity(0)) // local_ranks)
-    defaults = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(threads)}
+    defaults = {"PYTHONUNBUFFERED": "1"}
     if interface is not None:
         defaults["GLOO_SOCKET_IFNAME"] = interface
         if interface != "lo":
             defaults["NCCL_SOCKET_IFNAME"] = interface
-    return defaults | {name: value for name, value in inherited.items() if not name.startswith("HORTATOR_")}
+    kept = {name: value for name, value in inherited.items() if not name.startswith("HORTATOR_")}
+    return defaults | kept | {"OMP_NUM_THREADS": threads_each(local_ranks, inherited.get("OMP_NUM_THREADS"))}
 
 
 def forwarded_environment(

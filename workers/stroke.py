@@ -16,8 +16,9 @@ LINGER_S = 0.02
 """An idle group keeps the peers at the channel this long before it parks, so that a steady trickle costs no WAKE."""
 
 REPORT_EVERY_S = 0.05
-"""Steps of a well filled group are told together this often, unless rows have become free that only the front can
-fill: each message wakes the front, which costs the engine time where they share a processor."""
+"""Steps of a well filled group are told together this often (or after one step, if that is longer), unless rows have
+become free that only the front can fill: each message wakes the front, which costs the engine time where they share a
+processor."""
 MOST_UNTOLD_STEPS = 6  # less than a suspect's probation: where a group died must be known better than that
 
 _NOTHING = StepOutput()
@@ -72,7 +73,7 @@ class Leader:
         self._untold, self._told_at, self._told_step = _NOTHING, time.monotonic(), plan.step
 
     def _can_wait(self, plan: StepPlan, output: StepOutput) -> bool:
-        """Ends, and first tokens, only while requests wait for a row: then no row waits for the front."""
+        """Ends, and who has joined, only while requests wait for a row: then no row waits for the front."""
         if output == _NOTHING:
             return self._untold == _NOTHING and not plan.admit
         many = 2 * len(output.tokens) >= self._engine.info.max_num_seqs

@@ -182,7 +182,8 @@ def test_ranks_of_a_host_share_its_cores_unless_somebody_says_how_many_threads(m
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(9)))
     pair = settings(tensor_parallel_size=2)
     assert [command.env["OMP_NUM_THREADS"] for command in commands(pair, {})] == ["4", "4"]
-    assert [command.env["OMP_NUM_THREADS"] for command in commands(pair, {"OMP_NUM_THREADS": "3"})] == ["3", "3"]
+    for said, found in (("3", "3"), ("4,2", "4,2"), ("", "4"), ("abc", "4"), ("0", "4"), ("-1", "4")):
+        assert [c.env["OMP_NUM_THREADS"] for c in commands(pair, {"OMP_NUM_THREADS": said})] == [found, found]
 
 
 # --- a budget

@@ -112,7 +112,7 @@ class TorchRunner(Runner):
         super().__init__(model, ranks, grammars)
         shape = model.config.cache_shape(ranks)
         self._cache = PagedCache(shape, num_blocks=num_blocks, block_size=block_size, device=ranks.device)
-        self.threads = Threads.found(model.body, model.head) if ranks.device.type == "cpu" else None
+        self.threads = Threads.found(model.body) if ranks.device.type == "cpu" else None
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Flight:

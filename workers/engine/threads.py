@@ -1,6 +1,6 @@
-"""How many threads a step uses on a CPU: one for so much work in matrix products.
+"""How many threads a step uses on a CPU: one, and one more for so much work in matrix products.
 
-Threads shorten matrix products and nothing else.  Where a step has few of them, more threads gain nothing, spin while
+Threads shorten little else.  Where a step has few of them, more threads gain nothing, spin while
 they wait for each other, and keep cores from the front, Redis and other ranks.
 """
 
@@ -9,23 +9,27 @@ from dataclasses import dataclass
 import torch
 
 FLOPS_PER_THREAD = 1 << 28
-"""3 to 5 ms of one core: below it one thread is as fast as two, above it two are faster (docs/04-engine.md)."""
+"""3 to 5 ms of one core in float32; where it lies was measured (docs/04-engine.md)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Threads:
-    """Of a model whose matrices have so many parameters on this rank; at most `most`."""
+    """Of layers whose matrices have so many parameters on this rank; at most `most`."""
 
     most: int
     num_parameters: int
 
     @classmethod
-    def found(cls, *parts: torch.nn.Module | None) -> "Threads":
-        """At most as many as torch has.  Embeddings are looked up, not multiplied."""
-        modules = [module for part in parts if part is not None for module in part.modules()]
+    def found(cls, body: torch.nn.Module) -> "Threads":
+        """At most as many as torch has now, so before any step.  Embeddings are looked up, not multiplied; of experts
+        all count.
+
+        The head does not: only one rank has it, and ranks that compute the same should do so with as many threads, for
+        their sums to be the same bit by bit.
+        """
         matrices = [
             matrix
-            for module in modules
+            for module in body.modules()
             if not isinstance(module, torch.nn.Embedding)
             for matrix in module.parameters(recurse=False)
             if matrix.dim() > 1

@@ -31,14 +31,12 @@ def test_one_thread_stays_one() -> None:
     assert Threads(most=1, num_parameters=10**12).wanted(10**6) == 1
 
 
-def test_matrices_count_on_the_rank_that_has_them_and_embeddings_do_not(checkpoint: Checkpoint) -> None:
+def test_matrices_of_layers_count_and_embeddings_do_not(checkpoint: Checkpoint) -> None:
     model = load_model(read_config(checkpoint.path), SingleRank())
     embedded = model.config.hf.vocab_size * model.config.hf.hidden_size
     vectors = sum(p.numel() for p in model.body.parameters() if p.dim() == 1)
     total = sum(p.numel() for p in model.body.parameters())
-    assert Threads.found(model.body, None).num_parameters == total - embedded - vectors
-    assert model.head is not None
-    assert Threads.found(model.body, model.head).num_parameters == total - vectors  # as large as the embeddings
+    assert Threads.found(model.body).num_parameters == total - embedded - vectors
 
 
 def test_an_engine_uses_them_and_answers_the_same(llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
