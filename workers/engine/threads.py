@@ -1,7 +1,7 @@
 """How many threads a step uses on a CPU: one, and one more for so much work in matrix products.
 
-Threads shorten little else.  Where a step has few of them, more threads gain nothing, spin while
-they wait for each other, and keep cores from the front, Redis and other ranks.
+Threads shorten little else.  Where a step has few such products, more threads gain nothing, spin while they wait for
+each other, and keep cores from the front, Redis and other ranks.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 FLOPS_PER_THREAD = 1 << 28
-"""3 to 5 ms of one core in float32; where it lies was measured (docs/04-engine.md)."""
+"""Float32 steps with less gain little from a second thread, if anything; what was measured is in docs/04-engine.md."""
 
 
 @dataclass(frozen=True, slots=True)
