@@ -428,10 +428,10 @@ def idle(args: argparse.Namespace, model: Path, load_format: str) -> dict[str, A
             collective_timeout_s=args.collective_timeout,
         ) as group:
             ready = group.until(Ready, timeout_s=600)
-            before = group.answer(bytes([5, 6, 7]), 4)
+            before = group.answer_tokens(bytes([5, 6, 7]), 4)
             time.sleep(args.idle)
             asked = time.perf_counter()
-            after = group.answer(bytes([5, 6, 7]), 4)
+            after = group.answer_tokens(bytes([5, 6, 7]), 4)
             found[str(layout)] = {
                 "idle_s": args.idle,
                 "collective_timeout_s": args.collective_timeout,

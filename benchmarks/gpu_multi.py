@@ -238,8 +238,10 @@ def traced_share(caller: Caller, batch: int, task: dict[str, Any]) -> float:
     rng, vocab_size = random.Random(7), caller.engine.info.vocab_size
     prompt, output = task["decode_tokens"]
     caller.step(tuple(request(i, rng, prompt, output, vocab_size) for i in range(batch)))
-    while caller.engine.stats().waiting or not caller.step():
-        pass
+    while caller.engine.stats().waiting:
+        caller.step()
+    for _ in range(3):  # the last prompts' ends, and what was launched before them
+        caller.step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
         for _ in range(8):
             caller.step()
@@ -376,15 +378,23 @@ def main() -> None:
     found: dict[str, Any] = {"machine": machine(args.device), "commit": commit(), "args": sys.argv[1:]}
     wrong = False
     if "correct" in args.parts:
-        found["correct"] = list(measure_correct(args))
+        keep(found, "correct", measure_correct(args), args.json)
         print_correct(found["correct"], args)
         wrong = any(verdict(line) != "agrees" for line in found["correct"])
     if "speed" in args.parts:
-        found["speed"] = list(measure_speed(args))
+        keep(found, "speed", measure_speed(args), args.json)
         print_speed(found["speed"], args)
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1))
     sys.exit(wrong)
+
+
+def keep(found: dict[str, Any], part: str, lines: Iterator[dict[str, Any]], file: Path | None) -> None:
+    """Line by line, as they come: what was measured outlives a run that is cut off."""
+    found[part] = []
+    for line in lines:
+        found[part].append(line)
+        print(f"{part}: {json.dumps(line)[:400]}", flush=True)
+        if file:
+            file.write_text(json.dumps(found, indent=1))
 
 
 def has_room(layout: Layout, device: str) -> bool:

@@ -91,9 +91,9 @@ class Driver:
         self.group.submit(admit=[Request(handle, tuple(prompt), SamplingParams(max_tokens=max_tokens))])
         return handle
 
-    def said(self, handle: int) -> bytes:
+    def tokens(self, handle: int) -> tuple[int, ...]:
         steps = [event for event in self.events if isinstance(event, Stepped)]
-        return bytes(
+        return tuple(
             token_id
             for event in steps
             for gain in event.report.gains
@@ -101,11 +101,19 @@ class Driver:
             for token_id in gain.token_ids
         )
 
+    def said(self, handle: int) -> bytes:
+        """Of a model whose tokens are bytes."""
+        return bytes(self.tokens(handle))
+
     def answer(self, prompt: bytes = b"hello", max_tokens: int = 5, timeout_s: float = 20) -> bytes:
         """Admit one request and wait for its end."""
+        return bytes(self.answer_tokens(prompt, max_tokens, timeout_s))
+
+    def answer_tokens(self, prompt: bytes, max_tokens: int, timeout_s: float = 20) -> tuple[int, ...]:
+        """The same for any model."""
         handle = self.submit(prompt, max_tokens)
         self.finished([handle], timeout_s)
-        return self.said(handle)
+        return self.tokens(handle)
 
     def finished(self, handles: Sequence[int], timeout_s: float = 20) -> None:
         left = set(handles)

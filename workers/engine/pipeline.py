@@ -90,7 +90,11 @@ class OneStage:
 
 
 class Stages:
-    """One stage of several.  Sends never wait for the receiver: it may be steps behind."""
+    """One stage of several.  Sends never wait for the receiver: it may be steps behind.
+
+    What is sent is a copy, and so is what the sampling rank keeps of its ids: the next step may be computed into the
+    same memory (a CUDA graph's always is) before the one before has gone, or landed.
+    """
 
     staged = True
 
@@ -100,12 +104,13 @@ class Stages:
         self._dist = distributed
         self._ranks = ranks
         self._hidden_size, self._dtype = hidden_size, dtype
-        self._sampler = (ranks.pp_size - 1) * ranks.tp_size
+        self._sampler = ranks.world_size - ranks.tp_size
         self._hidden_group: ProcessGroup = distributed.new_group()
         self._token_group: ProcessGroup = distributed.new_group()
         self._report_group: ProcessGroup = distributed.new_group()
         self._sending: deque[tuple[Any, torch.Tensor]] = deque()  # a tensor must live until it is sent
         self._max_sending = 4 * ranks.world_size * ranks.pp_size
+        self._connect()
 
     @property
     def first(self) -> bool:
@@ -118,11 +123,12 @@ class Stages:
 
     def send(self, hidden: torch.Tensor) -> None:
         if self._ranks.pp_rank < self._ranks.pp_size - 1:
-            self._send(hidden.contiguous(), [self._ranks.rank + self._ranks.tp_size], self._hidden_group)
+            self._send(_copy(hidden), [self._ranks.rank + self._ranks.tp_size], self._hidden_group)
 
     def share(self, ids: torch.Tensor | None, count: int) -> Arrival:
         if ids is None:
             return self._expect(torch.empty(count, dtype=torch.int64, device=self._ranks.device))
+        ids = _copy(ids)
         others = [rank for rank in range(self._ranks.world_size) if rank != self._sampler]
         self._send(ids, others, self._token_group)
         return Arrival(ids)
@@ -144,6 +150,17 @@ class Stages:
             raise RuntimeError(f"the sampling rank announced a report of {length} bytes")
         return json.loads(self._receive_report(length, torch.uint8).cpu().numpy().tobytes())
 
+    def _connect(self) -> None:
+        """Send something along every route.  NCCL connects two ranks at their first message, for which both hosts have
+        to be there: in the middle of steps one of them may be waiting for the other elsewhere."""
+        groups = {"hidden": self._hidden_group, "tokens": self._token_group, "report": self._report_group}
+        nothing = torch.zeros(1, dtype=torch.uint8, device=self._ranks.device)
+        for name, source, target in routes(self._ranks):
+            if self._ranks.rank == source:
+                self._dist.send(nothing, dst=target, group=groups[name])
+            elif self._ranks.rank == target:
+                self._dist.recv(nothing, src=source, group=groups[name])
+
     def _receive_report(self, size: int, dtype: torch.dtype) -> torch.Tensor:
         tensor = torch.empty(size, dtype=dtype, device=self._ranks.device)
         self._dist.recv(tensor, src=self._sampler, group=self._report_group)
@@ -157,6 +174,20 @@ class Stages:
             self._sending.append((self._dist.isend(tensor, dst=rank, group=group), tensor))
         while len(self._sending) > self._max_sending:  # of steps that have long landed
             self._sending.popleft()[0].wait()
+
+
+def routes(ranks: Ranks) -> list[tuple[str, int, int]]:
+    """What travels from which rank to which one; in the same order on every rank, so that all can go through it."""
+    last = ranks.world_size - ranks.tp_size  # the last stage's first rank, which samples
+    return [
+        *(("hidden", rank, rank + ranks.tp_size) for rank in range(last)),
+        *(("tokens", last, rank) for rank in range(ranks.world_size) if rank != last),
+        ("report", last, 0),
+    ]
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def make_link(ranks: Ranks, *, hidden_size: int, dtype: torch.dtype) -> Link:

@@ -33,6 +33,7 @@ class RankResult:
     elements_read: dict[str, int] = field(default_factory=dict)
     elements_held: dict[str, int] = field(default_factory=dict)
     wrong_slices: dict[str, list[str]] = field(default_factory=dict)
+    arrived: dict[str, list[float]] = field(default_factory=dict)  # by what travelled in a pipeline
 
 
 def run_groups(paths: dict[str, dict[str, Path]], folder: Path) -> dict[str, list[RankResult]]:
@@ -93,6 +94,8 @@ def main(index: int, folder: Path) -> None:
                 result.outcomes[name] = _sample(Path(path), mesh)
             else:
                 _run(result, name, Path(path), mesh, read)
+        if pp_size > 1:
+            result.arrived = _overwrite_what_is_sent(mesh)
         (folder / f"{shape}.{index}.json").write_text(json.dumps(asdict(result)))
         torch.distributed.destroy_process_group()
 
@@ -125,6 +128,34 @@ def _sample(path: Path, mesh: Any) -> Outcome:
     distributed.barrier()  # what the engine still sends is lost with it
     del engine
     return outcome
+
+
+def _overwrite_what_is_sent(mesh: Any) -> dict[str, list[float]]:
+    """Hidden states and ids that are overwritten, as a CUDA graph's are, before anybody receives them."""
+    import torch
+    from torch import distributed
+
+    from hortator.workers.engine.pipeline import make_link
+
+    link = make_link(mesh, hidden_size=2, dtype=torch.float32)
+    last = mesh.pp_rank == mesh.pp_size - 1
+    sent, arrived = torch.tensor([[1.0, 2.0]]), {}
+    if not last:
+        link.send(sent)
+        sent.zero_()
+    distributed.barrier()
+    if mesh.pp_rank:
+        arrived["hidden"] = link.receive(1)[0].tolist()
+    ids = torch.tensor([5, 6, 7]) if last and mesh.tp_rank == 0 else None
+    if ids is None:
+        distributed.barrier()
+    arrival = link.share(ids, 3)
+    if ids is not None:
+        ids.zero_()
+        distributed.barrier()
+    arrived["ids"] = arrival.wait().tolist()
+    distributed.barrier()
+    return arrived
 
 
 def _engine(path: Path, mesh: Any) -> Any:

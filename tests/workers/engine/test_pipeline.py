@@ -12,6 +12,7 @@ from hortator.workers.engine.attention import Paged, Pulse
 from hortator.workers.engine.kvcache import PagedCache
 from hortator.workers.engine.model import LoadedModel, LoadFormat, load_model, read_config
 from hortator.workers.engine.parallel import SingleRank
+from hortator.workers.engine.pipeline import routes
 from hortator.workers.engine.scheduler import Row, Sequence
 from hortator.workers.engine.step import Request, SamplingParams
 from tests.workers.engine.checkpoints import ARCHITECTURES, Checkpoint, make_checkpoint
@@ -138,3 +139,10 @@ def test_only_the_first_rank_of_the_last_stage_holds_a_head(
 def test_more_stages_than_layers_are_refused(deep: dict[str, Checkpoint]) -> None:
     with pytest.raises(ConfigError, match=r"pipeline_parallel_size=6 is too much for .*: 5 layers .* use 1 to 5"):
         load_model(read_config(deep["llama"].path), Stage(0, 6))
+
+
+def test_every_way_that_a_message_can_take_is_known_before_the_first_step() -> None:
+    found = routes(Stage(pp_rank=1, pp_size=3, tp_size=2))
+    assert [route for route in found if route[0] == "hidden"] == [("hidden", rank, rank + 2) for rank in range(4)]
+    assert [route for route in found if route[0] == "tokens"] == [("tokens", 4, rank) for rank in (0, 1, 2, 3, 5)]
+    assert [route for route in found if route[0] == "report"] == [("report", 4, 0)]

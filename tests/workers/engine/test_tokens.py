@@ -157,6 +157,13 @@ def test_a_bad_row_on_the_rank_that_samples_is_a_fault_on_all(group: list[RankRe
         assert set(result.outcomes["bad row"].finished) == set(range(8)) - {3}
 
 
+@pytest.mark.parametrize("shape", STAGED)
+def test_what_a_stage_sends_arrives_though_the_next_step_overwrites_it(group: list[RankResult]) -> None:
+    assert [result.arrived["ids"] for result in group] == [[5, 6, 7]] * len(group)
+    received = [result.arrived["hidden"] for result in group if "hidden" in result.arrived]
+    assert received == [[1.0, 2.0]] * (len(group) // 2)
+
+
 @pytest.mark.parametrize("shape", ["2x2"])
 def test_ranks_agree_on_every_way_of_sampling_and_choose_as_one_alone_does(
     group: list[RankResult], speaking: Path
