@@ -99,9 +99,10 @@ def test_prefill(kernels: Any, past: bool, window: int) -> None:
     counts, befores = [100, 2, 333], [48, 0, 16] if past else [0, 0, 0]
     contexts = [count + before for count, before in zip(counts, befores, strict=True)]
     cache = random(2, 200, kv_heads, size, head_dim)
-    slots = torch.randperm(200 * size, device=DEVICE)[: sum(contexts)].int()
+    slots = torch.randperm(200 * size, device=DEVICE)[: sum(contexts)]
+    places = slots // size, slots % size
     query_ends, key_ends = (torch.tensor([0, *n], device=DEVICE).cumsum(0).int() for n in (counts, contexts))
-    chunks = Chunks(sum(counts), query_ends, key_ends, max(counts), max(contexts), slots if past else None)
+    chunks = Chunks(sum(counts), query_ends, key_ends, max(counts), max(contexts), places if past else None)
     qkv = random(sum(counts), (heads + 2 * kv_heads) * head_dim)
     options = {"num_heads": heads, "scale": head_dim**-0.5, "window": window}
     got = kernels.prefill(qkv, cache, chunks, **options)

@@ -26,15 +26,15 @@ class Decodes:
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
-    """Rows of several tokens, one behind the other.  `query_ends` and `key_ends` begin with a zero.  `key_slots`: where
-    all keys are in the cache; None: the chunks have no past, and their own keys are all there is."""
+    """Rows of several tokens, one behind the other.  `query_ends` and `key_ends` begin with a zero.  `key_places`: the
+    block of each key, and its place there; None: the chunks have no past, and their own keys are all there is."""
 
     num_tokens: int
     query_ends: torch.Tensor
     key_ends: torch.Tensor
     max_queries: int
     max_keys: int
-    key_slots: torch.Tensor | None
+    key_places: tuple[torch.Tensor, torch.Tensor] | None
 
 
 @dataclass(frozen=True, slots=True)

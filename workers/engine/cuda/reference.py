@@ -102,11 +102,11 @@ def split_heads(
     qkv: torch.Tensor, cache: torch.Tensor, chunks: Chunks, *, num_heads: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries, keys and values [tokens, heads, head_dim] of the chunks; keys and values with their past, if any."""
-    _, _, kv_heads, block_size, head_dim = cache.shape
+    _, _, kv_heads, _, head_dim = cache.shape
     heads = qkv.view(len(qkv), num_heads + 2 * kv_heads, head_dim)
     queries, keys, values = torch.split(heads, [num_heads, kv_heads, kv_heads], dim=1)
-    if chunks.key_slots is not None:
-        block, place = chunks.key_slots // block_size, chunks.key_slots % block_size
+    if chunks.key_places is not None:
+        block, place = chunks.key_places
         keys, values = cache[0][block, :, place], cache[1][block, :, place]
     return queries, keys, values
 

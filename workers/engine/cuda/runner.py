@@ -102,7 +102,9 @@ class CudaRunner(Runner):
         if beginnings:
             chunks.append(_chunks(beginnings, there.first_query_ends, there.first_key_ends, None))
         if later:
-            chunks.append(_chunks(later, there.later_query_ends, there.later_key_ends, there.later_key_slots))
+            slots = there.later_key_slots.long()  # once for all layers, as indexing wants them
+            places = slots // self._block_size, slots % self._block_size
+            chunks.append(_chunks(later, there.later_query_ends, there.later_key_ends, places))
         attended = Attended(there.positions, there.slots, len(singles), decodes, tuple(chunks))
         return resolve(there.ids, there.sources, self._newest), attended, there.last
 
@@ -264,7 +266,10 @@ class Graph:
 
 
 def _chunks(
-    rows: Sequence[Row], query_ends: torch.Tensor, key_ends: torch.Tensor, key_slots: torch.Tensor | None
+    rows: Sequence[Row],
+    query_ends: torch.Tensor,
+    key_ends: torch.Tensor,
+    key_places: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> Chunks:
     return Chunks(
         sum(row.count for row in rows),
@@ -272,7 +277,7 @@ def _chunks(
         key_ends,
         max(row.count for row in rows),
         max(row.context for row in rows),
-        key_slots,
+        key_places,
     )
 
 
