@@ -470,6 +470,12 @@ def main() -> None:
     if (seat := own_seat()) is not None:
         row(seat, row_plan)
     found: dict[str, Any] = {"settings": {name: str(value) for name, value in vars(args).items()}}
+
+    def keep() -> None:
+        """Part by part: what was measured outlives a later part that fails."""
+        if args.json:
+            args.json.write_text(json.dumps(found, indent=1))
+
     with tempfile.TemporaryDirectory() as name:
         model, load_format = args.model, "safetensors"
         if args.shape is not None:
@@ -478,15 +484,16 @@ def main() -> None:
         if "plan" in args.parts:
             found["plan"] = list(measure_plan(args, model, load_format))
             print_plan(found["plan"], args)
+            keep()
         if "growth" in args.parts:
             found["growth"] = measure_growth(args)
             print_growth(found["growth"], args)
+            keep()
         if "idle" in args.parts:
             found["idle"] = idle(args, model, load_format)
             for layout, seen in found["idle"].items():
                 print(f"{layout}: {json.dumps(seen)}")
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1))
+            keep()
 
 
 if __name__ == "__main__":
