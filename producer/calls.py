@@ -30,7 +30,7 @@ from .errors import (
     UnknownModel,
 )
 from .names import STEP_OF, Names
-from .rules import Rules
+from .rules import ROOM_COUNTS_S, Rules
 from .schema import SCHEMA_VERSION, Chunk, Failure, Job, Result, State, Status, Timings
 from .store import (
     Append,
@@ -124,6 +124,7 @@ class Calls:
             json.dumps(job.metadata, separators=(",", ":")) if job.metadata else "",
             "" if key is None else self.names.idempotency(job.tenant, key),
             "" if key is None else message.digest(job),
+            job.sampling.n,
         ]
 
     def _enqueue(self, jobs: list[Job], job_ids: list[str], args: list[Any]) -> Call[list[Receipt]]:
@@ -170,7 +171,7 @@ class Calls:
 
     # leaders
 
-    def claim(self, model: str, owner: str, limit: int, lease_s: float, idle: bool) -> Call[Claim]:
+    def claim(self, model: str, owner: str, limit: int, lease_s: float, idle: bool, *, surplus: int = 0) -> Call[Claim]:
         owner = f"{owner}#{self._instance}".replace(" ", "_")
         args = [
             model,
@@ -181,6 +182,8 @@ class Calls:
             _ms(lease_s),
             int(idle),
             SCHEMA_VERSION,
+            surplus,
+            _ms(ROOM_COUNTS_S),
         ]
         return self._call("claim", args, functools.partial(self._claimed, owner))
 
@@ -214,7 +217,7 @@ class Calls:
     def beat(self, beat: GroupBeat) -> Call[None]:
         said = {name: getattr(beat, name) for name in GroupBeat.__slots__}
         text = json.dumps(said, separators=(",", ":"))
-        return self._call("beat", [beat.group, beat.model, text, beat.state], _nothing)
+        return self._call("beat", [beat.group, beat.model, text, beat.state, beat.room, _ms(ROOM_COUNTS_S)], _nothing)
 
     def hold(self, holder: Holder, replacing: str, *, leave: bool = False) -> Call[Holder | None]:
         text = json.dumps(asdict(holder), separators=(",", ":"))

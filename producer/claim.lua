@@ -14,17 +14,18 @@
 -- | deadlines                    | zset   | the default one of a foreign message                     |
 -- | claimed:{owner}              | string | this reply's leases, until the next call proves it seen  |
 -- | pace:{model}                 | hash   | claims per second                                        |
+-- | rooms:{model}                | hash   | read: who else has rows; what this group has left        |
 -- | models                       | hash   | so that the sweeper finds the leases                     |
 -- | letters                      | stream | messages that can never run                              |
 -- | celery-task-meta-{id}        | string | STARTED; the failure of a refused foreign message with an id |
 --
--- args: model owner token seen limit lease_ms idle version
+-- args: model owner token seen limit lease_ms idle version surplus room_counts_ms
 -- `token` names this reply; `seen` is the token of the last reply that arrived: if it is not the last one that was sent,
 -- that one was lost on the way and is sent again.
 -- reply: mode, full_run_alone, now, token, then each job as {id attempt message tenant enqueued deadline journal}
 local model, owner, token, seen = arg(1), arg(2), arg(3), arg(4)
 local limit, lease_ms, idle = tonumber(arg(5)), tonumber(arg(6)), arg(7) == '1'
-local version = tonumber(arg(8))
+local version, surplus, ROOM_COUNTS_MS = tonumber(arg(8)), tonumber(arg(9)), tonumber(arg(10))
 local ROUND = {1, 2, 1, 3, 1, 2, 1, 4, 1, 2, 1, 3, 1, 2, 1} -- eight, four, two and one turn for the four steps
 local MAX_ENVELOPE_BYTES = 65536
 local MAX_ESCAPES = 100000
@@ -35,9 +36,10 @@ local MAX_REFUSED = 256 -- bad, dead or duplicate messages thrown out in one cal
 even_when_full()
 local leases, claimed_key = own .. 'leases:' .. model, own .. 'claimed:' .. owner
 local suspects, alone_key = own .. 'suspects:' .. model, own .. 'alone:' .. model
-local jobs, leased = {}, {}
+local jobs, leased, rows = {}, {}, 0
+local group = owner:gsub('#%x+$', '')
 -- What a plain Celery client sees of a running job.  No PUBLISH: whoever waits, waits for the end.
-local started = '{"status": "STARTED", "result": {"hostname": ' .. cjson.encode((owner:gsub('#%x+$', '')))
+local started = '{"status": "STARTED", "result": {"hostname": ' .. cjson.encode(group)
   .. '}, "traceback": null, "children": [], "date_done": null, "task_id": "'
 
 local function tell(id, attempt, message, tenant, enqueued, deadline, tokens)
@@ -76,6 +78,7 @@ local function lease(id, job, message, step, alone)
   redis.call('SET', namespace .. 'celery-task-meta-' .. id, started .. id .. '"}')
   redis.call('ZADD', leases, now + lease_ms, id)
   leased[#leased + 1] = id .. ' ' .. attempt
+  rows = rows + (job.rows or 1)
   tell(id, attempt, message, job.tenant, job.enqueued, job.deadline, job.tokens)
 end
 
@@ -231,6 +234,20 @@ local function take(raw, step)
   return true
 end
 
+-- Of `total` jobs, how many rows this group may fill now: all that it has, if that leaves enough for the free rows of
+-- the others, and else what it has of all that are free.
+local function share(total)
+  local free, others = limit - surplus, 0
+  local said = redis.call('HGETALL', own .. 'rooms:' .. model)
+  for i = 1, #said, 2 do
+    local at, room = said[i + 1]:match('^(%d+) (%d+)$')
+    if said[i] ~= group and now - tonumber(at) < ROOM_COUNTS_MS then others = others + tonumber(room) end
+  end
+  if others == 0 then return limit end
+  if total >= free + others then return free + math.min(surplus, total - free - others) end
+  return math.ceil(total * math.max(0, free) / (free + others))
+end
+
 local lost = lost_reply()
 if lost then return lost end
 local special = suspect_first()
@@ -247,9 +264,11 @@ if total == 0 then
   return reply('together', false, token)
 end
 
+local most = share(total)
+local mode = most < math.min(limit, total) and 'shared' or 'together'
 local turn_key = own .. 'turn:' .. model
 local turn, examined = tonumber(redis.call('GET', turn_key) or 0), 0
-while total > 0 and #jobs < limit and examined < limit + MAX_REFUSED do
+while total > 0 and rows < most and examined < limit + MAX_REFUSED do
   local class = ROUND[turn % #ROUND + 1]
   turn = turn + 1
   if left[class] > 0 then
@@ -259,5 +278,9 @@ while total > 0 and #jobs < limit and examined < limit + MAX_REFUSED do
   end
 end
 redis.call('SET', turn_key, turn % #ROUND)
-remember('together', false)
-return reply('together', false, token)
+local rooms = own .. 'rooms:' .. model
+if rows > 0 and redis.call('HEXISTS', rooms, group) == 1 then
+  redis.call('HSET', rooms, group, now .. ' ' .. math.max(0, limit - surplus - rows))
+end
+remember(mode, false)
+return reply(mode, false, token)

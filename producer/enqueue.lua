@@ -13,12 +13,12 @@
 -- | pace:{model}                 | hash   | read: when to try again                         |
 --
 -- args: require_known max_per_model max_per_tenant headroom idempotency_ttl_ms, then for each job:
---       id model tenant step message deadline_s metadata idempotency_key digest   ('' where there is none)
+--       id model tenant step message deadline_s metadata idempotency_key digest rows   ('' where there is none)
 -- Everything is checked before the first write; replies name the first refused job by its index from 0.
 local REQUIRE_KNOWN = arg(1) == '1'
 local MAX_PER_MODEL, MAX_PER_TENANT, HEADROOM = tonumber(arg(2)), tonumber(arg(3)), tonumber(arg(4))
 local IDEMPOTENCY_TTL_MS = arg(5)
-local WIDTH = 9
+local WIDTH = 10
 
 local function depth_of(model)
   local depth = redis.call('LLEN', own .. 'suspects:' .. model)
@@ -93,6 +93,7 @@ for _, at in ipairs(fresh) do
   local message, deadline_s, metadata, key = arg(at + 5), arg(at + 6), arg(at + 7), arg(at + 8)
   local deadline = set_deadline(id, deadline_s == '' and DEFAULT_DEADLINE_MS or math.ceil(tonumber(deadline_s) * 1000))
   local record = {'state', 'queued', 'model', model, 'tenant', tenant, 'attempt', 0, 'enqueued', now, 'deadline', deadline}
+  if arg(at + 10) ~= '1' then record[#record + 1], record[#record + 2] = 'rows', arg(at + 10) end
   if metadata ~= '' then record[#record + 1], record[#record + 2] = 'metadata', metadata end
   redis.call('HSET', own .. 'job:' .. id, unpack(record))
   forget(id)

@@ -43,7 +43,7 @@ def hindrance(queue: QueueInfo) -> Hindrance | None:
         )
     if all(_starved(beat) for beat in ready):
         return Hindrance(Why.MEMORY, f"the KV cache of {_names(ready)} is full: jobs wait for blocks, not for rows")
-    if all(beat.running >= beat.capacity for beat in ready):
+    if all(_full(beat) for beat in ready):
         rows = sum(beat.capacity for beat in ready)
         return Hindrance(Why.FULL, f"all {counted(rows, 'row')} of {counted(len(ready), 'group')} are taken")
     return None
@@ -64,9 +64,20 @@ def _nobody_ready(groups: Sequence[GroupBeat]) -> Hindrance:
     return Hindrance(Why.NOT_READY, "no group is ready: " + "; ".join(told))
 
 
+def _full(beat: GroupBeat) -> bool:
+    """By its rows: a job with several answers takes as many."""
+    return beat.running >= beat.capacity or (not beat.room and _waiting(beat))
+
+
 def _starved(beat: GroupBeat) -> bool:
-    kv_use, waiting = beat.info.get("kv_use"), beat.info.get("waiting")
-    return isinstance(kv_use, int | float) and kv_use >= KV_FULL and isinstance(waiting, int) and waiting > 0
+    kv_use = beat.info.get("kv_use")
+    return isinstance(kv_use, int | float) and kv_use >= KV_FULL and _waiting(beat)
+
+
+def _waiting(beat: GroupBeat) -> bool:
+    """Some of its sequences have no row or no blocks yet."""
+    waiting = beat.info.get("waiting")
+    return isinstance(waiting, int) and waiting > 0
 
 
 def _names(groups: Sequence[GroupBeat]) -> str:

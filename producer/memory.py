@@ -12,7 +12,7 @@ from .calls import cut_letter, idempotency_conflict, naming_jobs, queue_full, un
 from .errors import BadRequest, UnknownJob
 from .ids import Mint, new_secret
 from .names import STEP_OF, STEPS
-from .rules import Rules
+from .rules import ROOM_COUNTS_S, Rules
 from .schema import SCHEMA_VERSION, Chunk, Failure, Job, Result, State, Status, Timings
 from .store import (
     LETTER_CUT_BYTES,
@@ -51,6 +51,7 @@ class _Record:
     deadline: int | None = None
     metadata: dict[str, str] = field(default_factory=dict)
     step: int = 0
+    rows: int = 1
     message: bytes | None = None  # while it is in no list
     attempt: int = 0
     free: int = 0
@@ -83,6 +84,7 @@ class _Queue:
     dead: int = 0  # messages of jobs that ended while they were queued
     turn: int = 0
     holder: tuple[str, int] | None = None  # who makes room for suspects, or tries the last few; until when
+    rooms: dict[str, tuple[int, int]] = field(default_factory=dict)  # group -> when it said so, rows that are free
     beaten: int = 0  # when a group last said that it is alive; 0: none of its groups was ever ready
 
     @property
@@ -177,7 +179,13 @@ class MemoryStore:
     def _accept(self, job: Job, job_id: str, now: int) -> None:
         deadline = self._default_deadline(now) if job.deadline_s is None else now + math.ceil(job.deadline_s * 1000)
         self._records[job_id] = _Record(
-            job.model, job.tenant, now, deadline=deadline, metadata=dict(job.metadata), step=STEP_OF[job.priority]
+            job.model,
+            job.tenant,
+            now,
+            deadline=deadline,
+            metadata=dict(job.metadata),
+            step=STEP_OF[job.priority],
+            rows=job.sampling.n,
         )
         queue = self._queue(job.model)
         queue.lists[STEP_OF[job.priority]].appendleft(message.build(job, job_id))
@@ -249,7 +257,7 @@ class MemoryStore:
 
     # leaders
 
-    def claim(self, model: str, *, owner: str, limit: int, lease_s: float, idle: bool) -> Claim:
+    def claim(self, model: str, *, owner: str, limit: int, lease_s: float, idle: bool, surplus: int = 0) -> Claim:
         with self._lock:
             now = self._now()
             lease_ends = now + round(lease_s * 1000)
@@ -259,7 +267,23 @@ class MemoryStore:
                 return special
             if queue.holder and queue.holder[0] == owner:
                 queue.holder = None
-            return Claim(ClaimMode.TOGETHER, tuple(self._take_many(model, queue, limit, lease_ends)), now)
+            total = sum(map(len, queue.lists.values()))
+            most = self._share(queue, owner, total, limit, surplus)
+            jobs = tuple(self._take_many(model, queue, most, lease_ends))
+            rows = sum(self._records[claimed.lease.job_id].rows for claimed in jobs)
+            if rows and owner in queue.rooms:
+                queue.rooms[owner] = now, max(0, limit - surplus - rows)
+            return Claim(ClaimMode.SHARED if most < min(limit, total) else ClaimMode.TOGETHER, jobs, now)
+
+    def _share(self, queue: _Queue, owner: str, total: int, limit: int, surplus: int) -> int:
+        """See claim.lua."""
+        free, since = limit - surplus, self._now() - ROOM_COUNTS_S * 1000
+        others = sum(rows for group, (at, rows) in queue.rooms.items() if group != owner and at > since)
+        if not others:
+            return limit
+        if total >= free + others:
+            return free + min(surplus, total - free - others)
+        return math.ceil(total * max(0, free) / (free + others))
 
     def _suspect_first(self, queue: _Queue, owner: str, lease_ends: int, now: int, *, idle: bool) -> Claim | None:
         while queue.suspects:
@@ -288,15 +312,17 @@ class MemoryStore:
         left = {step: len(queue.lists[step]) for step in STEPS}
         queue.dead = queue.dead if any(left.values()) else 0
         jobs: list[Claimed] = []
-        examined = 0
-        while any(left.values()) and len(jobs) < limit and examined < limit + MAX_REFUSED:
+        rows = examined = 0
+        while any(left.values()) and rows < limit and examined < limit + MAX_REFUSED:
             step = ROUND[queue.turn]
             queue.turn = (queue.turn + 1) % len(ROUND)
             if left[step]:
                 left[step] -= 1
                 examined += 1
                 claimed = self._take(model, queue.lists[step].pop(), step, lease_ends)
-                jobs += [claimed] if claimed else []
+                if claimed:
+                    jobs.append(claimed)
+                    rows += self._records[claimed.lease.job_id].rows
         return jobs
 
     def _take(self, model: str, raw: bytes, step: int, lease_ends: int) -> Claimed | None:
@@ -458,6 +484,10 @@ class MemoryStore:
             queue = self._queue(beat.model)
             if beat.state == "ready" or queue.known:
                 queue.beaten = self._now()
+            if beat.room:
+                queue.rooms[beat.group] = self._now(), beat.room
+            else:
+                queue.rooms.pop(beat.group, None)
             if beat.state == "gone":
                 self._groups.pop(beat.group, None)
             else:

@@ -41,7 +41,7 @@ TABLE: tuple[Key, ...] = (
         "hortator:job:{id}",
         "hash",
         "record: state model tenant attempt free enqueued deadline claimed first finished tokens metadata,"
-        " and while they apply: step owner alone suspicion cancel; at the end: code error seal",
+        " and while they apply: step owner alone suspicion cancel rows; at the end: code error seal",
         "none until terminal, then result_ttl_s",
     ),
     Key(
@@ -65,6 +65,7 @@ TABLE: tuple[Key, ...] = (
         "hortator:depth:{model}", "hash", "tenant -> queued jobs; !dead -> messages of jobs that ended queued", "never"
     ),
     Key("hortator:pace:{model}", "hash", "since count rate: claims per second lately, for retry_after_s", "never"),
+    Key("hortator:rooms:{model}", "hash", "group -> ms and rows that it had for jobs then", "3 s after a beat"),
     # everything
     Key("hortator:deadlines", "zset", "job -> its deadline, ms", "never"),
     Key(

@@ -53,11 +53,12 @@ end
 
 local function read(id)
   local v = redis.call('HMGET', own .. 'job:' .. id, 'state', 'model', 'tenant', 'attempt', 'free', 'tokens',
-    'suspicion', 'alone', 'cancel', 'deadline', 'step', 'enqueued')
+    'suspicion', 'alone', 'cancel', 'deadline', 'step', 'enqueued', 'rows')
   if not v[1] then return nil end
   return {state = v[1], model = v[2], tenant = v[3], attempt = tonumber(v[4]), free = tonumber(v[5] or 0),
     tokens = tonumber(v[6] or 0), suspicion = tonumber(v[7] or 0), alone = v[8] == '1', cancel = v[9] == '1',
-    deadline = v[10] and tonumber(v[10]), step = v[11] or '0', enqueued = v[12]}
+    deadline = v[10] and tonumber(v[10]), step = v[11] or '0', enqueued = v[12],
+    rows = tonumber(v[13] or 1)}
 end
 
 -- Every job has a deadline, so that it becomes terminal even if no worker ever comes.  Says when it is.
@@ -160,7 +161,7 @@ local function finish(id, job, state, code, text, result, seal)
   close_journal(id, job.tokens, state)
   redis.call('SET', announced, meta, 'PX', RESULT_TTL_MS)
   local key = own .. 'job:' .. id
-  redis.call('HDEL', key, 'owner', 'alone', 'cancel', 'step', 'suspicion')
+  redis.call('HDEL', key, 'owner', 'alone', 'cancel', 'step', 'suspicion', 'rows')
   if state == 'succeeded' then
     redis.call('HSET', key, 'state', state, 'finished', now, 'seal', seal or '')
   else

@@ -114,8 +114,8 @@ class RedisStore:
     def chunks(self, job_id: str, *, after: int = 0) -> list[Chunk]:
         return self._run(self._calls.chunks(job_id, after))
 
-    def claim(self, model: str, *, owner: str, limit: int, lease_s: float, idle: bool) -> Claim:
-        return self._run(self._calls.claim(model, owner, limit, lease_s, idle))
+    def claim(self, model: str, *, owner: str, limit: int, lease_s: float, idle: bool, surplus: int = 0) -> Claim:
+        return self._run(self._calls.claim(model, owner, limit, lease_s, idle, surplus=surplus))
 
     def append(self, appends: Sequence[Append]) -> Signals:
         return self._run(self._calls.append(appends)) if appends else Signals()

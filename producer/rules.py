@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+ROOM_COUNTS_S = 3.0  # after a beat, how long others leave a group its share
+
 
 @dataclass(frozen=True)
 class Rules:

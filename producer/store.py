@@ -37,6 +37,7 @@ class ClaimMode(StrEnum):
     """How the claimed jobs must be run, see docs/decisions on poison jobs."""
 
     TOGETHER = "together"  # batch freely
+    SHARED = "shared"  # the same; what is left in the queue is other groups' share, for a moment
     ALONE = "alone"  # exactly one suspect: run it with nothing beside it until it is cleared or done
     DRAIN = "drain"  # a suspect waits for this group: claim no more, finish what runs, then claim again
 
@@ -122,6 +123,7 @@ class GroupBeat:
     epoch: int
     state: str  # starting | ready | draining | down; gone: the group takes its leave
     info: dict[str, Any] = field(default_factory=dict)
+    room: int = 0  # rows that are free for jobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +199,12 @@ class Store(Protocol):
         text stays whole)."""
 
     # leaders
-    def claim(self, model: str, *, owner: str, limit: int, lease_s: float, idle: bool) -> Claim:
-        """Pop up to `limit` jobs and record their leases, atomically.  `idle`: the group runs nothing now."""
+    def claim(self, model: str, *, owner: str, limit: int, lease_s: float, idle: bool, surplus: int = 0) -> Claim:
+        """Pop jobs for up to `limit` rows and record their leases, atomically.  `idle`: the group runs nothing now.
+
+        A job takes a row for each of its answers; the last one may go beyond the limit.  Where other groups have said
+        (`GroupBeat.room`) that they have free rows too, what is queued is shared by these, and `surplus`, that part of
+        the limit for which there is no row yet, is claimed only of what is too much for all of them."""
 
     def append(self, appends: Sequence[Append]) -> Signals:
         """Journal the tokens of one step for all jobs.  Stale attempts change nothing and come back lost."""

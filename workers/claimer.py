@@ -16,7 +16,8 @@ EAGER_FOR_S, BUSY_FOR_S = 0.05, 2.0
 # How often a group without room asks whether it must make room for a suspect, and how long it goes on hoping that
 # another group takes the suspect, or that its own jobs end.
 LOOK_S, GIVE_WAY_S = 0.2, 0.4
-OVERCLAIM = 0.25  # jobs beyond max_num_seqs that may wait inside the engine, so that a freed row is refilled at once
+OVERCLAIM = 0.25  # rows beyond max_num_seqs that may wait inside the engine, so that a freed one is refilled at once
+SHARED_S = 1.5 * IDLE_POLL_S  # so long the others have to come for their share of the queue
 
 
 @dataclass(slots=True)
@@ -49,7 +50,7 @@ class Claimer:
         return self._asked_at is not None and self._clock() - self._asked_at >= GIVE_WAY_S
 
     def room(self, num_live: int, info: EngineInfo, stats: EngineStats | None) -> int:
-        """How many jobs to claim now."""
+        """For how many rows to claim now; those beyond max_num_seqs wait inside the engine."""
         if self._alone or (self._asked_at is not None and num_live):
             return 0
         spare = max(1, int(info.max_num_seqs * OVERCLAIM))
@@ -60,8 +61,9 @@ class Claimer:
             return 0  # enough jobs wait in the engine: fewer, larger claims
         return free
 
-    def claim(self, room: int, *, idle: bool, crowded: bool) -> Claim | None:
-        """Up to `room` jobs; None if it is too early to ask, or Redis is away.  `crowded`: better many than soon.
+    def claim(self, room: int, *, surplus: int, idle: bool, crowded: bool) -> Claim | None:
+        """Jobs for up to `room` rows, `surplus` of which are taken yet; None if it is too early to ask, or Redis is
+        away.  `crowded`: better many than soon.
 
         Without room it asks now and then all the same: a suspect may be waiting for room to be made."""
         now = self._clock()
@@ -69,13 +71,15 @@ class Claimer:
             return None
         self._look_at = now + LOOK_S
         try:
-            claim = self._ask(room, idle=idle)
+            claim = self._ask(room, surplus=surplus, idle=idle)
         except StoreUnavailable:
             self.at = now + IDLE_POLL_S
             return None
         if claim.jobs:
             self._last_job_at = now
-        if len(claim.jobs) < room:
+        if claim.mode is ClaimMode.SHARED:
+            self.at = now + SHARED_S
+        elif len(claim.jobs) < room:
             self.at = now + self._pause_s(now - self._last_job_at, idle=idle, crowded=crowded)
         return claim
 
@@ -99,10 +103,16 @@ class Claimer:
         if self._alone and self._alone.lease == lease:
             self._alone = None
 
-    def _ask(self, room: int, *, idle: bool) -> Claim:
+    def _ask(self, room: int, *, surplus: int, idle: bool) -> Claim:
         settings = self._settings
         claim = self._link.call(
-            self._store.claim, settings.queue, owner=settings.group, limit=room, lease_s=settings.lease_s, idle=idle
+            self._store.claim,
+            settings.queue,
+            owner=settings.group,
+            limit=room,
+            lease_s=settings.lease_s,
+            idle=idle,
+            surplus=surplus,
         )
         self._redis_minus_clock_ms = claim.now_ms - self._clock() * 1000
         self._asked_at = (self._asked_at or self._clock()) if claim.mode is ClaimMode.DRAIN else None

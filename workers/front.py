@@ -156,6 +156,7 @@ class Front:
             epoch=self._group.epoch,
             state=self.state,
             info=self.details() | {name: getattr(self._tenure.holder, name) for name in ("host", "pid", "born")},
+            room=min(self._free_rows, self.room()),
         )
 
     # ---- from the store to the engine
@@ -169,17 +170,28 @@ class Front:
         return self._sound and self._tenure.held
 
     def room(self) -> int:
-        """How many jobs to claim now."""
+        """For how many rows to claim now."""
         if self._info is None or not self._may_claim():
             return 0
-        return self._claimer.room(len(self._by_handle) + len(self._taken), self._info, self._stats)
+        return self._claimer.room(self._num_rows, self._info, self._stats)
+
+    @property
+    def _num_rows(self) -> int:
+        """That jobs take, or will."""
+        return len(self._by_handle) + len(self._taken)
+
+    @property
+    def _free_rows(self) -> int:
+        return max(0, self.capacity - self._num_rows)
 
     def take(self) -> Sequence[Claimed]:
         """Claim what there is room for, if it is time to ask."""
         if not self._may_claim():
             return ()
         before, idle = self._clock(), not self._live
-        claim = self._claimer.claim(self.room(), idle=idle, crowded=self._crowded)
+        room = self.room()
+        surplus = max(0, room - self._free_rows)
+        claim = self._claimer.claim(room, surplus=surplus, idle=idle, crowded=self._crowded)
         if claim is None:
             return ()
         if claim.mode is ClaimMode.DRAIN:

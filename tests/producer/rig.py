@@ -46,9 +46,16 @@ class Rig(ABC):
         return [receipt.job_id for receipt in self.store.enqueue([job(prompt, **fields) for prompt in prompts])]
 
     def claim(
-        self, limit: int = 100, *, owner: str = "a", idle: bool = True, lease_s: float = LEASE_S, model: str = MODEL
+        self,
+        limit: int = 100,
+        *,
+        owner: str = "a",
+        idle: bool = True,
+        lease_s: float = LEASE_S,
+        model: str = MODEL,
+        surplus: int = 0,
     ) -> Claim:
-        return self.store.claim(model, owner=owner, limit=limit, lease_s=lease_s, idle=idle)
+        return self.store.claim(model, owner=owner, limit=limit, lease_s=lease_s, idle=idle, surplus=surplus)
 
     def claim_one(self, **how: Any) -> Lease:
         claim = self.claim(1, **how)

@@ -1,0 +1,88 @@
+"""Several groups of one model share what is queued, by the rows that each has free."""
+
+import pytest
+
+from hortator.producer import calls, memory
+from hortator.producer.store import Claim, ClaimMode, GroupBeat, ReleaseReason
+from tests.producer.rig import MODEL, Rig
+
+
+def say(rig: Rig, group: str, room: int, *, state: str = "ready") -> None:
+    rig.store.beat(GroupBeat(group, MODEL, 0, 64, 1, state, room=room))
+
+
+def enqueue(rig: Rig, count: int, **fields: object) -> None:
+    rig.enqueue(*(f"p{i}" for i in range(count)), **fields)
+
+
+def taken(claim: Claim) -> tuple[ClaimMode, int]:
+    return claim.mode, len(claim.jobs)
+
+
+def test_idle_groups_share_a_burst(rig: Rig) -> None:
+    say(rig, "a", 64)
+    say(rig, "b", 64)
+    enqueue(rig, 64)
+    assert taken(rig.claim(80, owner="a", surplus=16)) == (ClaimMode.SHARED, 32)
+    assert taken(rig.claim(80, owner="b", surplus=16)) == (ClaimMode.SHARED, 22)  # of 32, for 64 of 96 free rows
+    assert taken(rig.claim(48, owner="a", surplus=16)) == (ClaimMode.SHARED, 5)
+    assert taken(rig.claim(1, owner="b")) == (ClaimMode.TOGETHER, 1)
+
+
+def test_the_emptier_group_takes_more(rig: Rig) -> None:
+    say(rig, "a", 10)
+    say(rig, "b", 30)
+    enqueue(rig, 20)
+    assert taken(rig.claim(10, owner="a")) == (ClaimMode.SHARED, 5)
+    assert taken(rig.claim(30, owner="b")) == (ClaimMode.SHARED, 13)
+
+
+def test_nothing_waits_inside_a_full_group_while_another_has_rows(rig: Rig) -> None:
+    say(rig, "a", 0)
+    say(rig, "b", 8)
+    enqueue(rig, 8)
+    assert taken(rig.claim(16, owner="a", surplus=16)) == (ClaimMode.SHARED, 0)
+    enqueue(rig, 4)
+    assert taken(rig.claim(16, owner="a", surplus=16)) == (ClaimMode.SHARED, 4)  # what is too much for all rows
+    assert taken(rig.claim(10, owner="b", surplus=2)) == (ClaimMode.TOGETHER, 8)
+
+
+def test_a_group_alone_takes_all_that_it_asks_for(rig: Rig) -> None:
+    say(rig, "a", 64)
+    enqueue(rig, 100)
+    assert taken(rig.claim(80, owner="a", surplus=16)) == (ClaimMode.TOGETHER, 80)
+    assert taken(rig.claim(16, owner="a", surplus=16)) == (ClaimMode.TOGETHER, 16)
+
+
+def test_one_job_is_taken_by_whoever_comes_first(rig: Rig) -> None:
+    for group in "abcd":
+        say(rig, group, 64)
+    enqueue(rig, 1)
+    assert taken(rig.claim(80, owner="c", surplus=16)) == (ClaimMode.TOGETHER, 1)
+
+
+@pytest.mark.parametrize("state", ["draining", "gone"])
+def test_who_takes_no_jobs_has_no_share(rig: Rig, state: str) -> None:
+    say(rig, "b", 64)
+    say(rig, "b", 0, state=state)
+    enqueue(rig, 10)
+    assert taken(rig.claim(64, owner="a")) == (ClaimMode.TOGETHER, 10)
+
+
+def test_a_silent_group_has_no_share_for_long(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "ROOM_COUNTS_S", 0.2)
+    monkeypatch.setattr(memory, "ROOM_COUNTS_S", 0.2)
+    say(rig, "b", 64)
+    enqueue(rig, 10)
+    assert taken(rig.claim(64, owner="a")) == (ClaimMode.SHARED, 5)
+    rig.wait(0.3)
+    assert taken(rig.claim(64, owner="a")) == (ClaimMode.TOGETHER, 5)
+
+
+def test_a_job_takes_a_row_for_each_of_its_answers(rig: Rig) -> None:
+    enqueue(rig, 5, sampling={"n": 16, "temperature": 1.0})
+    first = rig.claim(40)
+    assert len(first.jobs) == 3  # 48 rows: the last one goes beyond the limit
+    assert len(rig.claim(1).jobs) == 1
+    rig.store.release([one.lease for one in first.jobs], reason=ReleaseReason.DRAINED)
+    assert len(rig.claim(17).jobs) == 2, "it is not forgotten when a job goes back"
