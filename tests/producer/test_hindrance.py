@@ -25,7 +25,7 @@ def queue(*groups: GroupBeat, suspects: int = 0, running: int = 0) -> QueueInfo:
         (queue(beat(state="down", last_failure="rank 1 died")), Why.NOT_READY, "a is down: rank 1 died"),
         (queue(beat(state="draining"), beat("b", "draining")), Why.DRAINING, "a, b drain and take nothing"),
         (queue(beat(running=8), beat("b", running=9)), Why.FULL, "all 16 rows of 2 groups are taken"),
-        (queue(beat(running=4, waiting=3, kv_use=0.2)), Why.FULL, "all 8 rows of 1 group are taken"),  # of several answers
+        (queue(beat(running=4, waiting=3)), Why.FULL, "all 8 rows of 1 group"),  # by jobs with several answers
         (queue(beat(), suspects=1), Why.SUSPECTS, "1 job of a crashed batch"),
         (queue(beat(running=3, kv_use=0.97, waiting=2)), Why.MEMORY, "KV cache of a is full"),
     ],
