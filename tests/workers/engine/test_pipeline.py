@@ -12,7 +12,7 @@ from hortator.workers.engine.attention import Paged, Pulse
 from hortator.workers.engine.kvcache import PagedCache
 from hortator.workers.engine.model import LoadedModel, LoadFormat, load_model, read_config
 from hortator.workers.engine.parallel import SingleRank
-from hortator.workers.engine.pipeline import routes
+from hortator.workers.engine.pipeline import Stages, routes
 from hortator.workers.engine.scheduler import Row, Sequence
 from hortator.workers.engine.step import Request, SamplingParams
 from tests.workers.engine.checkpoints import ARCHITECTURES, Checkpoint, make_checkpoint
@@ -141,8 +141,50 @@ def test_more_stages_than_layers_are_refused(deep: dict[str, Checkpoint]) -> Non
         load_model(read_config(deep["llama"].path), Stage(0, 6))
 
 
-def test_every_way_that_a_message_can_take_is_known_before_the_first_step() -> None:
-    found = routes(Stage(pp_rank=1, pp_size=3, tp_size=2))
-    assert [route for route in found if route[0] == "hidden"] == [("hidden", rank, rank + 2) for rank in range(4)]
-    assert [route for route in found if route[0] == "tokens"] == [("tokens", 4, rank) for rank in (0, 1, 2, 3, 5)]
-    assert [route for route in found if route[0] == "report"] == [("report", 4, 0)]
+class Post:
+    """Stands for torch.distributed's messages: who sent what to whom, as one rank sees it."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.groups: list[str] = []
+        self.seen: set[tuple[str, int, int]] = set()
+
+    def new_group(self) -> str:
+        self.groups.append(("hidden", "tokens", "report")[len(self.groups)])
+        return self.groups[-1]
+
+    def send(self, tensor: torch.Tensor, *, dst: int, group: str) -> None:
+        self.seen.add((group, self.rank, dst))
+
+    def recv(self, tensor: torch.Tensor, *, src: int, group: str) -> None:
+        self.seen.add((group, src, self.rank))
+        tensor.copy_(
+            torch.tensor([2])
+            if tensor.dtype == torch.int64
+            else torch.frombuffer(bytearray(b"{}"), dtype=torch.uint8)[: len(tensor)]
+        )
+
+    isend = send
+    irecv = recv
+
+
+@pytest.mark.parametrize("rank", range(6))
+def test_a_step_sends_nothing_along_a_route_that_was_not_used_at_the_start(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL connects two ranks at their first message, and waits for both."""
+    post = Post(rank)
+    for name in ("new_group", "send", "recv", "isend", "irecv"):
+        monkeypatch.setattr(torch.distributed, name, getattr(post, name))
+    pp_rank, tp_rank = divmod(rank, 2)
+    link = Stages(Stage(pp_rank, 3, tp_rank, 2), hidden_size=2, dtype=torch.float32)
+    at_start, post.seen = post.seen, set()
+    hidden = torch.zeros(1, 2) if link.first else link.receive(1).float()
+    link.send(hidden)
+    samples = rank == 4
+    report = link.report({} if samples else None)
+    link.share(torch.tensor([1]) if samples else None, 1)
+    link.read_report(report)
+    assert post.seen <= at_start
+    assert at_start == {route for route in routes(Stage(pp_rank, 3, tp_rank, 2)) if rank in route[1:]}
+    assert post.seen
