@@ -1,10 +1,11 @@
 """The asyncio client: `client.Client` with the same names, as coroutines."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, Protocol, Self
 
+from .awaited import Awaited, End, Key
 from .client import MANY, settings_for
 from .errors import HortatorError, StoreUnavailable, UnknownJob
 from .job import Follower, Pace, Patience, new_job, outcome_of, result_of, unknown
@@ -194,22 +195,21 @@ class AsyncClient:
         self, handles: Iterable[AsyncJobHandle], *, timeout_s: float | None = None
     ) -> AsyncIterator[AsyncJobHandle]:
         """Each handle once, as its job ends (however it ends): `result()` of it does not wait.  All are watched by one
-        call at a time.  Raises TimeoutError when the time is up."""
-        waiting = {handle.id: handle for handle in handles}
+        call at a time, and several handles on one job are all given.  Raises TimeoutError when the time is up."""
+        waiting = Awaited(handles)
         pace, patience = Pace(timeout_s), Patience(self._patience_s)
         while waiting:
             pace.asking()
-            done: list[AsyncJobHandle] = []
+            ends: dict[Key, End] = {}
             try:
-                done = await self._finished(list(waiting.values()))
+                ends = await self._ends(waiting.ids())
                 patience.good()
             except StoreUnavailable as error:
                 patience.bear(error)
-            for handle in done:
-                del waiting[handle.id]
+            for handle in waiting.end(ends):
                 yield handle
             if waiting:
-                await self._wait(pace, news=len(done), jobs=len(waiting), waiting_for=f"{len(waiting)} jobs")
+                await self._wait(pace, patience, news=len(ends), jobs=len(waiting), waiting_for=waiting)
 
     async def stream(self, handle: AsyncJobHandle, *, after: int, timeout_s: float | None) -> AsyncIterator[Chunk]:
         """What AsyncJobHandle.stream says."""
@@ -231,26 +231,25 @@ class AsyncClient:
                 for chunk in reader.rest(result_of(status)):
                     yield chunk
                 return
-            await self._wait(pace, news=len(chunks), waiting_for=f"job {handle.id}")
+            await self._wait(pace, patience, news=len(chunks), waiting_for=f"job {handle.id}")
 
     async def unknown(self, handle: AsyncJobHandle) -> UnknownJob:
         """UnknownJob, telling gone from never issued."""
         return unknown(handle.id, gone=await self.store.issued(handle.id, tenant=handle.tenant))
 
-    async def _finished(self, handles: list[AsyncJobHandle]) -> list[AsyncJobHandle]:
-        done: list[AsyncJobHandle] = []
-        for tenant in {handle.tenant for handle in handles}:
-            asked = {handle.id: handle for handle in handles if handle.tenant == tenant}
-            if ended := await self.store.ended(list(asked), tenant=tenant):
+    async def _ends(self, ids: Mapping[str, Sequence[str]]) -> dict[Key, End]:
+        """How jobs ended, of those that have; asked by tenant."""
+        ends: dict[Key, End] = {}
+        for tenant, some in ids.items():
+            if ended := await self.store.ended(some, tenant=tenant):
                 statuses = await self.store.statuses(ended, tenant=tenant)
-                for handle, status in zip(map(asked.__getitem__, ended), statuses, strict=True):
-                    handle.finish(await self.unknown(handle) if status is None else status)
-                    done.append(handle)
-        return done
+                for job_id, status in zip(ended, statuses, strict=True):
+                    ends[tenant, job_id] = status or await self.unknown(self.job(job_id, tenant=tenant))
+        return ends
 
     @staticmethod
-    async def _wait(pace: Pace, *, news: int, jobs: int = 1, waiting_for: str) -> None:
+    async def _wait(pace: Pace, patience: Patience, *, news: int, jobs: int = 1, waiting_for: object) -> None:
         delay = pace.delay(news=news, jobs=jobs)
         if delay is None:
-            raise TimeoutError(f"time is up, still waiting for {waiting_for}")
+            raise patience.too_late(waiting_for)
         await asyncio.sleep(delay)

@@ -1,12 +1,13 @@
 """The blocking client: enqueue prompts, get every answer."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Self
 
 from pydantic import ValidationError
 
+from .awaited import Awaited, End, Key
 from .errors import ConfigError, HortatorError, StoreUnavailable, UnknownJob
 from .job import (
     Follower,
@@ -186,22 +187,20 @@ class Client:
 
     def as_completed(self, handles: Iterable[JobHandle], *, timeout_s: float | None = None) -> Iterator[JobHandle]:
         """Each handle once, as its job ends (however it ends): `result()` of it does not wait.  All are watched by one
-        call at a time.  Raises TimeoutError when the time is up."""
-        waiting = {handle.id: handle for handle in handles}
+        call at a time, and several handles on one job are all given.  Raises TimeoutError when the time is up."""
+        waiting = Awaited(handles)
         pace, patience = Pace(timeout_s), Patience(self._patience_s)
         while waiting:
             pace.asking()
-            done: list[JobHandle] = []
+            ends: dict[Key, End] = {}
             try:
-                done = self._finished(list(waiting.values()))
+                ends = self._ends(waiting.ids())
                 patience.good()
             except StoreUnavailable as error:
                 patience.bear(error)
-            for handle in done:
-                del waiting[handle.id]
-                yield handle
+            yield from waiting.end(ends)
             if waiting:
-                self._wait(pace, news=len(done), jobs=len(waiting), waiting_for=f"{len(waiting)} jobs")
+                self._wait(pace, patience, news=len(ends), jobs=len(waiting), waiting_for=waiting)
 
     def stream(self, handle: JobHandle, *, after: int, timeout_s: float | None) -> Iterator[Chunk]:
         """What JobHandle.stream says."""
@@ -221,28 +220,27 @@ class Client:
             if status is not None and status.state.terminal:
                 yield from reader.rest(result_of(status))
                 return
-            self._wait(pace, news=len(chunks), waiting_for=f"job {handle.id}")
+            self._wait(pace, patience, news=len(chunks), waiting_for=f"job {handle.id}")
 
     def unknown(self, handle: JobHandle) -> UnknownJob:
         """UnknownJob, telling gone from never issued."""
         return unknown(handle.id, gone=self.store.issued(handle.id, tenant=handle.tenant))
 
-    def _finished(self, handles: list[JobHandle]) -> list[JobHandle]:
-        done: list[JobHandle] = []
-        for tenant in {handle.tenant for handle in handles}:
-            asked = {handle.id: handle for handle in handles if handle.tenant == tenant}
-            if ended := self.store.ended(list(asked), tenant=tenant):
+    def _ends(self, ids: Mapping[str, Sequence[str]]) -> dict[Key, End]:
+        """How jobs ended, of those that have; asked by tenant."""
+        ends: dict[Key, End] = {}
+        for tenant, some in ids.items():
+            if ended := self.store.ended(some, tenant=tenant):
                 statuses = self.store.statuses(ended, tenant=tenant)
-                for handle, status in zip(map(asked.__getitem__, ended), statuses, strict=True):
-                    handle.finish(self.unknown(handle) if status is None else status)
-                    done.append(handle)
-        return done
+                for job_id, status in zip(ended, statuses, strict=True):
+                    ends[tenant, job_id] = status or self.unknown(self.job(job_id, tenant=tenant))
+        return ends
 
     @staticmethod
-    def _wait(pace: Pace, *, news: int, jobs: int = 1, waiting_for: str) -> None:
+    def _wait(pace: Pace, patience: Patience, *, news: int, jobs: int = 1, waiting_for: object) -> None:
         delay = pace.delay(news=news, jobs=jobs)
         if delay is None:
-            raise TimeoutError(f"time is up, still waiting for {waiting_for}")
+            raise patience.too_late(waiting_for)
         time.sleep(delay)
 
 

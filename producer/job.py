@@ -81,7 +81,14 @@ def failure_of(status: Status) -> JobFailed | None:
             status.failure.message,
         )
     )
-    return kind(f"job {status.id} {status.state.value} ({code}): {text}", job_id=status.id, reason=code)
+    return kind(f"job {status.id} {_end_of(status.state, code, text)}", job_id=status.id, reason=code)
+
+
+def _end_of(state: State, code: str, text: str) -> str:
+    """`failed (poison): why`, and nothing twice: code and text may say no more than the state."""
+    said = "was cancelled" if state is State.CANCELLED else state.value
+    reason = "" if code == state.value else f" ({code})"
+    return f"{said}{reason}" + ("" if text in (state.value, f"the job {said}") else f": {text}")
 
 
 def result_of(status: Status) -> Result:
@@ -136,16 +143,25 @@ class Patience:
     def __init__(self, patience_s: float) -> None:
         self._patience_s = patience_s
         self._since: float | None = None
+        self._problem: HortatorError | None = None
 
     def good(self) -> None:
-        self._since = None
+        self._since = self._problem = None
 
     def bear(self, error: HortatorError) -> None:
         """Raise the error if the store has been away for too long, or waiting cannot help."""
         now = time.monotonic()
         self._since = now if self._since is None else self._since
+        self._problem = error
         if isinstance(error, ConfigError) or now - self._since > self._patience_s:
             raise error
+
+    def too_late(self, waiting_for: object) -> TimeoutError:
+        """What to raise when the time is up; if the store did not answer last, that is said, and the cause."""
+        why = "" if self._problem is None else f": {self._problem}"
+        error = TimeoutError(f"time is up, still waiting for {waiting_for}{why}")
+        error.__cause__ = self._problem
+        return error
 
 
 class Follower:

@@ -25,6 +25,7 @@ from hortator.producer import (
     UnknownJob,
 )
 from hortator.producer.embedded import EmbeddedRedis
+from hortator.producer.job import Patience
 from hortator.producer.memory_async import AsyncMemoryStore
 from hortator.producer.redis_store import AsyncRedisStore
 from hortator.producer.schema import Failure
@@ -169,23 +170,53 @@ def test_a_running_job_can_be_cancelled(client: Client) -> None:
     handle = client.enqueue("slow" * 50, model=MODEL)
     next(handle.stream(timeout_s=10))
     assert handle.cancel() is State.RUNNING
-    with pytest.raises(JobCancelled):
+    with pytest.raises(JobCancelled) as caught:
         handle.result(timeout_s=10)
+    assert str(caught.value) == f"job {handle.id} was cancelled"
 
 
 def test_a_queued_job_ends_at_its_deadline_with_no_worker_alive(client: Client) -> None:
     handle = client.enqueue("x", model=MODEL, deadline_s=0.05)
-    with pytest.raises(JobExpired):
+    with pytest.raises(JobExpired) as caught:
         handle.result(timeout_s=10)
+    assert str(caught.value) == f"job {handle.id} expired: its deadline passed while it was queued"
 
 
 def test_waiting_ends_when_the_time_is_up(client: Client) -> None:
     handle = client.enqueue("x", model=MODEL)
     for wait in (lambda: handle.result(timeout_s=0.05), lambda: list(handle.stream(timeout_s=0.05))):
         started = time.monotonic()
-        with pytest.raises(TimeoutError, match="still waiting"):
+        with pytest.raises(TimeoutError) as caught:
             wait()
+        assert str(caught.value) == f"time is up, still waiting for job {handle.id}"
         assert time.monotonic() - started < 1
+
+
+def test_of_many_jobs_a_timeout_names_a_few(client: Client) -> None:
+    for number, named in ((2, "2 jobs (j0, j1)"), (10, "10 jobs (j0, j1, j2 and 7 more)")):
+        handles = [client.enqueue_many([job()])[0] for _ in range(number)]
+        with pytest.raises(TimeoutError) as caught:
+            list(client.as_completed(handles, timeout_s=0.01))
+        found = str(caught.value)
+        for place, handle in enumerate(handles):
+            found = found.replace(handle.id, f"j{place}")
+        assert found == f"time is up, still waiting for {named}"
+
+
+def test_a_timeout_says_that_redis_did_not_answer() -> None:
+    with Client("redis://127.0.0.1:1") as client:
+        for wait in (client.job("x").result, lambda timeout_s: list(client.job("x").stream(timeout_s=timeout_s))):
+            with pytest.raises(TimeoutError, match=r"for job x: Redis at 127.0.0.1:1 does not answer") as caught:
+                wait(timeout_s=0.05)
+            assert isinstance(caught.value.__cause__, StoreUnavailable)
+
+
+def test_a_timeout_does_not_blame_a_redis_that_answers_again() -> None:
+    patience = Patience(10)
+    patience.bear(StoreUnavailable("away"))
+    assert str(patience.too_late("job x")).endswith("job x: away")
+    patience.good()
+    assert str(patience.too_late("job x")).endswith("job x")
 
 
 def test_unknown_jobs_are_told_from_gone_ones(rig: Rig) -> None:
@@ -216,6 +247,24 @@ def test_as_completed_gives_every_handle_once_whatever_became_of_it(client: Clie
         except (JobFailed, UnknownJob) as error:
             texts.append(error.code)
     assert sorted(texts) == sorted([p if p != "fail" else "job_failed" for p in prompts] + ["x", "unknown_job"])
+
+
+@pytest.mark.usefixtures("working")
+def test_handles_of_one_job_are_each_given_by_as_completed(client: Client) -> None:
+    handles = client.enqueue_many([*[job("same", idempotency_key="k")] * 2, job("other")])
+    got = list(client.as_completed([*handles, handles[0]], timeout_s=10))
+    assert sorted(map(id, got)) == sorted(map(id, handles))
+    assert [handle.result(timeout_s=0).text for handle in handles] == ["same", "same", "other"]
+
+
+@pytest.mark.usefixtures("working")
+def test_one_id_of_two_tenants_is_two_jobs_to_as_completed(client: Client) -> None:
+    mine = client.enqueue("x", model=MODEL)
+    theirs = client.job(mine.id, tenant="acme")
+    assert set(client.as_completed([mine, theirs], timeout_s=10)) == {mine, theirs}
+    assert mine.result().text == "x"
+    with pytest.raises(UnknownJob):
+        theirs.result()
 
 
 def test_results_of_many_come_in_one_call_without_waiting(rig: Rig, client: Client) -> None:
@@ -330,6 +379,30 @@ def test_the_asyncio_client_does_the_same(rig: Rig) -> None:
         assert (await client.queues())[0].model == MODEL
 
     asynchronously(rig, scenario)
+
+
+@pytest.mark.usefixtures("working")
+def test_the_asyncio_client_gives_each_handle_of_one_job_or_id(rig: Rig) -> None:
+    async def scenario(client: AsyncClient) -> None:
+        handles = await client.enqueue_many([job("same", idempotency_key="k")] * 2)
+        handles.append(client.job(handles[0].id, tenant="acme"))
+        got = [one async for one in client.as_completed([*handles, handles[0]], timeout_s=10)]
+        assert sorted(map(id, got)) == sorted(map(id, handles))
+        assert [(await handle.result()).text for handle in handles[:2]] == ["same", "same"]
+        with pytest.raises(UnknownJob):
+            await handles[2].result()
+
+    asynchronously(rig, scenario)
+
+
+def test_a_timeout_of_the_asyncio_client_says_that_redis_did_not_answer() -> None:
+    async def main() -> None:
+        async with AsyncClient("redis://127.0.0.1:1") as client:
+            with pytest.raises(TimeoutError, match=r"waiting for job x: Redis at 127.0.0.1:1 does not") as caught:
+                await client.job("x").result(timeout_s=0.05)
+            assert isinstance(caught.value.__cause__, StoreUnavailable)
+
+    asyncio.run(main())
 
 
 def test_the_asyncio_client_waits_for_many_at_once(rig: Rig) -> None:
