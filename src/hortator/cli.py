@@ -1,7 +1,7 @@
 """The command line: every command by name, and what happens when one fails.
 
 Exit codes: 0 fine; 1 the job failed, is not there or was not taken, or a server cannot be reached; 2 the command, a
-setting or the job itself is wrong.
+setting or the job itself is wrong; 75 the job is not done yet.
 Commands import what they need when they run, so `--help` is quick and a producer needs no torch.
 """
 

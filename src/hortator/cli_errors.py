@@ -7,6 +7,7 @@ from typing import Any
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_NOT_DONE = 75  # sysexits' EX_TEMPFAIL: ask again later
 EXIT_INTERRUPTED = 130
 
 EXTRAS = {
