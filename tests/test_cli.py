@@ -2,12 +2,14 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from hortator.cli import run
+from hortator.producer.embedded import EmbeddedRedis
 from hortator.producer.redis_store import RedisStore
 from hortator.producer.store import Claimed
 from hortator.workers.envelope import job_of, open_envelope
@@ -65,7 +67,12 @@ def test_enqueue_prints_the_id_and_result_the_answer(sh: Shell, worker: Worker) 
 
 def test_result_of_a_job_that_is_not_done_says_so(sh: Shell) -> None:
     job_id = sh.out("enqueue", "x", *MODEL)
-    assert sh.error("result", job_id) == (1, f"job {job_id} is queued; wait for it with --wait-s")
+    assert sh.error("result", job_id) == (75, f"job {job_id} is queued; wait for it with --wait-s")
+    code, out, _ = sh("result", job_id, "--json", "--wait-s", "0.05")
+    assert (code, json.loads(out)["state"]) == (75, "queued")
+    sh.out("cancel", job_id)
+    assert sh.error("result", job_id) == (1, f"job {job_id} was cancelled")
+    assert sh("result", job_id, "--json")[0] == 1
 
 
 def test_result_waits_when_told_to(sh: Shell, worker: Worker) -> None:
@@ -114,6 +121,41 @@ def test_tail_prints_all_tokens(sh: Shell, worker: Worker) -> None:
     assert sh.out("tail", job_id) == "a b c"
     assert sh.out("tail", job_id, "--after", "1") == "b c"
     assert [json.loads(line)["index"] for line in sh.out("tail", job_id, "--json").splitlines()] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("command", [["tail", "x"], ["result", "x", "--wait-s", "30"], ["result", "x", "--json"]])
+def test_a_redis_that_is_away_when_a_command_begins_is_said_at_once(
+    command: list[str], sh: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HORTATOR_REDIS_URL", "redis://127.0.0.1:1")
+    monkeypatch.delenv("HORTATOR_TIMEOUT_S")
+    begun = time.monotonic()
+    code, line = sh.error(*command)
+    assert (code, line[:43]) == (1, "Redis at 127.0.0.1:1 does not answer: Error")
+    assert time.monotonic() - begun < 5
+
+
+def test_a_tail_bears_with_a_restart_of_redis(sh: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    with EmbeddedRedis() as server, RedisStore(server.url, timeout_s=5.0) as store:
+        monkeypatch.setenv("HORTATOR_REDIS_URL", server.url)
+        monkeypatch.delenv("HORTATOR_TIMEOUT_S")
+        worker = Worker(store)
+        worker.beat()
+        job_id = sh.out("enqueue", "x", *MODEL)
+        [claimed] = worker.claim()
+        worker.say(claimed, 0, ["a "])
+
+        def outage() -> None:
+            server.kill()
+            time.sleep(0.3)
+            server.restart()
+            worker.say(claimed, 1, ["b"])
+            worker.succeed(claimed, ["a ", "b"])
+
+        later = threading.Timer(0.3, outage)
+        later.start()
+        assert sh.out("tail", job_id) == "a b"
+        later.join()
 
 
 def test_a_misspelt_variable_is_told_before_another_redis_is_asked(sh: Shell, monkeypatch: pytest.MonkeyPatch) -> None:

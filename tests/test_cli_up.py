@@ -81,7 +81,8 @@ def test_a_fleet_comes_up_takes_new_settings_and_goes_down(sh: Shell) -> None:
     assert "group echo-0 is ready after" in sh("logs", "-n", "50").split("echo-0 leader 127.0.0.1 | ")[-1]
     assert "echo-0 is down" in sh("down")
     assert birth(pid or 0) == ""
-    assert "echo-0" not in sh("down")
+    assert sh("down") == f"nothing of {sh.directory / 'f.toml'} was found running\n"
+    assert sh("down", "echo-0") == "nothing of echo-0 was found running\n"
 
 
 @pytest.mark.parametrize("command", [("down",), ("restart", "--all"), ("up",)], ids=" ".join)

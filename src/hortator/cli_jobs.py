@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hortator.cli_errors import EXIT_FAILED, EXIT_OK, fail_line, printable
+from hortator.cli_errors import EXIT_FAILED, EXIT_NOT_DONE, EXIT_OK, fail_line, printable
 from hortator.cli_store import AsJson, Namespace, RedisUrl, Tenant, client, given
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def result(
 ) -> int:
     """Print the answer of a job."""
     with client(redis_url, namespace, tenant) as talk:
-        return answer(talk.job(job_id), wait_s=wait_s, as_json=as_json)
+        return answer(known(talk, job_id), wait_s=wait_s, as_json=as_json)
 
 
 def tail(
@@ -105,7 +105,7 @@ def tail(
 ) -> int:
     """Print the tokens of a job as they come."""
     with client(redis_url, namespace, tenant) as talk:
-        chunks = talk.job(job_id).stream(after=after)
+        chunks = known(talk, job_id).stream(after=after)
         if as_json:
             for chunk in chunks:
                 print_now(chunk.model_dump_json(exclude_none=True) + "\n")
@@ -200,6 +200,13 @@ def parsed(fields: dict[str, Any], common: dict[str, Any], sampling: dict[str, A
         raise BadRequest(prefix + describe(error)) from None
 
 
+def known(talk: "Client", job_id: str) -> "JobHandle":
+    """A job that is there.  A Redis that is away now is an error at once; one that goes away later is waited for."""
+    handle = talk.job(job_id)
+    handle.status()
+    return handle
+
+
 def answers(talk: "Client", handles: list["JobHandle"], *, as_json: bool) -> int:
     """Wait for all; print in the order of the prompts."""
     for _ in talk.as_completed(handles):
@@ -221,7 +228,7 @@ def answer(handle: "JobHandle", *, wait_s: float | None, as_json: bool) -> int:
     except JobFailed as failed:
         return fail_line(failed.message, EXIT_FAILED)
     except TimeoutError:
-        return fail_line(f"job {handle.id} is {handle.status().state}; wait for it with --wait-s", EXIT_FAILED)
+        return fail_line(f"job {handle.id} is {handle.status().state}; wait for it with --wait-s", EXIT_NOT_DONE)
     return EXIT_OK
 
 
@@ -234,6 +241,8 @@ def json_answer(handle: "JobHandle", *, wait_s: float | None) -> int:
         handle.result(timeout_s=wait_s)
     found = handle.status()
     typer.echo(found.model_dump_json(exclude_none=True))
+    if not found.state.terminal:
+        return EXIT_NOT_DONE
     return EXIT_OK if found.state is State.SUCCEEDED else EXIT_FAILED
 
 

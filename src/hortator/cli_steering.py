@@ -83,6 +83,9 @@ def down_fleet(fleet: FleetOnHosts, names: Sequence[str]) -> int:
         elif left.left:
             listed = ", ".join(map(str, left.left))
             failed = bool(fail_line(f"{answer.host}: ranks are left: pid {listed}; kill them", EXIT_FAILED))
+    if not failed and not any(name in alive or name in inventory.living for name in chosen):
+        what = ", ".join(chosen) if names else str(fleet.file)
+        typer.echo(printable(f"nothing of {what} was found running"))
     if not names:
         still = {name: beat for name, beat in alive.items() if name not in chosen}
         others = tuple(one for one in inventory.found if one.leader.group not in chosen)
