@@ -36,7 +36,8 @@ def _names(value: object) -> object:
     if isinstance(names, Iterable) and (
         problems := [why for name in names if (why := variable_problem(str(name), by_ssh=True))]
     ):
-        raise ValueError(problems[0])
+        alone = all(str(name).isidentifier() for name in names)
+        raise ValueError(problems[0] + ("" if alone else "; write names alone, as NAME,NAME"))
     return names
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from hortator.producer.errors import ConfigError
 from hortator.producer.rules import Rules
@@ -43,6 +44,13 @@ def test_a_file_that_cannot_be_read_is_named_with_what_is_wrong(toml: Path, cont
         toml.write_bytes(content)
     with pytest.raises(ConfigError, match=f"HORTATOR_CONFIG={toml}: .*{says}"):
         WorkerSettings()
+
+
+@pytest.mark.parametrize("said", ['{"FOO": "1"}', '["FOO"]', "FOO=1,BAR=2"])
+def test_names_of_variables_that_are_none_are_told_the_right_form(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HORTATOR_RANK_VARIABLES", said)
+    with pytest.raises(ValidationError, match="is no variable's name; write names alone, as NAME,NAME"):
+        WorkerSettings(engine="echo", model="m")
 
 
 def test_celery_says_it_in_one_line(toml: Path) -> None:
