@@ -27,10 +27,11 @@ BOUNDS = {Ge: ("ge", ">="), Gt: ("gt", ">"), Le: ("le", "<="), Lt: ("lt", "<")}
 HEAD = """\
 # Every setting
 
-Each is an environment variable; lists are JSON there. A keyword in Python, or an option of a command, comes before it.
-Workers also read a TOML file that `HORTATOR_CONFIG` names, with the names in small letters and without `HORTATOR_`. A
-variable that begins like these and is none is told at start, with the name that was probably meant. Times are in
-seconds. A fleet file ([08-many-nodes](08-many-nodes.md)) has most of a worker's settings for each model.
+Each is an environment variable; lists are JSON there, unless the meaning names another form. A keyword in Python, or an
+option of a command, comes before it. Workers also read a TOML file that `HORTATOR_CONFIG` names, with the names in
+small letters and without `HORTATOR_`. A variable that begins like these and is none is told at start, with the name
+that was probably meant. Times are in seconds. A fleet file ([08-many-nodes](08-many-nodes.md)) has most of a worker's
+settings for each model.
 
 This table is made from the code: `python -m tests.settings_page` writes it.
 
@@ -38,13 +39,15 @@ This table is made from the code: `python -m tests.settings_page` writes it.
 |---|---|---|---|---|
 """
 
+BY_SSH = "launcher=ssh and deepspeed; default: what ssh's own configuration says"
 MEANINGS = {
-    "API_HOST": "where the API listens",
+    "API_HOST": "address that the API listens on",
+    "API_KEYS_FILE": "file of lines as `hortator keys new` prints them",
     "API_MAX_BODY_BYTES": "a larger body is refused before it is read",
     "API_MAX_JSON_DEPTH": "objects and arrays inside each other",
     "COLLECTIVE_TIMEOUT_S": "torch's own limit of a collective; a dead rank is found long before",
     "CONNECT_TIMEOUT_S": "longest wait for a connection to Redis",
-    "API_PORT": "likewise; 0: any free port",
+    "API_PORT": "port that the API listens on; 0: any free one",
     "CONTROL_HOST": "where ranks and keepers find the front; default with hosts: the first of them",
     "DEFAULT_DEADLINE_S": "the deadline of jobs that name none",
     "KV_CACHE_BYTES": "memory for KV blocks, per rank; default: from free memory",
@@ -52,7 +55,7 @@ MEANINGS = {
     "CONTROL_PORT": "where ranks report to the front; 0: any free port",
     "DEVICE": "what the ranks compute on; auto: GPUs if there are any",
     "DTYPE": "of weights and KV blocks; auto: the checkpoint's own",
-    "GROUP": "the group's name; default: host and pid",
+    "GROUP": "the group's name",
     "HEARTBEAT_S": "how often ranks and front say that they live",
     "IDEMPOTENCY_TTL_S": "how long an idempotency key stands for its job",
     "JOURNAL_TTL_S": "how long a job's tokens can be read from the stream; cut to RESULT_TTL_S",
@@ -63,8 +66,8 @@ MEANINGS = {
     "MAX_LETTERS_BYTES": "bytes of dead letters that are kept",
     "MAX_MESSAGE_BYTES": "a larger job is refused",
     "MAX_NUM_SEQS": "jobs that the group computes at a time",
-    "MAX_QUEUED_PER_MODEL": "more are refused with queue_full",
-    "MAX_QUEUED_PER_TENANT": "likewise, of one tenant",
+    "MAX_QUEUED_PER_MODEL": "jobs that may wait for a model; more are refused with queue_full",
+    "MAX_QUEUED_PER_TENANT": "jobs of one tenant that may wait for a model; more are refused with queue_full",
     "MEMORY_HEADROOM": "share of Redis's maxmemory that is kept free of new jobs",
     "MODEL_PATH": "model directory in the Hugging Face format, the same on every host",
     "PIPELINE_PARALLEL_SIZE": "stages that the layers are split into",
@@ -72,14 +75,17 @@ MEANINGS = {
     "REQUIRE_KNOWN_MODEL": "refuse jobs for models that no group has ever served",
     "RESTART_WINDOW_S": "what restart_budget counts in",
     "RESULT_TTL_S": "how long a job's record is kept after its end",
-    "SSH_IDENTITY_FILE": "of launcher=ssh and deepspeed; default: what ssh's own configuration says",
-    "SSH_KNOWN_HOSTS_FILE": "likewise",
-    "SSH_PORT": "likewise",
-    "SSH_USER": "likewise",
+    "SSH_IDENTITY_FILE": f"ssh's private key; {BY_SSH}",
+    "SSH_KNOWN_HOSTS_FILE": f"keys of the hosts that ssh may reach; {BY_SSH}",
+    "SSH_PORT": f"port of ssh on the other hosts; {BY_SSH}",
+    "SSH_USER": f"who ssh is on the other hosts; {BY_SSH}",
     "START_TIMEOUT_S": "a group that is not ready after this is started anew",
     "TENSOR_PARALLEL_SIZE": "ranks that every layer is cut for",
 }
 """Where the field itself says nothing, or too little without its neighbours."""
+
+DEFAULTS = {"group": "host and pid", "remote_python": "the front's own"}
+"""Where the machine decides."""
 
 
 def page() -> str:
@@ -135,10 +141,10 @@ def kind_of(annotation: Any) -> str:
 
 
 def default_of(name: str, field: FieldInfo) -> str:
-    """What depends on the machine is told by the meaning."""
     value = field.default
-    if value is PydanticUndefined or name == "remote_python":
-        return "see there"
+    if name in DEFAULTS:
+        return DEFAULTS[name]
+    assert value is not PydanticUndefined, f"{name} has a default of no name yet: give it one in DEFAULTS"
     if value is None or value in ("", (), frozenset()):
         return "none"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"

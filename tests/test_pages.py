@@ -16,6 +16,8 @@ from hortator.producer.api.app import HTTP_CODES
 from hortator.producer.api.failures import STATUS, ApiError
 from hortator.producer.api.metrics import Metrics, Queues
 from hortator.producer.redis_store import RedisStore
+from hortator.producer.schema import MAX_PROMPT_CHARS
+from hortator.workers.settings import read_setting
 from tests.producer.api_process import MODEL, Worker
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,6 +106,18 @@ def test_every_command_and_option_that_the_pages_name_is_there() -> None:
 
 def test_every_link_of_the_pages_leads_to_a_file_and_its_heading() -> None:
     assert [f"{page.name}: {link}" for page in PAGES for link in dead_links(page)] == []
+
+
+def test_the_longest_prompt_stands_where_the_largest_message_does() -> None:
+    for page in ("02-wire-and-keys", "06-polling-api"):
+        assert f"{MAX_PROMPT_CHARS:,} characters" in (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["hosts", "rank_variables"])
+def test_a_list_is_read_in_the_form_that_the_page_of_launchers_gives(name: str) -> None:
+    page = (ROOT / "docs" / "09-launching.md").read_text(encoding="utf-8")
+    [form] = re.findall(rf"^\| `{name}` \| `([^`]+)`", page, re.MULTILINE)
+    assert len(read_setting(name, form)) == 2
 
 
 def test_every_test_that_the_promises_name_is_there() -> None:
