@@ -72,7 +72,7 @@ MEANINGS = {
     "MODEL_PATH": "model directory in the Hugging Face format, the same on every host",
     "PIPELINE_PARALLEL_SIZE": "stages that the layers are split into",
     "REDIS_URL": "where Redis is",
-    "REQUIRE_KNOWN_MODEL": "refuse jobs for models that no group has ever served",
+    "REQUIRE_KNOWN_MODEL": "refuse jobs for models that no group has served within RESULT_TTL_S",
     "RESTART_WINDOW_S": "what restart_budget counts in",
     "RESULT_TTL_S": "how long a job's record is kept after its end",
     "SSH_IDENTITY_FILE": f"ssh's private key; {BY_SSH}",
