@@ -1,13 +1,18 @@
 """Limits and lifetimes that every store keeps to."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from hortator.ceilings import MAX_BYTES, MAX_COUNT, MAX_LIFETIME_S, MAX_STRING_BYTES
+
+from .errors import ConfigError
 
 ROOM_COUNTS_S = 3.0  # after a beat, how long others leave a group its share
 
 
 @dataclass(frozen=True)
 class Rules:
-    """All producers and leaders of one namespace should have the same ones."""
+    """All producers and leaders of one namespace should have the same ones.  ConfigError names the one that no store
+    could keep to."""
 
     result_ttl_s: float = 86_400.0  # records and results, from the job's end
     journal_ttl_s: float = 3_600.0  # streams, from the job's end; cut to result_ttl_s: none outlives its record
@@ -26,4 +31,19 @@ class Rules:
     memory_headroom: float = 0.1  # share of maxmemory that submits leave to running jobs and results
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.name == "memory_headroom":  # a share, of which no store makes a whole number
+                continue
+            value, most = getattr(self, field.name), ceiling(field.name)
+            if not 0 <= value <= most:  # NaN is neither
+                raise ConfigError(f"{field.name}={value:g}: a rule is at least 0 and at most {most}")
         object.__setattr__(self, "journal_ttl_s", min(self.journal_ttl_s, self.result_ttl_s))
+
+
+def ceiling(name: str) -> int:
+    """The most that a rule of this name may be."""
+    if name == "max_message_bytes":
+        return MAX_STRING_BYTES
+    if name.endswith("_s"):
+        return MAX_LIFETIME_S
+    return MAX_BYTES if name.endswith("_bytes") else MAX_COUNT

@@ -5,6 +5,8 @@ from dataclasses import fields
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from hortator.ceilings import MAX_STRING_BYTES, Bytes, Count, Lifetime, Timeout
+
 from .redis_url import RedisUrl
 from .rules import Rules
 from .schema import MAX_DEADLINE_S
@@ -17,16 +19,16 @@ TIMEOUT_S = 0.15
 class RuleSettings(BaseSettings):
     """The rules of a namespace, in seconds.  All its parties should have the same: put them into every environment."""
 
-    result_ttl_s: float = Field(default=Rules.result_ttl_s, ge=1)
-    journal_ttl_s: float = Field(default=Rules.journal_ttl_s, ge=1, description="cut to result_ttl_s")
-    idempotency_ttl_s: float = Field(default=Rules.idempotency_ttl_s, ge=1)
+    result_ttl_s: Lifetime = Field(default=Rules.result_ttl_s, ge=1)
+    journal_ttl_s: Lifetime = Field(default=Rules.journal_ttl_s, ge=1, description="cut to result_ttl_s")
+    idempotency_ttl_s: Lifetime = Field(default=Rules.idempotency_ttl_s, ge=1)
     require_known_model: bool = Rules.require_known_model
-    max_queued_per_model: int = Field(default=Rules.max_queued_per_model, ge=1)
-    max_queued_per_tenant: int = Field(default=Rules.max_queued_per_tenant, ge=1)
-    max_message_bytes: int = Field(default=Rules.max_message_bytes, ge=4096)
-    max_letters: int = Field(default=Rules.max_letters, ge=1)
-    max_letters_bytes: int = Field(default=Rules.max_letters_bytes, ge=1)
-    max_attempts: int = Field(default=Rules.max_attempts, ge=1)
+    max_queued_per_model: Count = Field(default=Rules.max_queued_per_model, ge=1)
+    max_queued_per_tenant: Count = Field(default=Rules.max_queued_per_tenant, ge=1)
+    max_message_bytes: int = Field(default=Rules.max_message_bytes, ge=4096, le=MAX_STRING_BYTES)
+    max_letters: Count = Field(default=Rules.max_letters, ge=1)
+    max_letters_bytes: Bytes = Field(default=Rules.max_letters_bytes, ge=1)
+    max_attempts: Count = Field(default=Rules.max_attempts, ge=1)
     default_deadline_s: float = Field(
         default=Rules.default_deadline_s, gt=0, le=MAX_DEADLINE_S, description="of jobs that name none"
     )
@@ -54,5 +56,5 @@ class NamespaceSettings(RuleSettings):
 class StoreSettings(NamespaceSettings):
     """What a producer needs: the namespace, and for how long it waits."""
 
-    connect_timeout_s: float = Field(default=CONNECT_TIMEOUT_S, gt=0)
-    timeout_s: float = Field(default=TIMEOUT_S, gt=0, description="longest wait for one answer of Redis")
+    connect_timeout_s: Timeout = Field(default=CONNECT_TIMEOUT_S, gt=0)
+    timeout_s: Timeout = Field(default=TIMEOUT_S, gt=0, description="longest wait for one answer of Redis")

@@ -119,8 +119,8 @@ def type_of(field: FieldInfo) -> str:
     """As the environment has it, with its limits."""
     limits = [
         f"{sign} {getattr(rule, name)}"
-        for rule in field.metadata
         for kind, (name, sign) in BOUNDS.items()
+        for rule in field.metadata
         if isinstance(rule, kind)
     ]
     return ", ".join([kind_of(field.annotation), *limits])

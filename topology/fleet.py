@@ -27,6 +27,8 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, StringConstraints, ValidationError
 from pydantic_core import ErrorDetails
 
+from hortator.ceilings import MAX_BYTES, Lifetime
+
 from .address import address_problem, canonical, python_problem, shown, unbracketed, user_problem
 from .errors import BadFleet
 from .groupsettings import GroupSettings
@@ -85,7 +87,7 @@ def _at_home(path: Path) -> Path:
 Line = Annotated[str, StringConstraints(max_length=4096), AfterValidator(_printable)]
 PlainPath = Annotated[Path, AfterValidator(_printable), AfterValidator(_at_home)]
 Address = Annotated[str, AfterValidator(_checked_address)]
-Bytes = Annotated[ByteSize, Field(gt=0)]
+Bytes = Annotated[ByteSize, Field(gt=0, le=MAX_BYTES)]
 QueueName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")]
 User = Annotated[str, AfterValidator(_checked_user)]
 Interpreter = Annotated[PlainPath, AfterValidator(_checked_python)]
@@ -105,7 +107,7 @@ class ModelSpec(Table, GroupSettings):
     path: PlainPath | None = Field(default=None, description="model directory; engine=paged needs it")
     replicas: int = Field(default=1, ge=1, le=MAX_REPLICAS, description="groups that serve this model")
     kv_cache_bytes: Bytes | None = None
-    result_ttl_s: float = Field(default=86_400.0, ge=1)
+    result_ttl_s: Lifetime = Field(default=86_400.0, ge=1)
 
     def group(self, replica: int) -> str:
         """The name of a replica's group: fit for file names and for Celery's node names."""

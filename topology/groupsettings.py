@@ -5,6 +5,8 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from hortator.ceilings import MAX_BYTES, MAX_TOKENS, Count, Patience, Timeout, Tokens
+
 
 class GroupSettings(BaseModel):
     """Names are the field's standard ones; times are in seconds, sizes in tokens unless they say."""
@@ -24,33 +26,35 @@ class GroupSettings(BaseModel):
     tensor_parallel_size: int = Field(default=1, ge=1, le=1024)
     pipeline_parallel_size: int = Field(default=1, ge=1, le=1024)
     max_num_seqs: int = Field(default=64, ge=1, le=65_536)
-    max_model_len: int | None = Field(default=None, ge=1, description="default: the model's own")
-    max_num_batched_tokens: int = Field(default=2048, ge=16, description="token budget of one step")
+    max_model_len: int | None = Field(default=None, ge=1, le=MAX_TOKENS, description="default: the model's own")
+    max_num_batched_tokens: Tokens = Field(default=2048, ge=16, description="token budget of one step")
     block_size: int = Field(default=16, ge=1, le=1024, description="tokens in one KV block")
-    kv_cache_bytes: int | None = Field(default=None, ge=1, description="per rank; default: from free memory")
+    kv_cache_bytes: int | None = Field(
+        default=None, ge=1, le=MAX_BYTES, description="per rank; default: from free memory"
+    )
     gpu_memory_utilization: float = Field(
         default=0.9, gt=0, le=1, description="share of a GPU's memory for weights, KV pool and all else"
     )
     prefix_caching: bool = Field(default=True, description="reuse the KV blocks of prompts that begin alike")
-    echo_latency_s: float = Field(default=0.0, ge=0, description="engine=echo: time until a job's first token")
+    echo_latency_s: Timeout = Field(default=0.0, ge=0, description="engine=echo: time until a job's first token")
 
     # the group
-    heartbeat_s: float = Field(default=1.0, gt=0)
-    heartbeat_timeout_s: float = Field(default=3.0, gt=0, description="a silent rank is dead after this")
-    stall_timeout_s: float = Field(default=5.0, gt=0, description="a busy rank without progress is hung after this")
-    start_timeout_s: float = Field(default=600.0, gt=0)
-    restart_backoff_s: float = Field(default=0.5, gt=0, description="doubles up to 30 s while starts fail")
-    restart_budget: int = Field(default=0, ge=0, description="restarts in restart_window_s, then give up; 0: never")
-    restart_window_s: float = Field(default=600.0, gt=0)
-    collective_timeout_s: float = Field(default=1800.0, gt=0)
+    heartbeat_s: float = Field(default=1.0, gt=0, le=600)
+    heartbeat_timeout_s: Timeout = Field(default=3.0, gt=0, description="a silent rank is dead after this")
+    stall_timeout_s: Patience = Field(default=5.0, gt=0, description="a busy rank without progress is hung after this")
+    start_timeout_s: Patience = Field(default=600.0, gt=0)
+    restart_backoff_s: Patience = Field(default=0.5, gt=0, description="doubles up to 30 s while starts fail")
+    restart_budget: Count = Field(default=0, ge=0, description="restarts in restart_window_s, then give up; 0: never")
+    restart_window_s: Patience = Field(default=600.0, gt=0)
+    collective_timeout_s: Patience = Field(default=1800.0, gt=0)
 
     # the queue
-    lease_s: float = Field(default=3.0, ge=1.0)
-    outage_s: float = Field(
+    lease_s: Patience = Field(default=3.0, ge=1.0)
+    outage_s: Patience = Field(
         default=15.0, ge=1.0, description="a leader that cannot renew its leases goes on computing for so long"
     )
-    grace_s: float = Field(default=30.0, ge=0, description="SIGTERM: time to finish what runs")
-    probation_tokens: int = Field(default=8, ge=1, description="a suspect that gets this far is batched again")
+    grace_s: Patience = Field(default=30.0, ge=0, description="SIGTERM: time to finish what runs")
+    probation_tokens: Tokens = Field(default=8, ge=1, description="a suspect that gets this far is batched again")
 
     @property
     def world_size(self) -> int:

@@ -56,7 +56,9 @@ class WorkerSettings(NamespaceSettings, GroupSettings):
         default=(), description="nodeA:2,nodeB:2 or a JSON list of {host, devices, interface}; this host is the first"
     )
     launcher: Literal["local", "ssh", "deepspeed", "external"] = "local"
-    front_ranks: int = Field(default=1, ge=1, description="launcher=external without hosts: ranks of the front's host")
+    front_ranks: int = Field(
+        default=1, ge=1, le=2**20, description="launcher=external without hosts: ranks of the front's host"
+    )
     rank_variables: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)] = Field(
         default=(), description="NAME,NAME: variables of the front that every rank gets, on other hosts too"
     )

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from hortator.ceilings import MAX_STRING_BYTES, Count, Patience, Timeout
+
 from .keys import KeyRing
 
 
@@ -41,20 +43,20 @@ class ApiSettings(BaseSettings):
         default=frozenset(), description="paths that need no key, beside /healthz and /readyz"
     )
 
-    max_body_bytes: int = Field(default=16 * 2**20, ge=1024)
-    max_json_depth: int = Field(default=16, ge=4)
-    max_json_containers: int = Field(default=4096, ge=16, description="objects and arrays in one body")
-    body_timeout_s: float = Field(default=30.0, gt=0, description="a body must be complete after this")
-    send_timeout_s: float = Field(default=30.0, gt=0, description="a stream that nobody reads ends after this")
-    store_timeout_s: float = Field(default=0.2, gt=0, description="longest wait for one call of the store")
+    max_body_bytes: int = Field(default=16 * 2**20, ge=1024, le=MAX_STRING_BYTES)
+    max_json_depth: int = Field(default=16, ge=4, le=200)
+    max_json_containers: Count = Field(default=4096, ge=16, description="objects and arrays in one body")
+    body_timeout_s: Timeout = Field(default=30.0, gt=0, description="a body must be complete after this")
+    send_timeout_s: Timeout = Field(default=30.0, gt=0, description="a stream that nobody reads ends after this")
+    store_timeout_s: Timeout = Field(default=0.2, gt=0, description="longest wait for one call of the store")
 
-    max_ids: int = Field(default=500, ge=1, description="ids in one POST /v1/jobs:status")
-    max_wait_s: float = Field(default=60.0, ge=0, description="longest long poll")
-    max_waiters: int = Field(default=1000, ge=1, description="long polls and streams at a time")
-    poll_s: float = Field(default=0.02, gt=0, description="how often awaited jobs are looked at")
-    keep_alive_s: float = Field(default=10.0, gt=0, description="a silent stream gets a comment after this")
-    sweep_s: float = Field(default=1.0, gt=0, description="how often jobs past their deadline are ended")
-    drain_s: float = Field(default=10.0, gt=0, description="SIGTERM: time for answers under way")
+    max_ids: Count = Field(default=500, ge=1, description="ids in one POST /v1/jobs:status")
+    max_wait_s: Patience = Field(default=60.0, ge=0, description="longest long poll")
+    max_waiters: Count = Field(default=1000, ge=1, description="long polls and streams at a time")
+    poll_s: Timeout = Field(default=0.02, gt=0, description="how often awaited jobs are looked at")
+    keep_alive_s: Timeout = Field(default=10.0, gt=0, description="a silent stream gets a comment after this")
+    sweep_s: Timeout = Field(default=1.0, gt=0, description="how often jobs past their deadline are ended")
+    drain_s: Patience = Field(default=10.0, gt=0, description="SIGTERM: time for answers under way")
 
     def key_ring(self) -> KeyRing:
         """The keys of both sources.  Raises ConfigError naming the line that is wrong."""
