@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from annotated_types import Le, Lt
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from hortator.ceilings import MAX_COUNT, MAX_LIFETIME_S, MAX_PATIENCE_S, MAX_STRING_BYTES
 from hortator.cli import run
@@ -18,6 +18,8 @@ from hortator.producer.schema import MAX_DEADLINE_S, State
 from hortator.producer.settings import StoreSettings
 from hortator.topology.fleet import ModelSpec
 from hortator.workers.settings import WorkerSettings
+from hortator.workers.supervisor import TICK_S
+from hortator.workers.watch import Watch
 from tests.producer.rig import RedisRig, done
 
 
@@ -59,6 +61,7 @@ def test_a_worker_says_it_in_one_line_before_it_starts() -> None:
         ("result_ttl_s = 1e16", f"result_ttl_s: Input should be less than or equal to {MAX_LIFETIME_S}"),
         ("lease_s = 1e17", f"lease_s: Input should be less than or equal to {MAX_PATIENCE_S}"),
         ('[environment]\nHORTATOR_IDEMPOTENCY_TTL_S = "1e300"', f"less than or equal to {MAX_LIFETIME_S}"),
+        ("heartbeat_s = 4", "heartbeat_s=4 leaves no time for a beat within heartbeat_timeout_s=3"),
     ],
 )
 def test_plan_refuses_it_in_one_line(line: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,3 +100,21 @@ def test_what_settings_let_through_redis_takes_as_well(newest_redis_url: str) ->
         assert 0 < rig.redis.ttl(rig.names.job(job_id)) <= MAX_LIFETIME_S
     finally:
         rig.close()
+
+
+@pytest.mark.parametrize(
+    ("heartbeat_s", "timeout_s"), [(4.0, 3.0), (3.0, 3.0), (2.7, 3.0), (1.0, 1.3), (0.05, 3.0), (1e9, 1e17)]
+)
+def test_heartbeats_that_a_front_could_not_rely_on_are_refused(heartbeat_s: float, timeout_s: float) -> None:
+    with pytest.raises(ValidationError, match=r"heartbeat_s"):
+        WorkerSettings(model="m", engine="echo", heartbeat_s=heartbeat_s, heartbeat_timeout_s=timeout_s)
+
+
+@pytest.mark.parametrize(("heartbeat_s", "timeout_s"), [(0.1, 0.5), (1.0, 1.4), (2.6, 3.0)])
+def test_the_narrowest_heartbeats_that_settings_take_are_relied_on(heartbeat_s: float, timeout_s: float) -> None:
+    settings = WorkerSettings(model="m", engine="echo", heartbeat_s=heartbeat_s, heartbeat_timeout_s=timeout_s)
+    watch = Watch(settings.heartbeat_s, settings.heartbeat_timeout_s)
+    looks = [number * 1.5 * TICK_S for number in range(100)]  # each comes somewhat late
+    for now in looks:
+        watch.look(now, heard=now - heartbeat_s, cpu_s=0.0)
+    assert watch.steady(looks[-1] + TICK_S / 2)

@@ -1,11 +1,15 @@
 """What can be said of a model group wherever it runs: names, limits and defaults, for a worker's settings and for a
 model of the fleet file alike.  Pure."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from hortator.ceilings import MAX_BYTES, MAX_TOKENS, Count, Patience, Timeout, Tokens
+
+LOOK_S = 0.1  # how often the front looks at its ranks, and so hears of them
+MIN_MARGIN_S = 4 * LOOK_S  # beyond one beat; half of it is borne between two looks, and one of them may come late
+ROUNDING_S = 1e-9
 
 
 class GroupSettings(BaseModel):
@@ -39,8 +43,10 @@ class GroupSettings(BaseModel):
     echo_latency_s: Timeout = Field(default=0.0, ge=0, description="engine=echo: time until a job's first token")
 
     # the group
-    heartbeat_s: float = Field(default=1.0, gt=0, le=600)
-    heartbeat_timeout_s: Timeout = Field(default=3.0, gt=0, description="a silent rank is dead after this")
+    heartbeat_s: float = Field(default=1.0, ge=LOOK_S, le=600)
+    heartbeat_timeout_s: Timeout = Field(
+        default=3.0, gt=0, description="a silent rank is dead after this; at least 0.4 more than heartbeat_s"
+    )
     stall_timeout_s: Patience = Field(default=5.0, gt=0, description="a busy rank without progress is hung after this")
     start_timeout_s: Patience = Field(default=600.0, gt=0)
     restart_backoff_s: Patience = Field(default=0.5, gt=0, description="doubles up to 30 s while starts fail")
@@ -55,6 +61,17 @@ class GroupSettings(BaseModel):
     )
     grace_s: Patience = Field(default=30.0, ge=0, description="SIGTERM: time to finish what runs")
     probation_tokens: Tokens = Field(default=8, ge=1, description="a suspect that gets this far is batched again")
+
+    @model_validator(mode="after")
+    def _beats_in_time(self) -> Self:
+        """Else the front could never be sure of its ranks, and would claim nothing."""
+        if self.heartbeat_timeout_s - self.heartbeat_s < MIN_MARGIN_S - ROUNDING_S:
+            raise ValueError(
+                f"heartbeat_s={self.heartbeat_s:g} leaves no time for a beat within heartbeat_timeout_s="
+                f"{self.heartbeat_timeout_s:g}: set heartbeat_timeout_s to {self.heartbeat_s + MIN_MARGIN_S:g} or more,"
+                " better to three times heartbeat_s"
+            )
+        return self
 
     @property
     def world_size(self) -> int:
