@@ -55,6 +55,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
         self._timer_at = 0.0
         self._stopping = False
         self._num_signals = 0
+        self._hung_up = False
         self.again = False  # once all has ended, start anew in the same process
         self._now = False  # do not wait for what runs
         self._hand_back_at = math.inf  # a drained group's patience
@@ -184,6 +185,9 @@ class EnginePool(BasePool):  # type: ignore[misc]
     def turn(self) -> None:
         """One round: what the group reports, what is due, what can be claimed, and what must be told."""
         front = self.front
+        if self._hung_up:
+            self._hung_up = False
+            self._start_again()
         front.on_events(self._group.poll())
         front.tick()
         if time.monotonic() >= self._hand_back_at:
@@ -270,14 +274,26 @@ class EnginePool(BasePool):  # type: ignore[misc]
     # ---- signals
 
     def _watch_signals(self) -> None:
-        """The first SIGTERM or SIGINT is Celery's warm shutdown; the second, or SIGQUIT, hands back at once."""
+        """The first SIGTERM or SIGINT is Celery's warm shutdown; the second, or SIGQUIT, hands back at once.  SIGHUP
+        starts anew wherever Celery would; its own way forgets the `-m` of `python -m celery`, and so dies of it."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
             signal.signal(number, self._on_signal(signal.getsignal(number)))
+        if callable(signal.getsignal(signal.SIGHUP)):  # else the terminal's end is ours
+            signal.signal(signal.SIGHUP, self._on_hangup)
+
+    def _on_hangup(self, number: int, frame: Any) -> None:
+        """The next turn obeys: what it logs must not be logged in the middle of another line."""
+        self._hung_up = True
+
+    def _start_again(self) -> None:
+        from .commands import restart  # which needs this module
+
+        restart(self)
 
     def _on_signal(self, celerys: Any) -> Callable[[int, Any], None]:
         def handle(number: int, frame: Any) -> None:
             self._num_signals += 1
-            self.again = False
+            self.again = self._hung_up = False
             if self.front is not None:
                 self.front.drain()
             if self._num_signals == 1 and number != signal.SIGQUIT and callable(celerys):

@@ -375,6 +375,21 @@ def test_control_shutdown_finishes_what_runs(server: EmbeddedRedis, tmp_path: Pa
         assert result.get(timeout=1)["usage"]["completion_tokens"] == SECOND
 
 
+def test_a_hangup_finishes_what_runs_and_starts_anew_in_the_same_process(server: EmbeddedRedis, tmp_path: Path) -> None:
+    """Celery's own way executes the path of its `__main__`, which then cannot find its package."""
+    client = Client(server.url)
+    with Worker(server.url, tmp_path, queue="t5", model="t5") as worker:
+        worker.ready()
+        running = client.send(tokens=SECOND, queue="t5")
+        worker.running(running.id)
+        worker.process.send_signal(signal.SIGHUP)
+        wait_for("another life", lambda: worker.output().count("is ready after") == 2)
+        assert running.get(timeout=1)["usage"]["completion_tokens"] == SECOND
+        assert client.send(queue="t5").get(timeout=10)["text"] == "hello"
+        assert worker.process.poll() is None
+        assert "Traceback" not in worker.output()
+
+
 # ---- refusals at the start
 
 

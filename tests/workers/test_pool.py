@@ -220,6 +220,13 @@ def test_a_signal_after_a_restart_wins(pool: Pool) -> None:
     assert not pool.again
 
 
+def test_a_signal_after_a_hangup_wins(pool: Pool) -> None:
+    pool._on_hangup(signal.SIGHUP, None)
+    pool._on_signal(lambda *_: None)(signal.SIGTERM, None)
+    pool.turn()
+    assert not pool.again
+
+
 def test_a_restart_does_not_call_back_who_stops_already(pool: Pool) -> None:
     commands.stop(pool)
     commands.restart(pool)
