@@ -166,6 +166,20 @@ def test_a_crowd_that_asks_nothing_takes_serve_no_descriptor_that_it_needs(newes
         assert process.stderr.read() == ""
 
 
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_word_in_the_log(newest_redis_url: str) -> None:
+    head = "POST /v1/jobs HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n"
+    with running("serve", "--port", "0", HORTATOR_REDIS_URL=newest_redis_url) as process:
+        url = serving(process)
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=5) as leaver:
+            leaver.sendall(head.encode() + b'{"model": "demo", "prompt": "12+30=", "x"')
+        left = 'method="POST",route="/v1/jobs",status="499"'
+        wait_for("the leaver to be counted", lambda: left in httpx.get(f"{url}/metrics").text)
+        process.terminate()
+        process.wait(5)
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+
+
 def test_serve_without_redis_starts_says_so_and_recovers(tmp_path: Path) -> None:
     redis = EmbeddedRedis(tmp_path)
     redis.start()

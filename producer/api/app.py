@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from hortator import __version__
@@ -19,7 +19,7 @@ from .failures import BadField, describe, error_response, refusal
 from .fleet import FleetRoutes
 from .jobs import JobRoutes
 from .keys import KeyGate
-from .metrics import Meter, Metrics
+from .metrics import CLIENT_LEFT, Meter, Metrics
 from .patience import PatientStore
 from .seam import AsyncStore
 from .settings import ApiSettings
@@ -109,6 +109,11 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     return error_response(error.status_code, code, str(error.detail), headers=error.headers)
 
 
+async def on_leave(request: Request, error: Exception) -> Response:
+    """The client left before its body was complete: nobody reads this, but it is counted."""
+    return Response(status_code=CLIENT_LEFT)
+
+
 async def on_bug(request: Request, error: Exception) -> Response:
     """The log has the traceback; the client learns nothing of our insides."""
     return error_response(500, "internal", "this is a bug of the server; its log says more")
@@ -118,5 +123,6 @@ HANDLERS = {
     HortatorError: on_hortator_error,
     RequestValidationError: on_bad_parameter,
     HTTPException: on_http_error,
+    ClientDisconnect: on_leave,
     Exception: on_bug,
 }

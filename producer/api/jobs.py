@@ -15,6 +15,7 @@ from hortator.producer.schema import Job, Sampling, State, Status
 from .body import parse_object
 from .failures import BadField, Forbidden, Malformed, NotJson, describe
 from .keys import Caller
+from .metrics import CLIENT_LEFT
 from .patience import unless_disconnected
 from .seam import AsyncStore
 from .settings import ApiSettings
@@ -101,7 +102,7 @@ class JobRoutes:
         if timeout_s == 0 or status.state.terminal:
             return reply(status)
         newest = await unless_disconnected(request, self._watcher.terminal(status, timeout_s=timeout_s))
-        return reply(newest) if newest is not None else Response(status_code=499)
+        return reply(newest) if newest is not None else Response(status_code=CLIENT_LEFT)
 
     async def many(self, request: Request) -> Response:
         """The status of many jobs in one round trip, in the order asked; null for an unknown id."""

@@ -13,6 +13,7 @@ from hortator.producer.store import QueueInfo
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+CLIENT_LEFT = 499  # before there was an answer: a status that is counted, and that nobody reads
 METHODS = frozenset({"GET", "POST", "DELETE", "HEAD", "PUT", "PATCH", "OPTIONS"})
 
 
@@ -92,7 +93,7 @@ class Meter:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 499  # the client left before there was an answer
+        status = CLIENT_LEFT
 
         async def noting(message: Message) -> None:
             nonlocal status
