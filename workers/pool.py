@@ -234,12 +234,16 @@ class EnginePool(BasePool):  # type: ignore[misc]
         envelope = self.front.open(claimed)
         if envelope is None or self._deliver is None:
             return
+        reason = "Celery did not accept the message"
         try:
             self._deliver(ClaimedMessage(claimed, envelope))
-        except Exception:
-            # Headers are bytes from outside: whatever Celery makes of them must not end the worker.
-            logger.exception("Celery cannot take job %s", claimed.lease.job_id)
-        self.front.refuse(claimed.lease, "Celery did not accept the message")  # unless it did
+        except Exception as error:
+            # Headers are bytes from outside: whatever Celery makes of them must not end the worker, nor fill its log.
+            kind = type(error).__name__
+            logger.error("a Celery header of job %s has a wrong type: %s", claimed.lease.job_id, kind)
+            logger.debug("where Celery met it", exc_info=True)
+            reason = f"a Celery header has a wrong type ({kind}): send it without headers of your own"
+        self.front.refuse(claimed.lease, reason)  # unless it was accepted
 
     # ---- the task queue, for the transport
 

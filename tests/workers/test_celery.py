@@ -229,7 +229,10 @@ CORPUS = [
     message("bad-body", prompt="x").replace(b"base64", b"base65"), message("bad-json", prompt="x", max_tokens=-1),
     message("bad-eta", prompt="x", headers={"eta": "2099-01-01T00:00:00"}),
     message("bad-expires", prompt="x", headers={"expires": "soon"}),
-    message("bad-args", 1, 2, 3), message("bad-type", prompt=["x"]),
+    message("bad-stamps", prompt="x", headers={"stamps": 5, "stamped_headers": 5}),
+    message("bad-stamp", prompt="x", headers={"stamped_headers": [[1]]}),
+    message("null-like", prompt="x", headers={"expires": 0}), message("bad-args", 1, 2, 3),
+    message("bad-type", prompt=["x"]),
 ]  # fmt: skip
 
 
@@ -242,7 +245,8 @@ def test_bad_bytes_end_in_the_dead_letters_and_never_end_the_worker(
             raw.lpush(QUEUE, bad)
     assert client.send().get(timeout=10)["text"] == "hello"
     wait_for("all letters", lambda: len(worker.store.dead_letters(limit=1000)) == before + len(CORPUS))
-    for job_id in ("bad-task", "bad-body", "bad-json", "bad-eta", "bad-expires", "bad-args", "bad-type"):
+    strange = {"bad-stamps": "TypeError", "bad-stamp": "TypeError", "null-like": "AttributeError"}
+    for job_id in ("bad-task", "bad-body", "bad-json", "bad-eta", "bad-expires", "bad-args", "bad-type", *strange):
         status = worker.status(job_id)
         assert status is not None, job_id
         assert status.state is State.FAILED, job_id
@@ -251,6 +255,12 @@ def test_bad_bytes_end_in_the_dead_letters_and_never_end_the_worker(
     refused = worker.status("bad-expires")
     assert refused is not None
     assert "invalid expires value" in str(refused.failure)
+    for job_id, error in strange.items():
+        status = worker.status(job_id)
+        assert status is not None
+        assert f"a Celery header has a wrong type ({error})" in str(status.failure)
+        assert f"a Celery header of job {job_id} has a wrong type: {error}\n" in worker.output()
+    assert "Traceback" not in worker.output()
 
 
 # ---- connections
