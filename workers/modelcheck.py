@@ -13,6 +13,7 @@ from hortator.topology.modelshape import ModelShape, model_shape
 
 from .engine.architectures import architecture_of
 from .engine.checkpoint import read_json
+from .engine.sizes import check_sizes
 from .settings import WorkerSettings
 
 GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/kfd"), Path("/dev/dxg"))  # NVIDIA's, AMD's, Windows' for its Linux
@@ -46,6 +47,7 @@ def _shape(path: Path) -> ModelShape | None:
     """None if config.json leaves out what only transformers' defaults know: the engine may still make sense of it."""
     raw = read_json(path / "config.json")
     architecture_of(raw, path)
+    check_sizes(raw, path / "config.json")
     try:
         return model_shape(raw, source=str(path))
     except BadModel:

@@ -27,6 +27,12 @@ def check(directory: Path, config: dict[str, Any] | None = None, **settings: Any
         ({"architectures": "LlamaForCausalLM"}, {}, "architecture none is not supported"),
         ({"auto_map": {}}, {}, "auto_map"),
         ({"quantization_config": {}}, {}, "quantised"),
+        ({"num_attention_heads": 0}, {}, "config.json: num_attention_heads is 0, not a number from 1 to"),
+        ({"rope_theta": 0}, {}, "config.json: rope_theta is 0, not a number above 0"),
+        ({"rope_theta": 10**400}, {}, "config.json: rope_theta is inf, not a number above 0"),
+        ({"rope_theta": float("nan")}, {}, "config.json: rope_theta is nan, not a number above 0"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": -1.0}}}, {}, "rope_theta is -1, not a number above 0"),
+        ({"rms_norm_eps": float("nan")}, {}, "config.json: rms_norm_eps is nan, not a finite number"),
     ],
 )
 def test_what_the_config_shows_cannot_work_is_refused(

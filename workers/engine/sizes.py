@@ -1,6 +1,7 @@
 """Whether the numbers of a config.json are numbers that a model can have.  No torch."""
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ _SIZES = (
     "max_position_embeddings",
     *_LIMITS,
 )
+_ROPE_BASES = frozenset({"rope_theta", "rope_local_base_freq"})  # at the top, or in the table of a kind of layer
+_DEPTH = 3  # of tables inside tables that are looked at
 _LAYERS = "model.layers."
 
 
 def check_sizes(config: Mapping[str, Any], where: Path) -> None:
-    """All sizes that it has are positive integers; what is left out, or null, has a default."""
+    """All sizes that it has are positive integers, and all numbers finite; what is left out, or null, has a default."""
     for name in _SIZES:
         value, limit = config.get(name), _LIMITS.get(name, _LARGEST)
         if value is not None and (type(value) is not int or not 0 < value <= limit):
@@ -31,6 +34,21 @@ def check_sizes(config: Mapping[str, Any], where: Path) -> None:
                 f"cannot read {where}: {name} is {str(value)[:80]}, not a number from 1 to {limit}:"
                 " use the model's own file"
             )
+    for name, value in _numbers(config):
+        if not math.isfinite(value) or (name in _ROPE_BASES and value <= 0):
+            wanted = "a number above 0" if name in _ROPE_BASES else "a finite number"
+            raise ConfigError(f"cannot read {where}: {name} is {value:g}, not {wanted}: use the model's own file")
+
+
+def _numbers(config: Mapping[str, Any], depth: int = _DEPTH) -> Iterator[tuple[str, float]]:
+    """Those of tables inside it, too: positions are turned by what stands there, and NaN makes every token nonsense."""
+    for name, value in config.items():
+        if isinstance(value, Mapping) and depth:
+            yield from _numbers(value, depth - 1)
+        elif isinstance(value, float):
+            yield name, value
+        elif name in _ROPE_BASES and isinstance(value, int):
+            yield name, float(value) if abs(value) <= _LARGEST else math.inf
 
 
 def check_token_ids(ids: object, where: Path, *, vocab_size: int) -> tuple[int, ...]:
