@@ -50,7 +50,7 @@ def test_a_time_beyond_all_sense_is_refused_by_its_name(
 def test_a_worker_says_it_in_one_line_before_it_starts() -> None:
     command = [sys.executable, "-m", "celery", "-A", "hortator.workers", "worker"]
     settings = {"HORTATOR_MODEL": "m", "HORTATOR_ENGINE": "echo", "HORTATOR_LEASE_S": "1e17"}
-    celery = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=60, check=False)
+    celery = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=30, check=False)
     said = f"hortator: lease_s: Input should be less than or equal to {MAX_PATIENCE_S}\n"
     assert (celery.returncode, celery.stderr) == (78, said)
 
