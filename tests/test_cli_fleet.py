@@ -23,7 +23,7 @@ FIGURES = {
 
 def beat(group: str, state: str = "ready", running: int = 64, **info: Any) -> GroupBeat:
     told = FIGURES | info
-    return GroupBeat(group=group, model="llama", running=running, capacity=64, epoch=3, state=state, info=told)
+    return GroupBeat(group, "llama", running, capacity=64, epoch=3, state=state, info=told, room=64 - running)
 
 
 def queue(*groups: GroupBeat, depth: int = 310, running: int = 64) -> QueueInfo:
