@@ -19,7 +19,7 @@ REPORT_EVERY_S = 0.05
 """Steps of a well filled group are told together this often (or after one step, if that is longer), unless rows have
 become free that only the front can fill: each message wakes the front, which costs the engine time where they share a
 processor."""
-MOST_UNTOLD_STEPS = 6  # less than a suspect's probation: where a group died must be known better than that
+MOST_UNTOLD_STEPS = 6  # less than a suspect's usual probation: where a group died must be known better than that
 
 _NOTHING = StepOutput()
 
