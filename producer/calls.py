@@ -413,7 +413,7 @@ def _claimed(row: list[Any]) -> Claimed:
     job_id, attempt, raw, tenant, enqueued, deadline, chunks = row
     return Claimed(
         Lease(job_id.decode(), int(attempt)),
-        raw,
+        raw or b"",
         tenant.decode(),
         int(enqueued),
         _int(deadline),

@@ -42,14 +42,32 @@ local group = owner:gsub('#%x+$', '')
 local started = '{"status": "STARTED", "result": {"hostname": ' .. cjson.encode(group)
   .. '}, "traceback": null, "children": [], "date_done": null, "task_id": "'
 
-local function tell(id, attempt, message, tenant, enqueued, deadline, tokens)
-  local journal = {}
-  if tokens > 0 then
-    for _, entry in ipairs(redis.call('XRANGE', own .. 'journal:' .. id, '-', '+')) do
-      if entry[2][1] == 'c' then journal[#journal + 1] = entry[2][2] end
+-- The tokens of earlier attempts, an entry each chunk; nil if they are not all there, one after the other.
+local function journal_of(id, tokens)
+  local chunks, after = {}, 0
+  if tokens == 0 then return chunks end
+  for _, entry in ipairs(peek('XRANGE', own .. 'journal:' .. id, '-', '+') or {}) do
+    if entry[2][1] == 'c' then
+      local ok, chunk = pcall(cjson.decode, entry[2][2])
+      if not ok or type(chunk) ~= 'table' or chunk[1] ~= after or type(chunk[2]) ~= 'table' then return nil end
+      after = after + #chunk[2]
+      if entry[1] ~= after .. '-0' then return nil end
+      chunks[#chunks + 1] = entry[2][2]
     end
   end
-  jobs[#jobs + 1] = {id, attempt, message, tenant, enqueued, deadline or '', journal}
+  return after == tokens and chunks or nil
+end
+
+-- What else the job needs, nil if it is not there, and then its job has ended.
+local function needs(id, job, message)
+  local journal = journal_of(id, job.tokens)
+  if message and journal then return journal end
+  damaged(id, job, message and 'its journal' or 'its message')
+  return nil
+end
+
+local function tell(id, attempt, message, job, journal)
+  jobs[#jobs + 1] = {id, attempt, message, job.tenant, job.enqueued, job.deadline or '', journal}
 end
 
 local function reply(mode, full, name)
@@ -64,14 +82,18 @@ local function lost_reply()
   for id, attempt in rest:gmatch('(%S+) (%d+)') do
     local job = read(id)
     if job and job.state == 'running' and job.attempt == tonumber(attempt) then
-      redis.call('ZADD', leases, now + lease_ms, id)
-      tell(id, job.attempt, redis.call('GET', own .. 'message:' .. id), job.tenant, job.enqueued, job.deadline, job.tokens)
+      local message = message_of(id)
+      local journal = needs(id, job, message)
+      if journal then
+        redis.call('ZADD', leases, now + lease_ms, id)
+        tell(id, job.attempt, message, job, journal)
+      end
     end
   end
   return #jobs > 0 and reply(mode, full == '1', name) or nil
 end
 
-local function lease(id, job, message, step, alone)
+local function lease(id, job, message, journal, step, alone)
   local key, attempt = own .. 'job:' .. id, job.attempt + 1
   redis.call('HSET', key, 'state', 'running', 'attempt', attempt, 'owner', owner, 'step', step, 'alone', alone and 1 or 0)
   redis.call('HSETNX', key, 'claimed', now)
@@ -79,7 +101,7 @@ local function lease(id, job, message, step, alone)
   redis.call('ZADD', leases, now + lease_ms, id)
   leased[#leased + 1] = id .. ' ' .. attempt
   rows = rows + (job.rows or 1)
-  tell(id, attempt, message, job.tenant, job.enqueued, job.deadline, job.tokens)
+  tell(id, attempt, message, job, journal)
 end
 
 local function remember(mode, full)
@@ -97,6 +119,20 @@ local function remember(mode, full)
   end
 end
 
+local function tried_alone(id, job, message, journal)
+  local num_left = redis.call('LLEN', suspects)
+  if num_left > 0 and num_left <= FEW then
+    redis.call('SET', alone_key, owner, 'PX', lease_ms)
+  elseif redis.call('GET', alone_key) == owner then
+    redis.call('DEL', alone_key)
+  end
+  count_queued(model, job.tenant, -1)
+  local full = job.suspicion >= 2
+  lease(id, job, message, journal, job.step, true)
+  remember('alone', full)
+  return reply('alone', full, token)
+end
+
 -- One suspect for a group that runs nothing.  A busy group, one at a time, is asked to make room, unless the one that
 -- tries suspects will soon have no more of them.
 local function suspect_first()
@@ -110,21 +146,16 @@ local function suspect_first()
     local id = redis.call('RPOP', suspects)
     local job = read(id)
     if job and job.state == 'queued' then
+      redis.call('RPUSH', suspects, id) -- one that ends here leaves as any other does
       if overdue(job) then
-        redis.call('RPUSH', suspects, id)
         expired(id, job)
       else
-        local num_left = redis.call('LLEN', suspects)
-        if num_left > 0 and num_left <= FEW then
-          redis.call('SET', alone_key, owner, 'PX', lease_ms)
-        elseif redis.call('GET', alone_key) == owner then
-          redis.call('DEL', alone_key)
+        local message = message_of(id)
+        local journal = needs(id, job, message)
+        if journal then
+          redis.call('RPOP', suspects)
+          return tried_alone(id, job, message, journal)
         end
-        count_queued(model, job.tenant, -1)
-        local full = job.suspicion >= 2
-        lease(id, job, redis.call('GET', own .. 'message:' .. id), job.step, true)
-        remember('alone', full)
-        return reply('alone', full, token)
       end
     end
   end
@@ -216,6 +247,7 @@ local function take(raw, step)
     forget(id)
     redis.call('HSET', own .. 'job:' .. id, 'state', 'queued', 'model', model, 'tenant', 'default', 'attempt', 0,
       'enqueued', now, 'deadline', job.deadline)
+    count_queued(model, 'default', 1) -- for a moment
   elseif is_terminal(job.state) then
     count_queued(model, '!dead', -1)
     return false
@@ -226,11 +258,15 @@ local function take(raw, step)
     expired(id, job)
     count_queued(model, '!dead', -1)
     return false
-  else
-    count_queued(model, job.tenant, -1)
   end
+  local journal = needs(id, job, raw)
+  if not journal then
+    count_queued(model, '!dead', -1)
+    return false
+  end
+  count_queued(model, job.tenant, -1)
   redis.call('SET', own .. 'message:' .. id, raw)
-  lease(id, job, raw, step, false)
+  lease(id, job, raw, journal, step, false)
   return true
 end
 

@@ -297,13 +297,15 @@ class MemoryStore:
             if self._overdue(record):
                 self._expire(job_id, record)
                 continue
+            if record.message is None:
+                self._damaged(job_id, record)
+                continue
             queue.suspects.pop()
             queue.queued[record.tenant] -= 1
             if 0 < len(queue.suspects) <= FEW:
                 queue.holder = (owner, lease_ends)
             elif queue.holder and queue.holder[0] == owner:
                 queue.holder = None
-            assert record.message is not None
             claimed = self._lease(job_id, record, record.message, lease_ends, alone=True)
             return Claim(ClaimMode.ALONE, (claimed,), now, full_run_alone=record.suspicion >= 2)
         return None
@@ -463,13 +465,16 @@ class MemoryStore:
         if record.cancel:
             self._end_cancelled(job_id, record)
             return
+        if record.message is None:
+            self._damaged(job_id, record)
+            return
         record.state = State.QUEUED
         record.free += 1
         queue = self._queue(record.model)
         queue.queued[record.tenant] += 1
         if record.alone:
             queue.suspects.append(job_id)
-        elif record.message is not None:
+        else:
             queue.lists[record.step].append(record.message)
             record.message = None
 
@@ -657,6 +662,10 @@ class MemoryStore:
 
     def _end_cancelled(self, job_id: str, record: _Record) -> None:
         self._end(job_id, record, State.CANCELLED, Failure(code="cancelled", message="the job was cancelled"))
+
+    def _damaged(self, job_id: str, record: _Record) -> None:
+        text = "its message in Redis is gone or was damaged; send the job anew"
+        self._end(job_id, record, State.FAILED, Failure(code="damaged", message=text))
 
     def _expire(self, job_id: str, record: _Record) -> None:
         text = f"its deadline passed while it was {record.state.value}"

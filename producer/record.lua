@@ -51,15 +51,52 @@ local function no_room(headroom)
   return nil
 end
 
-local function read(id)
-  local v = redis.call('HMGET', own .. 'job:' .. id, 'state', 'model', 'tenant', 'attempt', 'free', 'tokens',
-    'suspicion', 'alone', 'cancel', 'deadline', 'step', 'enqueued', 'rows')
-  if not v[1] then return nil end
-  return {state = v[1], model = v[2], tenant = v[3], attempt = tonumber(v[4]), free = tonumber(v[5] or 0),
-    tokens = tonumber(v[6] or 0), suspicion = tonumber(v[7] or 0), alone = v[8] == '1', cancel = v[9] == '1',
-    deadline = v[10] and tonumber(v[10]), step = v[11] or '0', enqueued = v[12],
-    rows = tonumber(v[13] or 1)}
+-- Keys may be damaged by anybody with access to this Redis.  One that is must cost no more than the job, or the model,
+-- that it belongs to: a script that raises half-way would be tried again for ever, and all others with it.
+local met = {} -- what was met, for the sweeper's log
+
+local function is_error(reply) return type(reply) == 'table' and reply.err ~= nil end
+
+local function note(key, problem) met[#met + 1] = key .. ': ' .. tostring(problem):sub(1, 80) end
+
+-- A read of what may be of another type: nil then.
+local function peek(command, key, ...)
+  local reply = redis.pcall(command, key, ...)
+  if not is_error(reply) then return reply end
+  note(key, reply.err)
+  return nil
 end
+
+-- A call on bookkeeping that is rebuilt as work goes on: a key of another type makes room.
+local function insist(command, key, ...)
+  local reply = redis.pcall(command, key, ...)
+  if not is_error(reply) then return reply end
+  if reply.err:find('WRONGTYPE', 1, true) then
+    note(key, reply.err)
+    redis.call('DEL', key)
+  end
+  return redis.call(command, key, ...)
+end
+
+-- A whole number; what is none (also inf and nan) is 0.
+local function whole(value)
+  local n = tonumber(value or 0) or 0
+  return n > -2 ^ 53 and n < 2 ^ 53 and math.floor(n) or 0
+end
+
+-- Nil for what cannot be worked with: none, of another type, or without its model.
+local function read(id)
+  local v = peek('HMGET', own .. 'job:' .. id, 'state', 'model', 'tenant', 'attempt', 'free', 'tokens',
+    'suspicion', 'alone', 'cancel', 'deadline', 'step', 'enqueued', 'rows')
+  if not v or not v[1] or not v[2] then return nil end
+  local enqueued = whole(v[12])
+  return {state = v[1], model = v[2], tenant = v[3] or 'default', attempt = whole(v[4]), free = whole(v[5]),
+    tokens = whole(v[6]), suspicion = whole(v[7]), alone = v[8] == '1', cancel = v[9] == '1',
+    deadline = v[10] and whole(v[10]), step = v[11] or '0', enqueued = enqueued > 0 and enqueued or now,
+    rows = math.max(1, whole(v[13]))}
+end
+
+local function message_of(id) return peek('GET', own .. 'message:' .. id) or nil end
 
 -- Every job has a deadline, so that it becomes terminal even if no worker ever comes.  Says when it is.
 local function set_deadline(id, ms)
@@ -172,6 +209,11 @@ local function finish(id, job, state, code, text, result, seal)
   job.state = state
 end
 
+-- What the job needs is gone, so it can never run; `what` says which part of it.
+local function damaged(id, job, what)
+  finish(id, job, 'failed', 'damaged', what .. ' in Redis is gone or was damaged; send the job anew')
+end
+
 local function cancelled(id, job) finish(id, job, 'cancelled', 'cancelled', 'the job was cancelled') end
 
 local function expired(id, job)
@@ -201,7 +243,7 @@ local function crashed(id, job)
   if job.alone or job.attempt - job.free >= MAX_ATTEMPTS then
     local code, text = 'too_many_attempts', 'gave up after ' .. (job.attempt - job.free) .. ' attempts'
     if job.alone then code, text = 'poison', 'its group died twice while it ran, the last time with nothing beside it' end
-    bury(job.model, id, job.tenant, job.step, code, redis.call('GET', own .. 'message:' .. id) or '')
+    bury(job.model, id, job.tenant, job.step, code, message_of(id) or '')
     finish(id, job, 'failed', code, text)
     return 'poison'
   end
@@ -216,13 +258,14 @@ end
 local function drained(id, job)
   even_when_full()
   if job.cancel then return cancelled(id, job) end
+  local message = message_of(id)
+  if not message then return damaged(id, job, 'its message') end
   back_in_queue(id, job)
   redis.call('HSET', own .. 'job:' .. id, 'state', 'queued', 'free', job.free + 1)
   if job.alone then
     redis.call('RPUSH', own .. 'suspects:' .. job.model, id)
     return
   end
-  local message = redis.call('GET', own .. 'message:' .. id)
   redis.call('RPUSH', queue(job.model, job.step), message)
   redis.call('DEL', own .. 'message:' .. id)
 end

@@ -222,7 +222,11 @@ class Front:
             return open_envelope(claimed.message)
         except BadRequest as error:
             self._refuse(claimed, error)
-            return None
+        except Exception as error:
+            # Whatever it is, the job must end here: as long as it is neither open nor refused nothing else is claimed.
+            logger.exception("job %s cannot be opened", claimed.lease.job_id)
+            self._refuse(claimed, HortatorError(f"internal error: {type(error).__name__}"))
+        return None
 
     def admit(self, claimed: Claimed, envelope: Envelope) -> bool:
         """Give the job to the engine; False if it ended or left at once."""

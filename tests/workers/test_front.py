@@ -1053,3 +1053,20 @@ def test_a_start_tells_what_its_time_was_spent_on(caplog: pytest.LogCaptureFixtu
     info = dataclasses.replace(leader.info, details={"meet_s": "0.5", "load_s": "7.0"})
     leader.front.on_events([Ready(2, info, 9.0)])
     assert "ready after 9.0 s (start and import 1.5, meet 0.5, load 7.0): " in caplog.text
+
+
+def test_a_suspect_that_cannot_be_opened_for_whatever_reason_fails_and_the_next_job_is_claimed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    leader = Leader()
+    leader.run(job_id="bad")
+    leader.down()
+    leader.enqueue(job_id="good")
+    with monkeypatch.context() as patch:
+        patch.setattr("hortator.workers.front.open_envelope", lambda message: 1 / 0)
+        leader.ready(epoch=2)
+    failure = leader.status("bad").failure
+    assert failure is not None
+    assert "ZeroDivisionError" in failure.message
+    leader.turn(after_s=0.1)
+    assert leader.status("good").state is State.RUNNING
