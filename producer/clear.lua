@@ -7,6 +7,6 @@
 -- args: id attempt
 even_when_full()
 local key = own .. 'job:' .. arg(1)
-local v = redis.call('HMGET', key, 'state', 'attempt')
+local v = peek('HMGET', key, 'state', 'attempt') or {}
 if v[1] == 'running' and v[2] == arg(2) then redis.call('HDEL', key, 'alone') end
 return 1

@@ -11,12 +11,12 @@ local ended = {}
 local jobs, tenant = own .. 'job:', arg(1)
 for i = 2, num_args do
   local id = arg(i)
-  local v = redis.call('HMGET', jobs .. id, 'state', 'tenant', 'deadline')
+  local v = peek('HMGET', jobs .. id, 'state', 'tenant', 'deadline') or {}
   if not v[1] or is_terminal(v[1]) or (tenant ~= '' and v[2] ~= tenant) then
     ended[#ended + 1] = i - 2
-  elseif v[3] and now >= tonumber(v[3]) then
+  elseif v[3] and now >= whole(v[3]) then
     local job = read(id)
-    if overdue(job) then
+    if job and overdue(job) then
       even_when_full()
       expired(id, job)
       ended[#ended + 1] = i - 2

@@ -101,16 +101,20 @@ local function message_of(id) return peek('GET', own .. 'message:' .. id) or nil
 -- Every job has a deadline, so that it becomes terminal even if no worker ever comes.  Says when it is.
 local function set_deadline(id, ms)
   local deadline = now + ms
-  redis.call('ZADD', own .. 'deadlines', deadline, id)
+  insist('ZADD', own .. 'deadlines', deadline, id)
   return deadline
 end
 
 local function is_terminal(state) return state ~= 'queued' and state ~= 'running' end
 
 local function count_queued(model, tenant, by)
-  if redis.call('HINCRBY', own .. 'depth:' .. model, tenant, by) <= 0 then
-    redis.call('HDEL', own .. 'depth:' .. model, tenant)
+  local key = own .. 'depth:' .. model
+  local count = redis.pcall('HINCRBY', key, tenant, by)
+  if is_error(count) then
+    insist('HDEL', key, tenant) -- no number
+    count = redis.call('HINCRBY', key, tenant, by)
   end
+  if count <= 0 then redis.call('HDEL', key, tenant) end
 end
 
 local function letter_fields(entry)
@@ -122,11 +126,19 @@ local function letter_fields(entry)
   return f
 end
 
+local function count_bytes(by)
+  local key = own .. 'letters_bytes'
+  local bytes = redis.pcall('INCRBY', key, by)
+  if not is_error(bytes) then return bytes end
+  redis.call('DEL', key)
+  return redis.call('INCRBY', key, by)
+end
+
 -- Says how many bytes the others keep.
 local function drop_letter(letter, f)
   redis.call('XDEL', own .. 'letters', letter)
   redis.call('DEL', own .. 'letter:' .. letter)
-  return redis.call('DECRBY', own .. 'letters_bytes', f.kept)
+  return count_bytes(0 - whole(f.kept)) -- a bare minus makes "-0" of none
 end
 
 local function letter_message(letter, f) return redis.call('GET', own .. 'letter:' .. letter) or f.head end
@@ -138,10 +150,10 @@ local function bury(model, id, tenant, step, reason, message)
     kept = message:sub(1, LETTER_CUT_BYTES)
     reason = reason .. '; only its first ' .. LETTER_CUT_BYTES .. ' bytes are kept'
   end
-  local letter = redis.call('XADD', own .. 'letters', '*', 'model', model, 'job', id, 'tenant', tenant, 'step', step,
+  local letter = insist('XADD', own .. 'letters', '*', 'model', model, 'job', id, 'tenant', tenant, 'step', step,
     'reason', reason, 'head', kept:sub(1, LETTER_HEAD_BYTES), 'kept', #kept, 'size', #message, 'at', now)
   if #kept > LETTER_HEAD_BYTES then redis.call('SET', own .. 'letter:' .. letter, kept) end
-  local num_letters, bytes = redis.call('XLEN', own .. 'letters'), redis.call('INCRBY', own .. 'letters_bytes', #kept)
+  local num_letters, bytes = redis.call('XLEN', own .. 'letters'), count_bytes(#kept)
   if num_letters == 1 then redis.call('SET', own .. 'letters_bytes', #kept) end -- somebody emptied the stream by hand
   while num_letters > 1 and (num_letters > MAX_LETTERS or bytes > MAX_LETTERS_BYTES) do
     local oldest = redis.call('XRANGE', own .. 'letters', '-', '+', 'COUNT', 1)[1]
@@ -187,14 +199,14 @@ local function finish(id, job, state, code, text, result, seal)
   local meta = celery_result(id, state, code, text, result)
   redis.call('DEL', own .. 'message:' .. id)
   if job.state == 'running' then
-    redis.call('ZREM', own .. 'leases:' .. job.model, id)
+    insist('ZREM', own .. 'leases:' .. job.model, id)
   elseif job.state == 'queued' then
     count_queued(job.model, job.tenant, -1)
-    if redis.call('LREM', own .. 'suspects:' .. job.model, 1, id) == 0 then
-      redis.call('HINCRBY', own .. 'depth:' .. job.model, '!dead', 1) -- its message stays in the list until popped
+    if insist('LREM', own .. 'suspects:' .. job.model, 1, id) == 0 then
+      count_queued(job.model, '!dead', 1) -- its message stays in the list until popped
     end
   end
-  if job.deadline then redis.call('ZREM', own .. 'deadlines', id) end
+  if job.deadline then insist('ZREM', own .. 'deadlines', id) end
   close_journal(id, job.tokens, state)
   redis.call('SET', announced, meta, 'PX', RESULT_TTL_MS)
   local key = own .. 'job:' .. id
@@ -228,7 +240,7 @@ end
 
 local function back_in_queue(id, job)
   redis.call('DEL', namespace .. 'celery-task-meta-' .. id) -- to Celery it is PENDING again
-  redis.call('ZREM', own .. 'leases:' .. job.model, id)
+  insist('ZREM', own .. 'leases:' .. job.model, id)
   count_queued(job.model, job.tenant, 1)
   job.state = 'queued'
 end
@@ -248,9 +260,8 @@ local function crashed(id, job)
     return 'poison'
   end
   back_in_queue(id, job)
-  redis.call('HINCRBY', own .. 'job:' .. id, 'suspicion', 1)
-  redis.call('HSET', own .. 'job:' .. id, 'state', 'queued')
-  redis.call('LPUSH', own .. 'suspects:' .. job.model, id)
+  redis.call('HSET', own .. 'job:' .. id, 'state', 'queued', 'suspicion', job.suspicion + 1)
+  insist('LPUSH', own .. 'suspects:' .. job.model, id)
   return 'suspect'
 end
 
@@ -262,10 +273,10 @@ local function drained(id, job)
   if not message then return damaged(id, job, 'its message') end
   back_in_queue(id, job)
   redis.call('HSET', own .. 'job:' .. id, 'state', 'queued', 'free', job.free + 1)
-  if job.alone then
-    redis.call('RPUSH', own .. 'suspects:' .. job.model, id)
+  -- Where the queue itself takes nothing, for it is of another type, it waits among the suspects.
+  if job.alone or is_error(redis.pcall('RPUSH', queue(job.model, job.step), message)) then
+    insist('RPUSH', own .. 'suspects:' .. job.model, id)
     return
   end
-  redis.call('RPUSH', queue(job.model, job.step), message)
   redis.call('DEL', own .. 'message:' .. id)
 end

@@ -12,9 +12,9 @@ local ends = now + tonumber(arg(1))
 even_when_full()
 for i = 2, num_args, 2 do
   local id = arg(i)
-  local v = redis.call('HMGET', own .. 'job:' .. id, 'state', 'attempt', 'model', 'cancel')
-  if v[1] == 'running' and v[2] == arg(i + 1) then
-    redis.call('ZADD', own .. 'leases:' .. v[3], ends, id)
+  local v = peek('HMGET', own .. 'job:' .. id, 'state', 'attempt', 'model', 'cancel') or {}
+  if v[1] == 'running' and v[2] == arg(i + 1) and v[3] then
+    insist('ZADD', own .. 'leases:' .. v[3], ends, id)
     if v[4] then cancel[#cancel + 1] = id end
   else
     lost[#lost + 1] = id

@@ -14,8 +14,8 @@ for i = 2, num_args do
   local id = arg(i)
   local key = own .. 'job:' .. id
   local function record()
-    return redis.call('HMGET', key, 'state', 'model', 'tenant', 'attempt', 'free', 'enqueued', 'claimed', 'first',
-      'finished', 'tokens', 'metadata', 'code', 'error', 'deadline')
+    return peek('HMGET', key, 'state', 'model', 'tenant', 'attempt', 'free', 'enqueued', 'claimed', 'first',
+      'finished', 'tokens', 'metadata', 'code', 'error', 'deadline') or {}
   end
   local v = record()
   if not v[1] or (arg(1) ~= '' and v[3] ~= arg(1)) then
@@ -23,13 +23,13 @@ for i = 2, num_args do
   else
     if v[14] and not is_terminal(v[1]) then
       local job = read(id)
-      if overdue(job) then
+      if job and overdue(job) then
         even_when_full()
         expired(id, job)
         v = record()
       end
     end
-    if v[1] == 'succeeded' then v[15] = redis.call('GET', namespace .. 'celery-task-meta-' .. id) end
+    if v[1] == 'succeeded' then v[15] = peek('GET', namespace .. 'celery-task-meta-' .. id) end
     found[#found + 1] = v
   end
 end

@@ -3,8 +3,8 @@
 import pytest
 
 from hortator.producer.schema import State, Status
-from hortator.producer.store import ClaimMode, ReleaseReason
-from tests.producer.rig import MemoryRig, RedisRig, Rig, done, prompts_of, tokens
+from hortator.producer.store import ClaimMode, Lease, ReleaseReason, Signals, Store, Verdict
+from tests.producer.rig import MODEL, MemoryRig, RedisRig, Rig, done, prompts_of, tokens
 
 
 def drop_message(rig: Rig, job_id: str) -> None:
@@ -75,3 +75,96 @@ def test_a_job_whose_journal_is_damaged_fails_when_it_is_claimed_again(redis_rig
     assert [chunk.token_ids for chunk in claim.jobs[0].journal] == [(1, 2), (3,)]
     assert_damaged(redis_rig.status(ids[0]), "journal")
     assert redis_rig.depth() == 0
+
+
+# ---- calls for many jobs
+
+
+JOURNAL_DAMAGE = ["a later entry", "another type"]
+
+
+def damage_journal(rig: RedisRig, job_id: str, how: str) -> None:
+    key = rig.names.journal(job_id)
+    if how == "another type":
+        rig.redis.set(key, "x")
+    else:
+        rig.redis.xadd(key, {"c": "x"}, id="99-0")
+
+
+@pytest.mark.parametrize("how", JOURNAL_DAMAGE)
+def test_tokens_that_one_journal_does_not_take_cost_that_job_alone(redis_rig: RedisRig, how: str) -> None:
+    ids = redis_rig.enqueue("a", "b", "c")
+    leases = [one.lease for one in redis_rig.claim().jobs]
+    damage_journal(redis_rig, ids[1], how)
+    signals = redis_rig.store.append([tokens(lease, 0, 7) for lease in leases])
+    assert signals == Signals(lost=frozenset({ids[1]}))
+    assert_damaged(redis_rig.status(ids[1]), "journal")
+    assert [redis_rig.status(job_id).num_tokens for job_id in ids] == [1, 0, 1]
+    assert redis_rig.store.commit([done(lease) for lease in leases]) == [
+        Verdict.COMMITTED,
+        Verdict.FENCED,
+        Verdict.COMMITTED,
+    ]
+
+
+def test_the_same_tokens_again_for_a_journal_of_another_type_cost_that_job_alone(redis_rig: RedisRig) -> None:
+    ids = redis_rig.enqueue("a", "b")
+    appends = [tokens(one.lease, 0, 7) for one in redis_rig.claim().jobs]
+    redis_rig.store.append(appends)
+    redis_rig.redis.set(redis_rig.names.journal(ids[0]), "x")
+    assert redis_rig.store.append(appends) == Signals(lost=frozenset({ids[0]}))
+    assert_damaged(redis_rig.status(ids[0]), "journal")
+
+
+def call_for(store: Store, leases: list[Lease], what: str) -> object:
+    match what:
+        case "append":
+            return store.append([tokens(lease, 0, 7) for lease in leases]).lost
+        case "renew":
+            return store.renew(leases, owner="a", lease_s=60).lost
+        case "commit":
+            verdicts = store.commit([done(lease) for lease in leases])
+            return {lease.job_id for lease, verdict in zip(leases, verdicts, strict=True) if verdict is Verdict.FENCED}
+        case "cancel":
+            states = store.cancel([lease.job_id for lease in leases])
+            return {lease.job_id for lease, state in zip(leases, states, strict=True) if state is None}
+        case "ended":
+            return set(store.ended([lease.job_id for lease in leases]))
+        case _:
+            store.release(leases, reason=ReleaseReason(what))
+            found = store.statuses([lease.job_id for lease in leases])
+            return {lease.job_id for lease, status in zip(leases, found, strict=True) if status is None}
+
+
+@pytest.mark.parametrize("what", ["append", "renew", "commit", "cancel", "ended", *ReleaseReason])
+def test_a_record_of_another_type_costs_that_job_alone(redis_rig: RedisRig, what: str) -> None:
+    ids = redis_rig.enqueue("a", "b", "c")
+    leases = [one.lease for one in redis_rig.claim().jobs]
+    redis_rig.redis.set(redis_rig.names.job(ids[1]), "x")
+    assert call_for(redis_rig.store, leases, what) == {ids[1]}
+
+
+@pytest.mark.parametrize("reason", list(ReleaseReason))
+@pytest.mark.parametrize("key", ["leases", "suspects", "depth"])
+def test_bookkeeping_of_another_type_stops_no_hand_back(redis_rig: RedisRig, key: str, reason: ReleaseReason) -> None:
+    ids = redis_rig.enqueue("a", "b")
+    leases = [one.lease for one in redis_rig.claim().jobs]
+    redis_rig.redis.set(getattr(redis_rig.names, key)(MODEL), "x")
+    redis_rig.store.release(leases, reason=reason)
+    assert [redis_rig.state(job_id) for job_id in ids] == [State.QUEUED, State.QUEUED]
+
+
+def test_a_job_goes_back_although_a_key_of_another_type_has_the_queue_s_name(redis_rig: RedisRig) -> None:
+    [job_id] = redis_rig.enqueue("a")
+    lease = redis_rig.claim_one()
+    redis_rig.redis.sadd(redis_rig.names.queue(MODEL, 3), "x")
+    redis_rig.store.release([lease], reason=ReleaseReason.DRAINED)
+    assert redis_rig.claim().jobs[0].lease == Lease(job_id, 2)
+    assert redis_rig.redis.type(redis_rig.names.queue(MODEL, 3)) == b"set", "it may be somebody's"
+
+
+def test_dead_letters_are_kept_although_their_count_is_garbage(redis_rig: RedisRig) -> None:
+    redis_rig.redis.set(f"{redis_rig.names.own}letters_bytes", "x")
+    redis_rig.push(b"junk")
+    assert redis_rig.claim().jobs == ()
+    assert redis_rig.reasons() == ["not a JSON object"]
