@@ -9,7 +9,7 @@
 -- args: group model json state ('gone': the group takes its leave) room room_counts_ms
 even_when_full()
 local models = own .. 'models'
-local served = (redis.call('HGET', models, arg(2)) or '0') ~= '0'
+local served = (insist('HGET', models, arg(2)) or '0') ~= '0'
 if arg(4) == 'ready' or served then
   redis.call('HSET', models, arg(2), now)
 else
@@ -17,14 +17,14 @@ else
 end
 local rooms = own .. 'rooms:' .. arg(2)
 if tonumber(arg(5)) > 0 then
-  redis.call('HSET', rooms, arg(1), now .. ' ' .. arg(5))
+  insist('HSET', rooms, arg(1), now .. ' ' .. arg(5))
   redis.call('PEXPIRE', rooms, arg(6))
 else
-  redis.call('HDEL', rooms, arg(1))
+  insist('HDEL', rooms, arg(1))
 end
 if arg(4) == 'gone' then
-  redis.call('HDEL', own .. 'groups', arg(1))
+  insist('HDEL', own .. 'groups', arg(1))
 else
-  redis.call('HSET', own .. 'groups', arg(1), now .. ' ' .. arg(3))
+  insist('HSET', own .. 'groups', arg(1), now .. ' ' .. arg(3))
 end
 return now

@@ -481,12 +481,19 @@ def _result(meta: bytes | None) -> tuple[Result | None, Failure | None]:
 
 def _sweep_report(reply: list[Any]) -> SweepReport:
     now, *groups = reply
-    requeued, expired, poisoned = (tuple(_text(one) for one in group) for group in groups)
-    return SweepReport(requeued=requeued, expired=expired, poisoned=poisoned, now_ms=int(now))
+    requeued, expired, poisoned, damage = (tuple(_text(one) for one in group) for group in groups)
+    return SweepReport(requeued=requeued, expired=expired, poisoned=poisoned, now_ms=int(now), damage=damage)
+
+
+def _beats(said: Iterable[bytes]) -> Iterator[GroupBeat]:
+    """What groups said of themselves; what no group can have said is passed by."""
+    for one in said:
+        with contextlib.suppress(ValueError, TypeError):
+            yield GroupBeat(**json.loads(one))
 
 
 def _queues(reply: list[Any]) -> list[QueueInfo]:
-    alive = [GroupBeat(**json.loads(one)) for one in reply[0]]
+    alive = list(_beats(reply[0]))
     return [
         QueueInfo(
             model=_text(model),

@@ -14,7 +14,7 @@
 local OLDEST_LOOKED_AT = 8
 
 local function enqueued(id)
-  local v = redis.call('HMGET', own .. 'job:' .. id, 'state', 'enqueued')
+  local v = peek('HMGET', own .. 'job:' .. id, 'state', 'enqueued') or {}
   return v[1] == 'queued' and tonumber(v[2]) or nil
 end
 
@@ -27,28 +27,29 @@ local function oldest(model)
   end
   for _, step in ipairs(STEPS) do
     for i = 1, OLDEST_LOOKED_AT do -- ended jobs may stand in front
-      local raw = redis.call('LINDEX', queue(model, step), -i)
+      local raw = peek('LINDEX', queue(model, step), -i)
       if not raw or look(raw:match('"id"%s*:%s*"([%w._:-]+)"')) then break end
     end
   end
-  look(redis.call('LINDEX', own .. 'suspects:' .. model, -1))
+  look(peek('LINDEX', own .. 'suspects:' .. model, -1))
   return found and math.max(0, now - found) or ''
 end
 
 local alive = {}
-local groups = redis.call('HGETALL', own .. 'groups')
+local groups = peek('HGETALL', own .. 'groups') or {}
 for i = 1, #groups, 2 do
   local beaten, json = groups[i + 1]:match('^(%d+) (.*)$')
   if beaten and now - tonumber(beaten) <= tonumber(arg(1)) then alive[#alive + 1] = json end
 end
 
 local rows = {}
-local models = redis.call('HKEYS', own .. 'models')
+local models = peek('HKEYS', own .. 'models') or {}
 table.sort(models)
 for _, model in ipairs(models) do
-  local suspects = redis.call('LLEN', own .. 'suspects:' .. model)
-  local depth = suspects - tonumber(redis.call('HGET', own .. 'depth:' .. model, '!dead') or 0)
-  for _, step in ipairs(STEPS) do depth = depth + redis.call('LLEN', queue(model, step)) end
-  rows[#rows + 1] = {model, math.max(0, depth), oldest(model), redis.call('ZCARD', own .. 'leases:' .. model), suspects}
+  local suspects = peek('LLEN', own .. 'suspects:' .. model) or 0
+  local depth = suspects - whole(peek('HGET', own .. 'depth:' .. model, '!dead'))
+  for _, step in ipairs(STEPS) do depth = depth + (peek('LLEN', queue(model, step)) or 0) end
+  local running = peek('ZCARD', own .. 'leases:' .. model) or 0
+  rows[#rows + 1] = {model, math.max(0, depth), oldest(model), running, suspects}
 end
 return {alive, rows}

@@ -102,6 +102,7 @@ class SweepReport:
     expired: tuple[str, ...] = ()
     poisoned: tuple[str, ...] = ()
     now_ms: int = 0  # when, on the store's clock
+    damage: tuple[str, ...] = ()  # keys that it passed by or dropped, each with what is wrong with it
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,15 @@
 """Who may call a leader dead: only one that could itself have heard of it."""
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from .errors import StoreUnavailable
 from .store import Store, SweepReport
+
+logger = logging.getLogger("hortator.sweeper")
+
+MAX_TOLD = 1000  # damaged keys that are remembered as logged
 
 GAP_S = 1.5  # a longer silence, on whichever side, breaks the contact; a shorter one leaves leaders the time to renew
 
@@ -25,6 +30,7 @@ class Sweeper:
         self._since = clock()  # start of the unbroken contact
         self._last = clock()
         self._last_ms = 0  # the last contact on the store's clock
+        self._told: dict[str, None] = {}  # damage that the log has, oldest first
 
     def tick(self) -> SweepReport:
         """One sweep; nothing (and no error) while the store is unavailable."""
@@ -40,6 +46,16 @@ class Sweeper:
             return SweepReport()
         self._last = self._clock()
         self._last_ms = report.now_ms
+        self._tell(report.damage)
         if self._last - started > self._longest_gap_s:
             self._since = self._last  # Redis was stopped meanwhile
         return report
+
+    def _tell(self, damage: Iterable[str]) -> None:
+        """Log each damaged key once."""
+        for one in damage:
+            if one not in self._told:
+                self._told[one] = None
+                logger.warning("damaged in Redis, passed by or dropped: %s", one)
+        while len(self._told) > MAX_TOLD:
+            del self._told[next(iter(self._told))]

@@ -1,10 +1,13 @@
 """Somebody damaged single keys: each costs the job or the model that it belongs to, and nobody else."""
 
+import time
+
 import pytest
 
 from hortator.producer.schema import State, Status
 from hortator.producer.store import ClaimMode, Lease, ReleaseReason, Signals, Store, Verdict
-from tests.producer.rig import MODEL, MemoryRig, RedisRig, Rig, done, prompts_of, tokens
+from hortator.producer.sweeper import Sweeper
+from tests.producer.rig import MODEL, MemoryRig, RedisRig, Rig, done, job, prompts_of, tokens
 
 
 def drop_message(rig: Rig, job_id: str) -> None:
@@ -168,3 +171,91 @@ def test_dead_letters_are_kept_although_their_count_is_garbage(redis_rig: RedisR
     redis_rig.push(b"junk")
     assert redis_rig.claim().jobs == ()
     assert redis_rig.reasons() == ["not a JSON object"]
+
+
+# ---- the sweeper and the overview
+
+
+def overdue_job(rig: RedisRig, model: str = MODEL) -> str:
+    [receipt] = rig.store.enqueue([job(model=model, deadline_s=0.05)])
+    rig.wait(0.1)
+    return receipt.job_id
+
+
+@pytest.mark.parametrize("model", ["aaa", "zzz"])
+def test_leases_of_another_type_stop_the_sweep_of_no_other_model(redis_rig: RedisRig, model: str) -> None:
+    redis_rig.beat(model)
+    redis_rig.enqueue("a")
+    lease = redis_rig.claim_one(lease_s=0.01)
+    redis_rig.redis.set(redis_rig.names.leases(model), "x")
+    late = overdue_job(redis_rig)
+    report = redis_rig.store.sweep()
+    assert (report.requeued, report.expired) == ((lease.job_id,), (late,))
+    assert [told for told in report.damage if f"leases:{model}: WRONGTYPE" in told]
+    assert redis_rig.store.sweep().damage == (), "it was dropped"
+
+
+@pytest.mark.parametrize("zset", ["deadlines", "leases"])
+@pytest.mark.parametrize("record", ["another type", "no model", "garbage"])
+def test_a_record_that_cannot_be_read_is_dropped_by_the_sweep_and_others_are_ended(
+    redis_rig: RedisRig, zset: str, record: str
+) -> None:
+    raw, names = redis_rig.redis, redis_rig.names
+    late = overdue_job(redis_rig)
+    key = names.deadlines if zset == "deadlines" else names.leases(MODEL)
+    raw.zadd(key, {"evil": 1})
+    if record == "another type":
+        raw.set(names.job("evil"), "x")
+    elif record == "no model":
+        raw.hset(names.job("evil"), mapping={"state": "running"})
+    else:
+        fields = ("attempt", "free", "tokens", "suspicion", "deadline", "rows", "enqueued")
+        raw.hset(names.job("evil"), mapping={"state": "running", "model": MODEL} | dict.fromkeys(fields, "x"))
+    assert late in redis_rig.store.sweep().expired
+    assert raw.zscore(key, "evil") is None
+    assert redis_rig.store.sweep().expired == ()
+
+
+def test_half_a_record_is_ended_at_its_deadline(redis_rig: RedisRig) -> None:
+    late = overdue_job(redis_rig)
+    redis_rig.redis.hdel(redis_rig.names.job(late), "model")
+    assert f"job:{late}: no model" in redis_rig.store.sweep().damage[0]
+    assert_damaged(redis_rig.status(late), "record")
+    assert redis_rig.redis.ttl(redis_rig.names.job(late)) > 0
+
+
+@pytest.mark.parametrize("key", ["models", "groups", "deadlines"])
+def test_common_bookkeeping_of_another_type_stops_neither_sweep_nor_beat(redis_rig: RedisRig, key: str) -> None:
+    redis_rig.redis.set(getattr(redis_rig.names, key), "x")
+    redis_rig.store.queues()
+    assert [told for told in redis_rig.store.sweep().damage if "WRONGTYPE" in told]
+    redis_rig.beat()
+    redis_rig.enqueue("a")
+    assert redis_rig.depth() == 1
+    assert len(redis_rig.store.queues()[0].groups) == 1
+
+
+@pytest.mark.parametrize("key", ["leases:other", "suspects:other", "depth:other", "queue"])
+def test_the_overview_passes_by_what_is_damaged_of_one_model(redis_rig: RedisRig, key: str) -> None:
+    redis_rig.beat("other")
+    redis_rig.enqueue("a")
+    redis_rig.redis.sadd(redis_rig.names.queue("other") if key == "queue" else redis_rig.names.own + key, "x")
+    assert [(queue.model, queue.depth) for queue in redis_rig.store.queues()] == [("other", 0), (MODEL, 1)]
+    redis_rig.store.sweep()
+    assert redis_rig.depth() == 1
+
+
+def test_the_overview_passes_by_a_beat_that_no_group_can_have_sent(redis_rig: RedisRig) -> None:
+    for said in ("{}", "x", "[]", '{"group": 1}'):
+        redis_rig.redis.hset(redis_rig.names.groups, said, f"{int(time.time() * 1000)} {said}")
+    assert [beat.group for beat in redis_rig.store.queues()[0].groups] == ["group"]
+
+
+def test_a_sweeper_logs_what_is_damaged_once(redis_rig: RedisRig, caplog: pytest.LogCaptureFixture) -> None:
+    redis_rig.redis.set(redis_rig.names.job("evil"), "x")
+    sweeper = Sweeper(redis_rig.store, 60)
+    for _ in range(3):
+        redis_rig.redis.zadd(redis_rig.names.deadlines, {"evil": 1})
+        sweeper.tick()
+    [record] = caplog.records
+    assert "hortator:job:evil: WRONGTYPE" in record.getMessage()
