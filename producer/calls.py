@@ -354,7 +354,11 @@ def _text(raw: bytes | None) -> str:
 
 
 def _int(raw: bytes | int | None) -> int | None:
-    return None if raw is None or raw == b"" else int(raw)
+    """None also for what is no whole number: somebody damaged the record."""
+    try:
+        return None if raw is None else int(raw)
+    except ValueError:
+        return None
 
 
 def _each(ids: Sequence[str], one: Callable[[str, Any], T], reply: list[Any]) -> list[T | None]:
@@ -414,7 +418,7 @@ def _claimed(row: list[Any]) -> Claimed:
     return Claimed(
         Lease(job_id.decode(), int(attempt)),
         raw or b"",
-        tenant.decode(),
+        _text(tenant),
         int(enqueued),
         _int(deadline),
         tuple(map(journal.decode_chunk, chunks)),
@@ -457,7 +461,7 @@ def _status(job_id: str, row: list[Any]) -> Status:
         "model": _text(row[1]),
         "tenant": _text(row[2]),
         "state": state,
-        "attempt": int(row[3]) - (_int(row[4]) or 0),
+        "attempt": (_int(row[3]) or 0) - (_int(row[4]) or 0),
         "num_tokens": _int(row[9]) or 0,
         "timings": Timings(
             enqueued_ms=_int(row[5]), claimed_ms=_int(row[6]), first_token_ms=_int(row[7]), finished_ms=_int(row[8])

@@ -42,6 +42,11 @@ local group = owner:gsub('#%x+$', '')
 local started = '{"status": "STARTED", "result": {"hostname": ' .. cjson.encode(group)
   .. '}, "traceback": null, "children": [], "date_done": null, "task_id": "'
 
+-- As journal.py writes it: index, token ids, text, logprobs and more.
+local function is_chunk(value)
+  return type(value) == 'table' and type(value[2]) == 'table' and type(value[3]) == 'string' and value[4] ~= nil
+end
+
 -- The tokens of earlier attempts, an entry each chunk; nil if they are not all there, one after the other.
 local function journal_of(id, tokens)
   local chunks, after = {}, 0
@@ -49,7 +54,7 @@ local function journal_of(id, tokens)
   for _, entry in ipairs(peek('XRANGE', own .. 'journal:' .. id, '-', '+') or {}) do
     if entry[2][1] == 'c' then
       local ok, chunk = pcall(cjson.decode, entry[2][2])
-      if not ok or type(chunk) ~= 'table' or chunk[1] ~= after or type(chunk[2]) ~= 'table' then return nil end
+      if not ok or not is_chunk(chunk) or chunk[1] ~= after then return nil end
       after = after + #chunk[2]
       if entry[1] ~= after .. '-0' then return nil end
       chunks[#chunks + 1] = entry[2][2]
@@ -75,17 +80,17 @@ local function reply(mode, full, name)
 end
 
 local function lost_reply()
-  local sent = redis.call('GET', claimed_key)
+  local sent = insist('GET', claimed_key)
   if not sent then return nil end
   local name, mode, full, rest = sent:match('^(%S+) (%S+) (%S+) (.*)$')
-  if name == seen then return nil end
+  if not name or name == seen then return nil end -- nothing that we wrote, or no reply was lost
   for id, attempt in rest:gmatch('(%S+) (%d+)') do
     local job = read(id)
     if job and job.state == 'running' and job.attempt == tonumber(attempt) then
       local message = message_of(id)
       local journal = needs(id, job, message)
       if journal then
-        redis.call('ZADD', leases, now + lease_ms, id)
+        insist('ZADD', leases, now + lease_ms, id)
         tell(id, job.attempt, message, job, journal)
       end
     end
@@ -98,7 +103,7 @@ local function lease(id, job, message, journal, step, alone)
   redis.call('HSET', key, 'state', 'running', 'attempt', attempt, 'owner', owner, 'step', step, 'alone', alone and 1 or 0)
   redis.call('HSETNX', key, 'claimed', now)
   redis.call('SET', namespace .. 'celery-task-meta-' .. id, started .. id .. '"}')
-  redis.call('ZADD', leases, now + lease_ms, id)
+  insist('ZADD', leases, now + lease_ms, id)
   leased[#leased + 1] = id .. ' ' .. attempt
   rows = rows + (job.rows or 1)
   tell(id, attempt, message, job, journal)
@@ -108,10 +113,10 @@ local function remember(mode, full)
   if #leased == 0 then return end
   redis.call('SET', claimed_key, token .. ' ' .. mode .. ' ' .. (full and 1 or 0) .. ' ' .. table.concat(leased, ' '),
     'PX', math.max(lease_ms, REMEMBER_MS))
-  redis.call('HSETNX', own .. 'models', model, 0)
+  insist('HSETNX', own .. 'models', model, 0)
   local pace_key = own .. 'pace:' .. model
-  local pace = redis.call('HMGET', pace_key, 'since', 'count')
-  local since, count = tonumber(pace[1] or now), tonumber(pace[2] or 0) + #leased
+  local pace = insist('HMGET', pace_key, 'since', 'count')
+  local since, count = whole(pace[1] or now), whole(pace[2]) + #leased
   if now - since >= 5000 then
     redis.call('HSET', pace_key, 'since', now, 'count', 0, 'rate', string.format('%.3f', 1000 * count / (now - since)))
   else
@@ -123,7 +128,7 @@ local function tried_alone(id, job, message, journal)
   local num_left = redis.call('LLEN', suspects)
   if num_left > 0 and num_left <= FEW then
     redis.call('SET', alone_key, owner, 'PX', lease_ms)
-  elseif redis.call('GET', alone_key) == owner then
+  elseif insist('GET', alone_key) == owner then
     redis.call('DEL', alone_key)
   end
   count_queued(model, job.tenant, -1)
@@ -136,9 +141,9 @@ end
 -- One suspect for a group that runs nothing.  A busy group, one at a time, is asked to make room, unless the one that
 -- tries suspects will soon have no more of them.
 local function suspect_first()
-  while redis.call('LLEN', suspects) > 0 do
+  while insist('LLEN', suspects) > 0 do
     if not idle then
-      local holder = redis.call('GET', alone_key)
+      local holder = insist('GET', alone_key)
       if holder and holder ~= owner then return nil end
       redis.call('SET', alone_key, owner, 'PX', lease_ms)
       return reply('drain', false, token)
@@ -270,14 +275,23 @@ local function take(raw, step)
   return true
 end
 
+-- What was popped is in no list any more: whatever stops its way to a lease, it is kept, and those behind it go on.
+local function take_or_bury(raw, step)
+  local ok, problem = pcall(take, raw, step)
+  if ok then return end
+  local id = look(raw)
+  note(own .. 'job:' .. (id or ''), type(problem) == 'table' and problem.err or problem)
+  bury(model, id or '', 'default', step, 'what Redis holds of its job is damaged', raw)
+end
+
 -- Of `total` jobs, how many rows this group may fill now: all that it has, if that leaves enough for the free rows of
 -- the others, and else what it has of all that are free.
 local function share(total)
   local free, others = limit - surplus, 0
-  local said = redis.call('HGETALL', own .. 'rooms:' .. model)
+  local said = insist('HGETALL', own .. 'rooms:' .. model)
   for i = 1, #said, 2 do
     local at, room = said[i + 1]:match('^(%d+) (%d+)$')
-    if said[i] ~= group and now - tonumber(at) < ROOM_COUNTS_MS then others = others + tonumber(room) end
+    if at and said[i] ~= group and now - whole(at) < ROOM_COUNTS_MS then others = others + whole(room) end
   end
   if others == 0 then return limit end
   if total >= free + others then return free + math.min(surplus, total - free - others) end
@@ -288,34 +302,34 @@ local lost = lost_reply()
 if lost then return lost end
 local special = suspect_first()
 if special then return special end
-if redis.call('GET', alone_key) == owner then redis.call('DEL', alone_key) end
+if insist('GET', alone_key) == owner then redis.call('DEL', alone_key) end
 
 local left, total = {}, 0
 for i, step in ipairs(STEPS) do
-  left[i] = redis.call('LLEN', queue(model, step))
+  left[i] = peek('LLEN', queue(model, step)) or 0 -- a key of another type may be somebody's, and is left alone
   total = total + left[i]
 end
 if total == 0 then
-  redis.call('HDEL', own .. 'depth:' .. model, '!dead')
+  insist('HDEL', own .. 'depth:' .. model, '!dead')
   return reply('together', false, token)
 end
 
 local most = share(total)
 local mode = most < math.min(limit, total) and 'shared' or 'together'
 local turn_key = own .. 'turn:' .. model
-local turn, examined = tonumber(redis.call('GET', turn_key) or 0), 0
+local turn, examined = math.max(0, whole(insist('GET', turn_key))), 0
 while total > 0 and rows < most and examined < limit + MAX_REFUSED do
   local class = ROUND[turn % #ROUND + 1]
   turn = turn + 1
   if left[class] > 0 then
     left[class], total, examined = left[class] - 1, total - 1, examined + 1
     local raw = redis.call('RPOP', queue(model, STEPS[class]))
-    if raw then take(raw, STEPS[class]) end
+    if raw then take_or_bury(raw, STEPS[class]) end
   end
 end
 redis.call('SET', turn_key, turn % #ROUND)
 local rooms = own .. 'rooms:' .. model
-if rows > 0 and redis.call('HEXISTS', rooms, group) == 1 then
+if rows > 0 and insist('HEXISTS', rooms, group) == 1 then
   redis.call('HSET', rooms, group, now .. ' ' .. math.max(0, limit - surplus - rows))
 end
 remember(mode, false)

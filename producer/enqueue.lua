@@ -21,13 +21,13 @@ local IDEMPOTENCY_TTL_MS = arg(5)
 local WIDTH = 10
 
 local function depth_of(model)
-  local depth = redis.call('LLEN', own .. 'suspects:' .. model)
+  local depth = peek('LLEN', own .. 'suspects:' .. model) or 0
   for _, step in ipairs(STEPS) do depth = depth + redis.call('LLEN', queue(model, step)) end
-  return depth - tonumber(redis.call('HGET', own .. 'depth:' .. model, '!dead') or 0)
+  return depth - whole(peek('HGET', own .. 'depth:' .. model, '!dead'))
 end
 
 local function retry_after_ms(model, excess)
-  local rate = tonumber(redis.call('HGET', own .. 'pace:' .. model, 'rate') or 0)
+  local rate = whole(peek('HGET', own .. 'pace:' .. model, 'rate'))
   if rate <= 0 then return 5000 end
   return math.max(1000, math.min(60000, math.ceil(1000 * excess / rate)))
 end
@@ -42,9 +42,9 @@ for i = 0, (num_args - 5) / WIDTH - 1 do
 
   local m = models[model]
   if not m then
-    local beaten = redis.call('HGET', own .. 'models', model)
+    local beaten = peek('HGET', own .. 'models', model)
     if REQUIRE_KNOWN and (not beaten or beaten == '0') then
-      local known = redis.call('HGETALL', own .. 'models')
+      local known = peek('HGETALL', own .. 'models') or {}
       local reply = {'unknown_model', i}
       for n = 1, #known, 2 do if known[n + 1] ~= '0' then reply[#reply + 1] = known[n] end end
       return reply
@@ -77,7 +77,7 @@ for i = 0, (num_args - 5) / WIDTH - 1 do
       return {'full_model', i, MAX_PER_MODEL, retry_after_ms(model, m.depth - MAX_PER_MODEL)}
     end
     local t = model .. '\n' .. tenant
-    tenants[t] = (tenants[t] or tonumber(redis.call('HGET', own .. 'depth:' .. model, tenant) or 0)) + 1
+    tenants[t] = (tenants[t] or whole(peek('HGET', own .. 'depth:' .. model, tenant))) + 1
     if tenants[t] > MAX_PER_TENANT then
       return {'full_tenant', i, MAX_PER_TENANT, retry_after_ms(model, tenants[t] - MAX_PER_TENANT)}
     end
@@ -98,10 +98,10 @@ for _, at in ipairs(fresh) do
   redis.call('HSET', own .. 'job:' .. id, unpack(record))
   forget(id)
   redis.call('LPUSH', queue(model, step), message)
-  redis.call('HINCRBY', own .. 'depth:' .. model, tenant, 1)
+  count_queued(model, tenant, 1)
   if key ~= '' then redis.call('SET', key, by_key[key], 'PX', IDEMPOTENCY_TTL_MS) end
   if not models[model].known then
-    redis.call('HSETNX', own .. 'models', model, 0)
+    insist('HSETNX', own .. 'models', model, 0)
     models[model].known = '0'
   end
 end

@@ -8,7 +8,7 @@
 -- reply: nothing if the name is ours or was let go, else renewals and JSON of who has it
 even_when_full()
 local key = own .. 'holder:' .. arg(1)
-local life, renewals, json = (redis.call('GET', key) or ''):match('^(%S+) (%d+) (.*)$')
+local life, renewals, json = (insist('GET', key) or ''):match('^(%S+) (%d+) (.*)$')
 if arg(6) == '1' then
   if life == arg(2) then redis.call('DEL', key) end
   return {}

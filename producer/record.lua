@@ -180,7 +180,10 @@ local function celery_result(id, state, code, text, result)
 end
 
 -- An id that is used again, after its record has expired, begins with nothing of its earlier life.
-local function forget(id) redis.call('DEL', own .. 'journal:' .. id, namespace .. 'celery-task-meta-' .. id) end
+local function forget(id)
+  redis.call('DEL', own .. 'journal:' .. id, namespace .. 'celery-task-meta-' .. id)
+  insist('HLEN', own .. 'job:' .. id)
+end
 
 -- The last entry of the journal.  One that does not belong to this job (its ids are beyond ours) makes room.
 local function close_journal(id, tokens, state)

@@ -29,7 +29,7 @@ local function clean_record(id, f)
     'attempt', attempt, 'free', attempt, 'enqueued', now, 'deadline', set_deadline(id, DEFAULT_DEADLINE_MS))
   redis.call('PERSIST', key)
   forget(id)
-  redis.call('HINCRBY', own .. 'depth:' .. f.model, job and job.tenant or f.tenant, 1)
+  count_queued(f.model, job and job.tenant or f.tenant, 1)
   return true
 end
 
@@ -39,7 +39,7 @@ for i, f in ipairs(letters) do
   local message = letter_message(arg(i), f)
   drop_letter(arg(i), f)
   if f.job == '' or clean_record(f.job, f) then
-    redis.call('HSETNX', own .. 'models', f.model, 0)
+    insist('HSETNX', own .. 'models', f.model, 0)
     redis.call('LPUSH', queue(f.model, f.step), message)
   end
   ids[i] = f.job

@@ -4,10 +4,11 @@ import time
 
 import pytest
 
+from hortator.producer.redis_store import RedisStore
 from hortator.producer.schema import State, Status
-from hortator.producer.store import ClaimMode, Lease, ReleaseReason, Signals, Store, Verdict
+from hortator.producer.store import ClaimMode, GroupBeat, Lease, ReleaseReason, Signals, Store, Verdict
 from hortator.producer.sweeper import Sweeper
-from tests.producer.rig import MODEL, MemoryRig, RedisRig, Rig, done, job, prompts_of, tokens
+from tests.producer.rig import MODEL, MemoryRig, RedisRig, Rig, done, foreign, job, prompt_of, prompts_of, tokens
 
 
 def drop_message(rig: Rig, job_id: str) -> None:
@@ -57,7 +58,7 @@ def test_a_lost_reply_is_told_again_without_the_job_whose_message_is_gone(redis_
     assert_damaged(redis_rig.status(ids[0]), "message")
 
 
-@pytest.mark.parametrize("damage", ["gone", "of another type", "a strange entry", "a gap"])
+@pytest.mark.parametrize("damage", ["gone", "of another type", "a strange entry", "half an entry", "a gap"])
 def test_a_job_whose_journal_is_damaged_fails_when_it_is_claimed_again(redis_rig: RedisRig, damage: str) -> None:
     ids = redis_rig.enqueue("a", "b")
     leases = [one.lease for one in redis_rig.claim().jobs]
@@ -69,6 +70,9 @@ def test_a_job_whose_journal_is_damaged_fails_when_it_is_claimed_again(redis_rig
         raw.xdel(journal, "2-0")
     elif damage == "a strange entry":
         raw.xadd(journal, {"c": "x"}, id="4-0")
+    elif damage == "half an entry":
+        raw.xadd(journal, {"c": "[3,[4]]"}, id="4-0")
+        raw.hset(redis_rig.names.job(ids[0]), "tokens", 4)
     else:
         raw.delete(journal)
         if damage == "of another type":
@@ -259,3 +263,73 @@ def test_a_sweeper_logs_what_is_damaged_once(redis_rig: RedisRig, caplog: pytest
         sweeper.tick()
     [record] = caplog.records
     assert "hortator:job:evil: WRONGTYPE" in record.getMessage()
+
+
+# ---- claims
+
+
+GARBAGE = ["string x", "string 1e400", "string nan", "string -1.5", "list", "fields"]
+
+
+def put_garbage(rig: RedisRig, key: str, what: str) -> None:
+    raw = rig.redis
+    before = raw.hkeys(key) if raw.type(key) == b"hash" else []
+    if what != "fields":
+        raw.delete(key)
+    match what.split():
+        case ["string", text]:
+            raw.set(key, text)
+        case ["list"]:
+            raw.rpush(key, "x")
+        case _:
+            if raw.type(key) in (b"hash", b"none"):
+                raw.hset(key, mapping=dict.fromkeys([*before, "!dead", "default", "since", "count", "rate"], "x"))
+
+
+@pytest.mark.parametrize("what", GARBAGE)
+@pytest.mark.parametrize("name", ["turn", "alone", "depth", "pace", "leases", "suspects", "rooms", "claimed"])
+def test_garbage_in_bookkeeping_stops_no_claim(redis_rig: RedisRig, name: str, what: str) -> None:
+    names, store = redis_rig.names, redis_rig.store
+    store.beat(GroupBeat("other", MODEL, 0, 8, 1, "ready", room=8))
+    redis_rig.enqueue("a", "b", "c")
+    redis_rig.claim(1)
+    assert isinstance(store, RedisStore)
+    [claimed] = redis_rig.redis.keys(f"{names.own}claimed:*")
+    key = claimed.decode() if name == "claimed" else f"{names.own}{name}:{MODEL}"
+    put_garbage(redis_rig, key, what)
+    redis_rig.enqueue("d")
+    claims = [redis_rig.claim(8, idle=idle) for idle in (False, True, True, True)]
+    assert sorted(prompt for claim in claims for prompt in prompts_of(claim)) == ["b", "c", "d"]
+    leases = [one.lease for claim in claims for one in claim.jobs]
+    assert redis_rig.store.commit([done(lease) for lease in leases]) == [Verdict.COMMITTED] * 3
+    assert redis_rig.reasons() == []
+
+
+def test_a_record_without_its_numbers_is_claimed_as_if_it_had_come_now(redis_rig: RedisRig) -> None:
+    [job_id] = redis_rig.enqueue("a")
+    redis_rig.redis.hdel(redis_rig.names.job(job_id), "enqueued", "attempt", "tenant")
+    [claimed] = redis_rig.claim().jobs
+    assert (claimed.lease.attempt, claimed.tenant) == (1, "default")
+    assert abs(claimed.enqueued_ms - time.time() * 1000) < 5000
+    redis_rig.redis.hdel(redis_rig.names.job(job_id), "enqueued", "attempt")
+    assert redis_rig.status(job_id).timings.enqueued_ms is None
+
+
+def test_the_message_of_a_job_whose_record_is_of_another_type_is_kept_as_a_dead_letter(redis_rig: RedisRig) -> None:
+    ids = redis_rig.enqueue("a", "b")
+    redis_rig.redis.set(redis_rig.names.job(ids[0]), "x")
+    assert prompts_of(redis_rig.claim()) == ["b"]
+    [letter] = redis_rig.letters()
+    assert prompt_of(letter.message) == "a"
+
+
+def test_a_foreign_message_runs_although_its_record_s_key_holds_something_else(redis_rig: RedisRig) -> None:
+    redis_rig.redis.set(redis_rig.names.job("foreign-1"), "x")
+    redis_rig.push(foreign("foreign-1"))
+    assert redis_rig.claim_one() == Lease("foreign-1", 1)
+
+
+def test_a_key_of_another_type_under_a_queue_s_name_stops_no_other_priority(redis_rig: RedisRig) -> None:
+    redis_rig.redis.sadd(redis_rig.names.queue(MODEL, 9), "x")
+    redis_rig.push(foreign("foreign-1"), step=3)
+    assert redis_rig.claim_one() == Lease("foreign-1", 1)
