@@ -226,7 +226,7 @@ local function refuse(id, problem, raw, step)
     finish(id, {state = 'new', model = model, tenant = 'default', tokens = 0}, 'failed', 'malformed', problem)
   elseif job and job.state == 'queued' then -- a replayed letter that is still bad
     finish(id, job, 'failed', 'malformed', problem)
-    count_queued(job.model, '!dead', -1)
+    drop_message(job.model, id)
   end
 end
 
@@ -242,6 +242,10 @@ local function take(raw, step)
     return false
   end
   local job = read(id)
+  if not job and has_left_message(model, id) then
+    drop_message(model, id)
+    return false
+  end
   if not job and recorded then
     bury(model, id, 'default', step, 'its record is gone: expired, or a late duplicate', raw)
     return false
@@ -254,19 +258,19 @@ local function take(raw, step)
       'enqueued', now, 'deadline', job.deadline)
     count_queued(model, 'default', 1) -- for a moment
   elseif is_terminal(job.state) then
-    count_queued(model, '!dead', -1)
+    drop_message(model, id)
     return false
   elseif job.state == 'running' or job.model ~= model
     or (job.suspicion > 0 and redis.call('EXISTS', own .. 'message:' .. id) == 1) then
     return false -- a duplicate: the job runs, or waits elsewhere
   elseif overdue(job) then
     expired(id, job)
-    count_queued(model, '!dead', -1)
+    drop_message(model, id)
     return false
   end
   local journal = needs(id, job, raw)
   if not journal then
-    count_queued(model, '!dead', -1)
+    drop_message(model, id)
     return false
   end
   count_queued(model, job.tenant, -1)
@@ -310,7 +314,9 @@ for i, step in ipairs(STEPS) do
   total = total + left[i]
 end
 if total == 0 then
-  insist('HDEL', own .. 'depth:' .. model, '!dead')
+  for _, field in ipairs(insist('HKEYS', own .. 'depth:' .. model)) do
+    if field:sub(1, 1) == '!' then redis.call('HDEL', own .. 'depth:' .. model, field) end -- no message is left
+  end
   return reply('together', false, token)
 end
 

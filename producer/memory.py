@@ -82,6 +82,7 @@ class _Queue:
     suspects: deque[str] = field(default_factory=deque)
     queued: Counter[str] = field(default_factory=Counter)  # by tenant; foreign messages belong to none yet
     dead: int = 0  # messages of jobs that ended while they were queued
+    left: set[str] = field(default_factory=set)  # the ids of these
     turn: int = 0
     holder: tuple[str, int] | None = None  # who makes room for suspects, or tries the last few; until when
     rooms: dict[str, tuple[int, int]] = field(default_factory=dict)  # group -> when it said so, rows that are free
@@ -312,7 +313,9 @@ class MemoryStore:
 
     def _take_many(self, model: str, queue: _Queue, limit: int, lease_ends: int) -> list[Claimed]:
         left = {step: len(queue.lists[step]) for step in STEPS}
-        queue.dead = queue.dead if any(left.values()) else 0
+        if not any(left.values()):
+            queue.dead = 0
+            queue.left.clear()
         jobs: list[Claimed] = []
         rows = examined = 0
         while any(left.values()) and rows < limit and examined < limit + MAX_REFUSED:
@@ -337,8 +340,8 @@ class MemoryStore:
             self._queue(model).lists[step].appendleft(raw)
             return None
         record = self._record(opened.job_id)
-        if record is None and opened.recorded:
-            self._bury(model, raw, "its record is gone: expired, or a late duplicate", opened.job_id, step=step)
+        if record is None and (opened.recorded or opened.job_id in self._queue(model).left):
+            self._meet_without_record(model, opened.job_id, raw, step)
             return None
         queue = self._queue(model)
         if record is None:
@@ -349,7 +352,7 @@ class MemoryStore:
         if self._overdue(record) and record.state is State.QUEUED and record.message is None:
             self._expire(opened.job_id, record)
         if record.state.terminal:
-            queue.dead = max(0, queue.dead - 1)
+            self._drop_message(model, opened.job_id)
             return None
         if record.state is State.RUNNING or record.model != model or record.message is not None:
             return None  # a duplicate: the job runs, or is a suspect
@@ -367,7 +370,19 @@ class MemoryStore:
             self._queue(model).queued["default"] += 1
         if record.state is State.QUEUED:
             self._end(job_id, record, State.FAILED, Failure(code="malformed", message=problem))
-            self._queue(model).dead -= 1
+            self._drop_message(model, job_id)
+
+    def _meet_without_record(self, model: str, job_id: str, raw: bytes, step: int) -> None:
+        if job_id in self._queue(model).left:
+            self._drop_message(model, job_id)
+        else:
+            self._bury(model, raw, "its record is gone: expired, or a late duplicate", job_id, step=step)
+
+    def _drop_message(self, model: str, job_id: str) -> None:
+        """The message of a job that had ended while it was queued was met."""
+        queue = self._queue(model)
+        queue.dead = max(0, queue.dead - 1)
+        queue.left.discard(job_id)
 
     def _lease(self, job_id: str, record: _Record, raw: bytes, lease_ends: int, *, alone: bool) -> Claimed:
         now = self._now()
@@ -656,6 +671,7 @@ class MemoryStore:
                 queue.suspects.remove(job_id)
             else:
                 queue.dead += 1
+                queue.left.add(job_id)
         record.state, record.failure, record.result = state, failure, result
         record.message, record.alone, record.cancel, record.suspicion = None, False, False, 0
         record.finished = self._now()

@@ -62,7 +62,10 @@ TABLE: tuple[Key, ...] = (
     Key("hortator:alone:{model}", "string", "the owner that makes room for suspects, or tries the last few", "lease_s"),
     Key("hortator:turn:{model}", "string", "where the round of priority classes stands", "never"),
     Key(
-        "hortator:depth:{model}", "hash", "tenant -> queued jobs; !dead -> messages of jobs that ended queued", "never"
+        "hortator:depth:{model}",
+        "hash",
+        "tenant -> queued jobs; !dead -> messages of jobs that ended queued, !:{id} -> each",
+        "never",
     ),
     Key("hortator:pace:{model}", "hash", "since count rate: claims per second lately, for retry_after_s", "never"),
     Key("hortator:rooms:{model}", "hash", "group -> ms and rows that it had for jobs then", "3 s after a beat"),

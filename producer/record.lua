@@ -117,6 +117,22 @@ local function count_queued(model, tenant, by)
   if count <= 0 then redis.call('HDEL', key, tenant) end
 end
 
+-- A job that ends while it is queued leaves its message in the list until that is popped, which may be after its record
+-- has expired.  Its id is kept until then, so that it is told from a job whose record was lost.
+local function leave_message(model, id)
+  count_queued(model, '!dead', 1)
+  redis.call('HSET', own .. 'depth:' .. model, '!:' .. id, 1)
+end
+
+local function drop_message(model, id)
+  count_queued(model, '!dead', -1)
+  return redis.call('HDEL', own .. 'depth:' .. model, '!:' .. id)
+end
+
+local function has_left_message(model, id)
+  return insist('HEXISTS', own .. 'depth:' .. model, '!:' .. id) == 1
+end
+
 local function letter_fields(entry)
   local f = {}
   for i = 1, #entry[2], 2 do f[entry[2][i]] = entry[2][i + 1] end
@@ -206,7 +222,7 @@ local function finish(id, job, state, code, text, result, seal)
   elseif job.state == 'queued' then
     count_queued(job.model, job.tenant, -1)
     if insist('LREM', own .. 'suspects:' .. job.model, 1, id) == 0 then
-      count_queued(job.model, '!dead', 1) -- its message stays in the list until popped
+      leave_message(job.model, id)
     end
   end
   if job.deadline then insist('ZREM', own .. 'deadlines', id) end

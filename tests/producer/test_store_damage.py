@@ -333,3 +333,32 @@ def test_a_key_of_another_type_under_a_queue_s_name_stops_no_other_priority(redi
     redis_rig.redis.sadd(redis_rig.names.queue(MODEL, 9), "x")
     redis_rig.push(foreign("foreign-1"), step=3)
     assert redis_rig.claim_one() == Lease("foreign-1", 1)
+
+
+# ---- records that are gone
+
+
+def test_the_message_of_a_job_that_was_cancelled_long_ago_is_dropped_silently(rig: Rig) -> None:
+    rig.rule(result_ttl_s=0.05)
+    ids = rig.enqueue("cancelled", "waits")
+    rig.store.cancel(ids[:1])
+    [late] = [receipt.job_id for receipt in rig.store.enqueue([job("late", deadline_s=0.01)])]
+    rig.wait(0.02)
+    assert rig.store.sweep().expired == (late,)
+    rig.wait(0.1)
+    assert rig.store.statuses([ids[0], late]) == [None, None]
+    assert rig.depth() == 1
+    assert prompts_of(rig.claim()) == ["waits"]
+    assert rig.reasons() == []
+    rig.enqueue("next")
+    assert rig.depth() == 1
+
+
+def test_a_job_whose_record_was_lost_is_kept_as_a_dead_letter_although_others_were_cancelled(
+    redis_rig: RedisRig,
+) -> None:
+    ids = redis_rig.enqueue("cancelled", "lost", "waits")
+    redis_rig.store.cancel(ids[:1])
+    redis_rig.redis.delete(*(redis_rig.names.job(job_id) for job_id in ids[:2]))
+    assert prompts_of(redis_rig.claim()) == ["waits"]
+    assert [prompt_of(letter.message) for letter in redis_rig.letters()] == ["lost"]
