@@ -425,14 +425,17 @@ class Front:
     def drain(self) -> None:
         """Claim nothing more."""
         self._draining = True
+        self._beat_at = self._clock()
 
     def resume(self) -> None:
         """Claim again after `drain`."""
         self._draining = False
+        self._beat_at = self._clock()
 
     def consume(self, wanted: bool) -> None:
         """Whether Celery takes jobs at all: its word, beside `drain` and `resume`, which are ours."""
         self._unwanted = not wanted
+        self._beat_at = self._clock()
 
     def leave(self) -> None:
         """Tell the fleet that this group ends; without it the group would pass for alive a while longer."""
