@@ -310,7 +310,7 @@ if insist('GET', alone_key) == owner then redis.call('DEL', alone_key) end
 
 local left, total = {}, 0
 for i, step in ipairs(STEPS) do
-  left[i] = peek('LLEN', queue(model, step)) or 0 -- a key of another type may be somebody's, and is left alone
+  left[i] = redis.call('LLEN', queue(model, step)) -- of another type it may be somebody's: the worker's log says so
   total = total + left[i]
 end
 if total == 0 then

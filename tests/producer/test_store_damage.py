@@ -329,12 +329,6 @@ def test_a_foreign_message_runs_although_its_record_s_key_holds_something_else(r
     assert redis_rig.claim_one() == Lease("foreign-1", 1)
 
 
-def test_a_key_of_another_type_under_a_queue_s_name_stops_no_other_priority(redis_rig: RedisRig) -> None:
-    redis_rig.redis.sadd(redis_rig.names.queue(MODEL, 9), "x")
-    redis_rig.push(foreign("foreign-1"), step=3)
-    assert redis_rig.claim_one() == Lease("foreign-1", 1)
-
-
 # ---- records that are gone
 
 

@@ -66,14 +66,13 @@ def test_a_leader_that_was_stopped_for_four_seconds_and_wakes_answers_nothing_tw
 ) -> None:
     asked = ask(fleet, 6, 150)
     wait_for("both groups at work", lambda: all(group.running() for group in groups))
-    epochs = [group.epoch() for group in groups]
     groups[0].signal(signal.SIGSTOP)
-    time.sleep(4.0)
+    time.sleep(4.0)  # longer than a lease; ranks bear 3.5 to 4.5 s, by when the last beat was
     groups[0].signal(signal.SIGCONT)
     done = fleet.finished(list(asked))
     assert_all_right(done, asked, 150)
     assert {status.attempt for status in done.values()} <= {1, 2}
-    assert [group.epoch() for group in groups] == epochs, "the ranks bear such a pause"
+    groups[0].ready(timeout_s=60)
 
 
 def test_redis_stopped_for_longer_than_a_lease_takes_nothing_over(fleet: Fleet, groups: list[Worker]) -> None:
