@@ -115,6 +115,13 @@ class Ranks:
         for message in submissions(requests, cancel):
             self.front.send(message)
 
+    def await_joined(self, handle: int) -> None:
+        """Until a plan has brought this request."""
+        deadline = time.monotonic() + 5
+        while not any(request.handle == handle for plan in list(self.engines[0].plans) for request in plan.admit):
+            assert time.monotonic() < deadline, self.errors
+            time.sleep(0.001)
+
     def until_idle(self) -> list[Message]:
         messages: list[Message] = []
         deadline = time.monotonic() + 5
@@ -184,12 +191,13 @@ def test_who_joins_a_group_in_which_others_wait_for_a_row_makes_no_report_of_its
 ) -> None:
     monkeypatch.setattr(stroke, "REPORT_EVERY_S", 60.0)
     monkeypatch.setattr(stroke, "MOST_UNTOLD_STEPS", 10**6)
-    full_ranks.submit(b"a", b"b", b"c", max_tokens=3_000)
+    full_ranks.submit(b"a", b"b", b"c", max_tokens=10**6)
     for handle in range(3, 13):
         full_ranks.submit(b"x", max_tokens=1, first=handle)
-        time.sleep(0.002)
+        full_ranks.await_joined(handle)
+    full_ranks.submit(cancel=(0, 1, 2))
     reports = [read_report(message) for message in full_ranks.until_idle()]
-    assert sum(len(report.finished) for report in reports) == 13
+    assert sum(len(report.finished) for report in reports) == 10, "those cancelled get no word"
     assert len(reports) <= 5, "not one for each of the ten"
 
 
