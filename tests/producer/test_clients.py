@@ -189,7 +189,7 @@ def test_waiting_ends_when_the_time_is_up(client: Client) -> None:
         with pytest.raises(TimeoutError) as caught:
             wait()
         assert str(caught.value) == f"time is up, still waiting for job {handle.id}"
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 5
 
 
 def test_of_many_jobs_a_timeout_names_a_few(client: Client) -> None:

