@@ -3,10 +3,15 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import redis
 
 from hortator.producer.embedded import EmbeddedRedis, executables, server_version
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy")
 
 OLDEST = (6, 2)  # the bundled one; pyproject's dev extra brings it, so its absence fails the suite
 

@@ -31,7 +31,7 @@ def job(prompt: str = "12+30=", **fields: Any) -> dict[str, Any]:
     return {"model": MODEL, "prompt": prompt, **fields}
 
 
-def wait_for(what: str, probe: Callable[[], T | None], timeout_s: float = 10.0) -> T:
+def wait_for(what: str, probe: Callable[[], T | None], timeout_s: float = 30.0) -> T:
     deadline = time.monotonic() + timeout_s
     while not (value := probe()):
         assert time.monotonic() < deadline, f"waited {timeout_s:g} s for: {what}"

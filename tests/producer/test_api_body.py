@@ -52,7 +52,7 @@ def test_brackets_inside_strings_do_not_count() -> None:
     assert parse(json.dumps({"prompt": text}).encode()) == {"prompt": text}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.dictionaries(st.text(max_size=8), st.recursive(st.text() | st.integers() | st.booleans() | st.none(), st.lists))
 )
@@ -60,7 +60,6 @@ def test_what_json_writes_is_read_back_the_same(value: dict[str, Any]) -> None:
     assert body.parse_object(json.dumps(value).encode(), max_depth=1000, max_containers=100_000) == value
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=300) | st.text(alphabet='{}[]",:\\ \x00aeé1.-', max_size=60).map(str.encode))
 def test_any_bytes_are_read_or_refused_and_never_crash(raw: bytes) -> None:
     with contextlib.suppress(Malformed):

@@ -61,7 +61,7 @@ async def dribbles(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
     for _ in range(100):
         writer.write(b"G")
         await asyncio.sleep(PATIENCE_S / 10)
-        if reader.at_eof():
+        if reader.at_eof() or writer.is_closing():  # the latter if a byte met a closed connection
             return b"ended"
     return b"borne"
 

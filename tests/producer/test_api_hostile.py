@@ -192,7 +192,7 @@ almost_jobs = st.builds(
 bodies = (
     st.binary(max_size=200) | almost_jobs.map(json.dumps).map(str.encode) | json_values.map(json.dumps).map(str.encode)
 )
-quiet = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quiet = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @quiet

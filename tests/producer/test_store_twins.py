@@ -176,7 +176,6 @@ def test_the_twins_agree(machine: type[Twins]) -> None:
         settings=settings(
             max_examples=int(os.environ.get("HORTATOR_TEST_EXAMPLES", "12")),  # hundreds by hand
             stateful_step_count=40,
-            deadline=None,
             derandomize="HORTATOR_TEST_EXAMPLES" not in os.environ,
             database=None,
             suppress_health_check=list(HealthCheck),

@@ -29,7 +29,7 @@ PATIENCE_S = 10.0
 T = TypeVar("T")
 
 
-def wait_for(what: str, probe: Callable[[], T | None], timeout_s: float = 30.0) -> T:
+def wait_for(what: str, probe: Callable[[], T | None], timeout_s: float = 60.0) -> T:
     """Poll until the probe gives something true; its value."""
     deadline = time.monotonic() + timeout_s
     while True:

@@ -49,7 +49,7 @@ def we_read(text: str) -> list[tuple[str, int]] | None:
         return None
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(lines=SOUND, end=ENDS)
 @example(lines=["a slots=1", "A slots=1"], end="\n")
 def test_what_deepspeed_reads_from_a_sound_file_is_what_we_read(lines: list[str], end: str) -> None:
@@ -62,7 +62,7 @@ def test_what_deepspeed_reads_from_a_sound_file_is_what_we_read(lines: list[str]
         assert ours is None
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(lines=NOISE, end=ENDS)
 def test_what_we_read_of_any_text_deepspeed_reads_alike(lines: list[str], end: str) -> None:
     """But for the short form, which it does not know."""

@@ -37,7 +37,7 @@ def names_twice(text: str) -> bool:
     return any(names.count(name) > 1 for name in whole)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=FILTER, leave_out=st.booleans())
 def test_filters_keep_what_deepspeed_keeps(text: str, leave_out: bool) -> None:
     include, exclude = ("", text) if leave_out else (text, "")
@@ -48,7 +48,7 @@ def test_filters_keep_what_deepspeed_keeps(text: str, leave_out: bool) -> None:
         assert ours == deepspeed_keeps(include, exclude)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(num_nodes=st.none() | st.integers(1, 3), num_gpus=st.none() | st.integers(1, 2))
 def test_counts_keep_what_deepspeed_keeps(num_nodes: int | None, num_gpus: int | None) -> None:
     active = {host.address: list(range(host.slots)) for host in HOSTS}

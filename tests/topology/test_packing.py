@@ -19,7 +19,7 @@ def packed(demands: list[Demand], free: list[int]) -> list[list[tuple[int, int]]
     return [None if parts is None else [(part.host, part.units) for part in parts] for parts in placed]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(demands=DEMANDS, hosts=HOSTS)
 def test_nothing_is_used_twice_and_every_group_is_whole_and_where_it_may_be(
     demands: list[Demand], hosts: list[tuple[int, int]]
@@ -37,7 +37,7 @@ def test_nothing_is_used_twice_and_every_group_is_whole_and_where_it_may_be(
     assert placed == pack(demands, free, kinds)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(demands=DEMANDS, hosts=HOSTS)
 def test_a_group_is_only_left_out_if_there_is_really_no_room_for_it(
     demands: list[Demand], hosts: list[tuple[int, int]]
@@ -52,7 +52,7 @@ def test_a_group_is_only_left_out_if_there_is_really_no_room_for_it(
         assert parts is not None or room < demand.count
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     exponents=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=12),
     num_hosts=st.integers(1, 6),

@@ -50,7 +50,7 @@ HOSTS = st.lists(st.sets(st.integers(0, 7), min_size=1).map(sorted), min_size=1,
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(models=MODELS, hosts=HOSTS)
 def test_every_plan_gives_each_rank_a_slot_of_its_own_and_says_what_is_left(
     models: list[dict[str, Any]], hosts: list[HostSlots]
@@ -75,7 +75,7 @@ def test_every_plan_gives_each_rank_a_slot_of_its_own_and_says_what_is_left(
             assert len(on) == 1 or group.tensor_parallel_size > widest
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(models=MODELS, hosts=HOSTS)
 def test_what_a_refusal_says_would_fit_does_fit(models: list[dict[str, Any]], hosts: list[HostSlots]) -> None:
     try:

@@ -19,7 +19,7 @@ def stage_costs(stages: tuple[range, ...], costs: list[int], first: int, last: i
     return loads
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(costs=costs_, num_stages=st.integers(1, 9), first=st.integers(0, 20), last=st.integers(0, 20))
 def test_no_other_cut_has_a_cheaper_largest_stage(costs: list[int], num_stages: int, first: int, last: int) -> None:
     num_stages = min(num_stages, len(costs))
@@ -33,7 +33,7 @@ def test_no_other_cut_has_a_cheaper_largest_stage(costs: list[int], num_stages: 
     assert (max(ours), sum(x * x for x in ours)) == min(rank)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(num_layers=st.integers(1, 80), num_stages=st.integers(1, 12), last=st.floats(0, 10))
 def test_every_layer_is_in_one_stage_and_no_stage_is_empty(num_layers: int, num_stages: int, last: float) -> None:
     num_stages = min(num_stages, num_layers)

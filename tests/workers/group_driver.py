@@ -38,7 +38,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_for(what: str, probe: Callable[[], bool], timeout_s: float = 10.0) -> float:
+def wait_for(what: str, probe: Callable[[], bool], timeout_s: float = 30.0) -> float:
     """Until the probe holds; how long it took."""
     started = time.monotonic()
     while not probe():

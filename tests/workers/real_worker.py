@@ -21,7 +21,7 @@ TOKEN_S = 0.01  # of slow_engine
 T = TypeVar("T")
 
 
-def wait_for(what: str, probe: Callable[[], T | None], timeout_s: float = 15.0) -> T:
+def wait_for(what: str, probe: Callable[[], T | None], timeout_s: float = 60.0) -> T:
     """Poll until the probe gives something true; its value."""
     until = time.monotonic() + timeout_s
     while not (value := probe()):

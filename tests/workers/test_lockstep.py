@@ -7,7 +7,7 @@ from pathlib import Path
 from zlib import crc32
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hortator.workers import lockstep
@@ -63,7 +63,6 @@ def test_a_cut_plan_is_refused(plan: StepPlan, data: st.DataObject) -> None:
         decode_plan(frame[: data.draw(st.integers(0, len(frame) - 1))])
 
 
-@settings(deadline=None)
 @given(plans, st.data())
 def test_a_garbled_plan_is_refused(plan: StepPlan, data: st.DataObject) -> None:
     frame = bytearray(encode_plan(plan, epoch=1, digest=0))
@@ -74,7 +73,6 @@ def test_a_garbled_plan_is_refused(plan: StepPlan, data: st.DataObject) -> None:
         decode_plan(bytes(frame))
 
 
-@settings(deadline=None)
 @given(plans, st.data())
 def test_a_plan_whose_checksums_are_right_is_refused_or_is_a_plan_but_never_anything_else(
     plan: StepPlan, data: st.DataObject

@@ -211,7 +211,8 @@ def test_an_idle_group_parks_and_is_woken_by_the_next_submission(ranks: Ranks) -
         assert ranks.control.wakes == expected
 
 
-def test_a_submission_right_after_the_last_needs_no_wake(ranks: Ranks) -> None:
+def test_a_submission_right_after_the_last_needs_no_wake(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stroke, "LINGER_S", 5.0)
     for _ in range(5):
         ranks.submit(b"abc")
         ranks.until_idle()

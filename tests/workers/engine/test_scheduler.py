@@ -142,7 +142,7 @@ def some_prompt(rng: random.Random, length: int) -> tuple[int, ...]:
     return tuple([7] * rng.randrange(length + 1) + [rng.randrange(3) for _ in range(length)])[:length]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     requests=st.lists(sizes, min_size=1, max_size=20),
     block_size=st.integers(1, 5),
@@ -177,7 +177,7 @@ def test_everything_finishes_right_whatever_the_pool_the_budget_and_the_steps_in
     assert harness.out == wanted
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(requests=st.lists(sizes, min_size=1, max_size=12), mode=modes, seed=st.integers(0, 1000))
 def test_cancels_at_any_moment_leak_nothing_and_harm_nobody(
     requests: list[tuple[int, int]], mode: tuple[int, int, bool], seed: int

@@ -129,7 +129,7 @@ samplings = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(samplings, st.integers(0, 25), st.integers(0, 40)), min_size=1, max_size=12), st.integers(0, 99)
 )
@@ -156,7 +156,7 @@ def test_every_pair_of_parameters_in_one_batch_is_as_each_alone() -> None:
     assert together == [expected(logits[row], draws[row]) for row in range(len(draws))]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 700), min_size=1), st.lists(st.integers(0, 700), max_size=600), st.booleans(), st.data())
 def test_a_tally_that_grows_holds_what_a_fresh_count_does(
     prompt: list[int], output: list[int], with_prompt: bool, data: st.DataObject

@@ -35,7 +35,7 @@ def cuts(draw: st.DrawFn) -> tuple[tuple[int, ...], Cut]:
     return shape, draw(st.sampled_from([WHOLE, Cut(dim, ranges)]))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(case=cuts(), buffer_bytes=st.integers(8, 400), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_any_part_of_any_tensor_is_read_right_through_any_buffer(
     case: tuple[tuple[int, ...], Cut], buffer_bytes: int, dtype: torch.dtype, tmp_path_factory: pytest.TempPathFactory
