@@ -2,7 +2,7 @@
 
 import pytest
 
-from hortator.producer import calls, memory
+from hortator.producer import calls, memory_claims
 from hortator.producer.store import Claim, ClaimMode, GroupBeat, ReleaseReason
 from tests.producer.rig import MODEL, Rig
 
@@ -71,7 +71,7 @@ def test_who_takes_no_jobs_has_no_share(rig: Rig, state: str) -> None:
 
 def test_a_silent_group_has_no_share_for_long(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "ROOM_COUNTS_S", 0.2)
-    monkeypatch.setattr(memory, "ROOM_COUNTS_S", 0.2)
+    monkeypatch.setattr(memory_claims, "ROOM_COUNTS_S", 0.2)
     say(rig, "b", 64)
     enqueue(rig, 10)
     assert taken(rig.claim(64, owner="a")) == (ClaimMode.SHARED, 5)
