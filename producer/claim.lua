@@ -19,13 +19,14 @@
 -- | letters                      | stream | messages that can never run                              |
 -- | celery-task-meta-{id}        | string | STARTED; the failure of a refused foreign message with an id |
 --
--- args: model owner token seen limit lease_ms idle version surplus room_counts_ms
+-- args: model owner token seen limit lease_ms idle version surplus room_counts_ms claim_jobs claim_bytes
 -- `token` names this reply; `seen` is the token of the last reply that arrived: if it is not the last one that was sent,
 -- that one was lost on the way and is sent again.
--- reply: mode, full_run_alone, now, token, then each job as {id attempt message tenant enqueued deadline journal}
+-- reply: mode, full_run_alone, more, now, token, then each job as {id attempt message tenant enqueued deadline journal}
 local model, owner, token, seen = arg(1), arg(2), arg(3), arg(4)
 local limit, lease_ms, idle = tonumber(arg(5)), tonumber(arg(6)), arg(7) == '1'
 local version, surplus, ROOM_COUNTS_MS = tonumber(arg(8)), tonumber(arg(9)), tonumber(arg(10))
+local CLAIM_JOBS, CLAIM_BYTES = tonumber(arg(11)), tonumber(arg(12))
 local ROUND = {1, 2, 1, 3, 1, 2, 1, 4, 1, 2, 1, 3, 1, 2, 1} -- eight, four, two and one turn for the four steps
 local MAX_ENVELOPE_BYTES = 65536
 local MAX_ESCAPES = 100000
@@ -36,7 +37,7 @@ local MAX_REFUSED = 256 -- bad, dead or duplicate messages thrown out in one cal
 even_when_full()
 local leases, claimed_key = own .. 'leases:' .. model, own .. 'claimed:' .. owner
 local suspects, alone_key = own .. 'suspects:' .. model, own .. 'alone:' .. model
-local jobs, leased, rows = {}, {}, 0
+local jobs, leased, rows, bytes = {}, {}, 0, 0
 local group = owner:gsub('#%x+$', '')
 -- What a plain Celery client sees of a running job.  No PUBLISH: whoever waits, waits for the end.
 local started = '{"status": "STARTED", "result": {"hostname": ' .. cjson.encode(group)
@@ -73,10 +74,14 @@ end
 
 local function tell(id, attempt, message, job, journal)
   jobs[#jobs + 1] = {id, attempt, message, job.tenant, job.enqueued, job.deadline or '', journal}
+  bytes = bytes + #message
+  for _, chunk in ipairs(journal) do bytes = bytes + #chunk end
 end
 
+local function is_cut() return #jobs >= CLAIM_JOBS or bytes >= CLAIM_BYTES end
+
 local function reply(mode, full, name)
-  return {mode, full and 1 or 0, now, name, unpack(jobs)}
+  return {mode, full and 1 or 0, is_cut() and 1 or 0, now, name, unpack(jobs)}
 end
 
 local function lost_reply()
@@ -324,7 +329,8 @@ local most = share(total)
 local mode = most < math.min(limit, total) and 'shared' or 'together'
 local turn_key = own .. 'turn:' .. model
 local turn, examined = math.max(0, whole(insist('GET', turn_key))), 0
-while total > 0 and rows < most and examined < limit + MAX_REFUSED do
+local most_examined = math.min(limit, CLAIM_JOBS) + MAX_REFUSED
+while total > 0 and rows < most and not is_cut() and examined < most_examined do
   local class = ROUND[turn % #ROUND + 1]
   turn = turn + 1
   if left[class] > 0 then

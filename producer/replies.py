@@ -29,6 +29,8 @@ from .store import (
 
 T = TypeVar("T")
 
+CLAIM_TOKEN = 4  # where the name of a claim's reply stands in it
+
 
 def nothing(_: Any) -> None:
     return None
@@ -68,8 +70,8 @@ def receipts(jobs: list[Job], job_ids: list[str], reply: list[Any]) -> list[Rece
 
 
 def claim(reply: list[Any]) -> Claim:
-    mode, full, now, _, *jobs = reply
-    return Claim(ClaimMode(mode.decode()), tuple(map(_claimed, jobs)), int(now), bool(full))
+    mode, full, more, now, _, *jobs = reply
+    return Claim(ClaimMode(mode.decode()), tuple(map(_claimed, jobs)), int(now), bool(full), bool(more))
 
 
 def _claimed(row: list[Any]) -> Claimed:

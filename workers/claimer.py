@@ -77,7 +77,9 @@ class Claimer:
             return None
         if claim.jobs:
             self._last_job_at = now
-        if claim.mode is ClaimMode.SHARED:
+        if claim.more:
+            self.at = now
+        elif claim.mode is ClaimMode.SHARED:
             self.at = now + SHARED_S
         elif len(claim.jobs) < room:
             self.at = now + self._pause_s(now - self._last_job_at, idle=idle, crowded=crowded)
