@@ -28,7 +28,6 @@ local limit, lease_ms, idle = tonumber(arg(5)), tonumber(arg(6)), arg(7) == '1'
 local version, surplus, ROOM_COUNTS_MS = tonumber(arg(8)), tonumber(arg(9)), tonumber(arg(10))
 local CLAIM_JOBS, CLAIM_BYTES = tonumber(arg(11)), tonumber(arg(12))
 local ROUND = {1, 2, 1, 3, 1, 2, 1, 4, 1, 2, 1, 3, 1, 2, 1} -- eight, four, two and one turn for the four steps
-local MAX_ENVELOPE_BYTES = 65536
 local MAX_ESCAPES = 100000
 local FEW = 8 -- suspects that the group which tries them gets through in a second or two, without another one's help
 local REMEMBER_MS = 15000 -- a reply that was lost in an outage is told again after it
@@ -110,7 +109,7 @@ local function lease(id, job, message, journal, step, alone)
   redis.call('SET', namespace .. 'celery-task-meta-' .. id, started .. id .. '"}')
   insist('ZADD', leases, now + lease_ms, id)
   leased[#leased + 1] = id .. ' ' .. attempt
-  rows = rows + (job.rows or 1)
+  rows = rows + job.rows
   tell(id, attempt, message, job, journal)
 end
 
@@ -176,7 +175,7 @@ local function is_object(value) return type(value) == 'table' and value[1] == ni
 
 -- The message without what stands between the quotes of its body, so that only the envelope is decoded.
 local function without_body(raw)
-  local _, start = raw:sub(1, MAX_ENVELOPE_BYTES):find('"body"%s*:%s*"')
+  local _, start = raw:sub(1, ENVELOPE_BYTES):find('"body"%s*:%s*"')
   if not start then return raw end
   local stop = start
   for _ = 1, MAX_ESCAPES do -- none in base64, but others may send a body as it is
@@ -193,7 +192,7 @@ end
 -- was written with it.
 local function look(raw)
   local json = without_body(raw)
-  if #json > MAX_ENVELOPE_BYTES then return nil, 'its envelope is larger than ' .. MAX_ENVELOPE_BYTES .. ' bytes' end
+  if #json > ENVELOPE_BYTES then return nil, 'its envelope is larger than ' .. ENVELOPE_BYTES .. ' bytes' end
   local ok, m = pcall(cjson.decode, json)
   if not ok or not is_object(m) or raw:match('^%s*(.)') ~= '{' then return nil, 'not a JSON object' end
   local headers = m['headers']
@@ -257,10 +256,10 @@ local function take(raw, step)
   end
   if not job then
     job = {state = 'queued', model = model, tenant = 'default', attempt = 0, tokens = 0, suspicion = 0, enqueued = now,
-      deadline = set_deadline(id, DEFAULT_DEADLINE_MS)}
+      deadline = set_deadline(id, DEFAULT_DEADLINE_MS), rows = rows_of(raw)}
     forget(id)
     redis.call('HSET', own .. 'job:' .. id, 'state', 'queued', 'model', model, 'tenant', 'default', 'attempt', 0,
-      'enqueued', now, 'deadline', job.deadline)
+      'enqueued', now, 'deadline', job.deadline, 'rows', job.rows)
     count_queued(model, 'default', 1) -- for a moment
   elseif is_terminal(job.state) then
     drop_message(model, id)

@@ -112,7 +112,8 @@ class Claims:
             return None
         if record is None:
             now = records.now()
-            record = Record(model, "default", now, deadline=records.default_deadline(now))
+            rows = message.rows_of(raw)
+            record = Record(model, "default", now, deadline=records.default_deadline(now), rows=rows)
             records.by_id[opened.job_id] = record
             queue.queued["default"] += 1
         if records.overdue(record) and record.state is State.QUEUED and record.message is None:

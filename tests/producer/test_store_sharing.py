@@ -1,10 +1,13 @@
 """Several groups of one model share what is queued, by the rows that each has free."""
 
+import base64
+import json
+
 import pytest
 
 from hortator.producer import calls, memory_claims
 from hortator.producer.store import Claim, ClaimMode, GroupBeat, ReleaseReason
-from tests.producer.rig import MODEL, Rig, job
+from tests.producer.rig import MODEL, Rig, foreign, job
 
 
 def say(rig: Rig, group: str, room: int, *, state: str = "ready") -> None:
@@ -129,3 +132,36 @@ def test_two_groups_of_thousands_of_rows_empty_a_queue_of_thousands(rig: Rig) ->
         claim = rig.claim(free[owner] + spare, owner=owner, surplus=spare)
         free[owner] -= len(claim.jobs)
     assert 2 * rows - sum(free.values()) == count
+
+
+def asking(job_id: str, kwargs: dict[str, object], *, plain: bool = False) -> bytes:
+    """A plain Celery client's message; `plain`: its body is not in base64."""
+    body = json.dumps([[], kwargs, {}])
+    return foreign(job_id, body=body if plain else base64.b64encode(body.encode()).decode())
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("padding", range(3))
+@pytest.mark.parametrize("kwargs", [{"n": 16}, {"sampling": {"temperature": 1.0, "n": 16}}])
+def test_a_plain_clients_job_takes_a_row_for_each_of_its_answers(
+    rig: Rig, kwargs: dict[str, object], padding: int, plain: bool
+) -> None:
+    for number in range(5):
+        prompt = "x" * padding + ' a prompt that says "n": 2'
+        rig.push(asking(f"foreign-{number}", {"prompt": prompt} | kwargs, plain=plain))
+    assert len(rig.claim(40).jobs) == 3
+
+
+@pytest.mark.parametrize("n", [0, 17, "16", 1e99, None])
+def test_what_asks_for_an_impossible_number_of_answers_counts_for_one(rig: Rig, n: object) -> None:
+    for number in range(5):
+        rig.push(asking(f"foreign-{number}", {"prompt": 'the text "n": 16', "n": n}))
+    assert len(rig.claim(4).jobs) == 4
+
+
+def test_a_replayed_letter_takes_a_row_for_each_of_its_answers(rig: Rig) -> None:
+    rig.rule(max_attempts=1)
+    enqueue(rig, 3, sampling={"n": 16, "temperature": 1.0})
+    rig.store.release([one.lease for one in rig.claim(48).jobs], reason=ReleaseReason.CRASHED)
+    rig.store.replay([letter.letter_id for letter in rig.store.dead_letters()])
+    assert len(rig.claim(32).jobs) == 2
