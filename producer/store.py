@@ -50,6 +50,7 @@ class Claim:
     jobs: tuple[Claimed, ...]
     now_ms: int
     full_run_alone: bool = False  # with ALONE: the suspect was involved in two crashes and stays alone to its end
+    more: bool = False  # one reply holds no more than these: ask again at once
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from tests.producer.rig import MODEL, MemoryRig, RedisRig, Rig, done, foreign, j
 
 def drop_message(rig: Rig, job_id: str) -> None:
     if isinstance(rig, MemoryRig):
-        rig.memory._records[job_id].message = None
+        rig.memory._records.by_id[job_id].message = None
     elif isinstance(rig, RedisRig):
         rig.redis.delete(rig.names.message(job_id))
 
