@@ -97,6 +97,7 @@ class JobRoutes:
 
         wait_s is cut to the server's longest wait; the answer then shows the state of that moment, ask again.
         """
+        await thrown_away(request)
         status = await self._known(request, job_id)
         timeout_s = min(wait_s, self._settings.max_wait_s)
         if timeout_s == 0 or status.state.terminal:
@@ -123,6 +124,7 @@ class JobRoutes:
 
         Each event is a Chunk, its id the number of tokens so far.  The last event is `done` with the Status.
         """
+        await thrown_away(request)
         start = position(last_event_id, after)
         status = await self._known(request, job_id)
         if start is None:
@@ -213,6 +215,12 @@ def unknown_fields(parsed: dict[str, Any]) -> tuple[str, ...]:
 def check_id(job_id: str) -> None:
     if not is_job_id(job_id):
         raise Malformed("this is no job id: letters, digits and . _ : - only, at most 128")
+
+
+async def thrown_away(request: Request) -> None:
+    """The body that a GET may have.  Whoever waits beside it must not hear of its being too large or too slow."""
+    async for _ in request.stream():
+        pass
 
 
 def caller_of(request: Request) -> Caller:
