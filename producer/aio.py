@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self
 from .awaited import Awaited, End, Key
 from .client import MANY, settings_for
 from .errors import HortatorError, StoreUnavailable, UnknownJob
-from .job import Follower, Pace, Patience, new_job, outcome_of, result_of, unknown
+from .job import Follower, OnOutage, Pace, Patience, new_job, outcome_of, result_of, unknown
 from .redis_store import AsyncRedisStore
 from .schema import Chunk, Job, Priority, Result, Sampling, State, Status
 from .settings import StoreSettings
@@ -84,7 +84,9 @@ class AsyncClient:
     """Talks to one store, in one event loop.
 
     `where` is a Redis URL, a store (AsyncMemoryStore in tests), or None for the environment (HORTATOR_REDIS_URL ...).
-    `tenant` owns the jobs that name none.  Waiting calls bear with an unavailable store for `patience_s`.
+    `tenant` owns the jobs that name none.  Waiting calls bear with an unavailable store for `patience_s`,
+    and tell `on_outage` once, as soon as each finds that it is away (and again if it comes back and goes away again);
+    what that raises ends the wait.
     """
 
     def __init__(
@@ -96,9 +98,11 @@ class AsyncClient:
         require_known_model: bool | None = None,
         timeout_s: float | None = None,
         patience_s: float = 30.0,
+        on_outage: OnOutage | None = None,
     ) -> None:
         self.tenant = tenant
         self._patience_s = patience_s
+        self._on_outage = on_outage
         if where is None or isinstance(where, str):
             self.store: AsyncProducerStore = AsyncRedisStore.from_settings(
                 settings_for(where, namespace, require_known_model, timeout_s)
@@ -107,9 +111,17 @@ class AsyncClient:
             self.store = where
 
     @classmethod
-    def from_settings(cls, settings: StoreSettings, *, tenant: str = "default", patience_s: float = 30.0) -> Self:
+    def from_settings(
+        cls,
+        settings: StoreSettings,
+        *,
+        tenant: str = "default",
+        patience_s: float = 30.0,
+        on_outage: OnOutage | None = None,
+    ) -> Self:
         """A client of the store that the settings describe."""
-        return cls(AsyncRedisStore.from_settings(settings), tenant=tenant, patience_s=patience_s)
+        store = AsyncRedisStore.from_settings(settings)
+        return cls(store, tenant=tenant, patience_s=patience_s, on_outage=on_outage)
 
     async def __aenter__(self) -> Self:
         return self
@@ -197,7 +209,7 @@ class AsyncClient:
         """Each handle once, as its job ends (however it ends): `result()` of it does not wait.  All are watched by one
         call at a time, and several handles on one job are all given.  Raises TimeoutError when the time is up."""
         waiting = Awaited(handles)
-        pace, patience = Pace(timeout_s), Patience(self._patience_s)
+        pace, patience = Pace(timeout_s), Patience(self._patience_s, self._on_outage)
         while waiting:
             pace.asking()
             ends: dict[Key, End] = {}
@@ -214,7 +226,7 @@ class AsyncClient:
     async def stream(self, handle: AsyncJobHandle, *, after: int, timeout_s: float | None) -> AsyncIterator[Chunk]:
         """What AsyncJobHandle.stream says."""
         reader = Follower(handle.id, after)
-        pace, patience = Pace(timeout_s), Patience(self._patience_s)
+        pace, patience = Pace(timeout_s), Patience(self._patience_s, self._on_outage)
         while True:
             pace.asking()
             status, chunks = None, []

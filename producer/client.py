@@ -11,6 +11,7 @@ from .awaited import Awaited, End, Key
 from .errors import ConfigError, HortatorError, StoreUnavailable, UnknownJob
 from .job import (
     Follower,
+    OnOutage,
     Pace,
     Patience,
     new_job,
@@ -78,7 +79,9 @@ class Client:
     """Talks to one store.  Threads may share it.
 
     `where` is a Redis URL, a store (MemoryStore in tests), or None for the environment (HORTATOR_REDIS_URL ...).
-    `tenant` owns the jobs that name none.  Waiting calls bear with an unavailable store for `patience_s`.
+    `tenant` owns the jobs that name none.  Waiting calls bear with an unavailable store for `patience_s`,
+    and tell `on_outage` once, as soon as each finds that it is away (and again if it comes back and goes away again);
+    what that raises ends the wait.
     """
 
     def __init__(
@@ -90,18 +93,28 @@ class Client:
         require_known_model: bool | None = None,
         timeout_s: float | None = None,
         patience_s: float = 30.0,
+        on_outage: OnOutage | None = None,
     ) -> None:
         self.tenant = tenant
         self._patience_s = patience_s
+        self._on_outage = on_outage
         if where is None or isinstance(where, str):
             self.store: Store = RedisStore.from_settings(settings_for(where, namespace, require_known_model, timeout_s))
         else:
             self.store = where
 
     @classmethod
-    def from_settings(cls, settings: StoreSettings, *, tenant: str = "default", patience_s: float = 30.0) -> Self:
+    def from_settings(
+        cls,
+        settings: StoreSettings,
+        *,
+        tenant: str = "default",
+        patience_s: float = 30.0,
+        on_outage: OnOutage | None = None,
+    ) -> Self:
         """A client of the store that the settings describe."""
-        return cls(RedisStore.from_settings(settings), tenant=tenant, patience_s=patience_s)
+        store = RedisStore.from_settings(settings)
+        return cls(store, tenant=tenant, patience_s=patience_s, on_outage=on_outage)
 
     def __enter__(self) -> Self:
         return self
@@ -189,7 +202,7 @@ class Client:
         """Each handle once, as its job ends (however it ends): `result()` of it does not wait.  All are watched by one
         call at a time, and several handles on one job are all given.  Raises TimeoutError when the time is up."""
         waiting = Awaited(handles)
-        pace, patience = Pace(timeout_s), Patience(self._patience_s)
+        pace, patience = Pace(timeout_s), Patience(self._patience_s, self._on_outage)
         while waiting:
             pace.asking()
             ends: dict[Key, End] = {}
@@ -205,7 +218,7 @@ class Client:
     def stream(self, handle: JobHandle, *, after: int, timeout_s: float | None) -> Iterator[Chunk]:
         """What JobHandle.stream says."""
         reader = Follower(handle.id, after)
-        pace, patience = Pace(timeout_s), Patience(self._patience_s)
+        pace, patience = Pace(timeout_s), Patience(self._patience_s, self._on_outage)
         while True:
             pace.asking()
             status, chunks = None, []
