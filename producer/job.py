@@ -23,6 +23,7 @@ MAX_POLL_S = 0.25
 POLL_PER_JOB_S = 0.0002  # who watches many jobs hears of one every few milliseconds anyway
 FEW, LITTLE_NEWS = 16, 2.5  # news of less than a sixteenth of the jobs: the wait grows, to so many times the shortest
 POLL_SHARE = 0.05  # at most this share of the time goes into asking
+MAX_SHARE_S = 1.0  # but a question that took long because something stood still is not waited for so many times again
 
 OnOutage = Callable[[StoreUnavailable], None]
 
@@ -132,7 +133,8 @@ class Pace:
         else:
             longest = min(LITTLE_NEWS * shortest, MAX_POLL_S) if news else MAX_POLL_S
             self._delay = min(max(shortest, 1.5 * self._delay), longest)
-        delay = max(self._delay, (now - self._asked) * (1 / POLL_SHARE - 1))
+        share = (now - self._asked) * (1 / POLL_SHARE - 1)
+        delay = max(self._delay, min(share, MAX_SHARE_S + jobs * POLL_PER_JOB_S))
         if self._give_up is None:
             return delay
         left = self._give_up - now
