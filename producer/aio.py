@@ -2,11 +2,11 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from itertools import islice
 from typing import Any, Protocol, Self
 
 from .awaited import Awaited, End, Key
-from .client import MANY, settings_for
+from .batches import Batches
+from .client import settings_for
 from .errors import HortatorError, StoreUnavailable, UnknownJob
 from .job import Follower, OnOutage, Pace, Patience, new_job, outcome_of, result_of, unknown
 from .redis_store import AsyncRedisStore
@@ -167,22 +167,15 @@ class AsyncClient:
         return (await self.enqueue_many([job]))[0]
 
     async def enqueue_many(self, jobs: Iterable[Job]) -> list[AsyncJobHandle]:
-        """Accept many jobs, one round trip per few hundred.  An error's `accepted` names those that are in already,
-        its `index` the one that was refused."""
-        handles: list[AsyncJobHandle] = []
-        remaining = iter(jobs)
-        while some := list(islice(remaining, MANY)):
-            try:
-                receipts = await self.store.enqueue(some)
-            except HortatorError as error:
-                error.accepted = (*(handle.id for handle in handles), *error.accepted)
-                error.index = None if error.index is None else error.index + len(handles)
-                raise
-            handles += [
-                AsyncJobHandle(self, receipt.job_id, tenant=job.tenant, duplicate=receipt.duplicate)
-                for job, receipt in zip(some, receipts, strict=True)
-            ]
-        return handles
+        """Accept many jobs, one round trip per few hundred.
+
+        Raises as `enqueue` does, and IterableFailed; the error's `accepted` are the handles of the first jobs, which
+        are in already, its `index` is the place of the one that was refused."""
+        batches = Batches(jobs, self._accepted)
+        for some in batches:
+            with batches.accepting(some) as receipts:
+                receipts.extend(await self.store.enqueue(some))
+        return batches.handles
 
     def job(self, job_id: str, *, tenant: str | None = None) -> AsyncJobHandle:
         """A handle on a job that was enqueued earlier or elsewhere; nothing is asked yet."""
@@ -244,6 +237,9 @@ class AsyncClient:
                     yield chunk
                 return
             await self._wait(pace, patience, news=len(chunks), waiting_for=f"job {handle.id}")
+
+    def _accepted(self, job: Job, receipt: Receipt) -> AsyncJobHandle:
+        return AsyncJobHandle(self, receipt.job_id, tenant=job.tenant, duplicate=receipt.duplicate)
 
     async def unknown(self, handle: AsyncJobHandle) -> UnknownJob:
         """UnknownJob, telling gone from never issued."""

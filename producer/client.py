@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Any, Self
 
 from pydantic import ValidationError
 
 from .awaited import Awaited, End, Key
+from .batches import Batches
 from .errors import ConfigError, HortatorError, StoreUnavailable, UnknownJob
 from .job import (
     Follower,
@@ -23,9 +23,7 @@ from .problems import listed
 from .redis_store import RedisStore
 from .schema import Chunk, Job, Priority, Result, Sampling, State, Status
 from .settings import StoreSettings
-from .store import QueueInfo, Store
-
-MANY = 1000  # jobs taken off an iterable at a time
+from .store import QueueInfo, Receipt, Store
 
 
 class JobHandle:
@@ -160,22 +158,15 @@ class Client:
         return self.enqueue_many([job])[0]
 
     def enqueue_many(self, jobs: Iterable[Job]) -> list[JobHandle]:
-        """Accept many jobs, one round trip per few hundred.  An error's `accepted` names those that are in already,
-        its `index` the one that was refused."""
-        handles: list[JobHandle] = []
-        remaining = iter(jobs)
-        while some := list(islice(remaining, MANY)):
-            try:
-                receipts = self.store.enqueue(some)
-            except HortatorError as error:
-                error.accepted = (*(handle.id for handle in handles), *error.accepted)
-                error.index = None if error.index is None else error.index + len(handles)
-                raise
-            handles += [
-                JobHandle(self, receipt.job_id, tenant=job.tenant, duplicate=receipt.duplicate)
-                for job, receipt in zip(some, receipts, strict=True)
-            ]
-        return handles
+        """Accept many jobs, one round trip per few hundred.
+
+        Raises as `enqueue` does, and IterableFailed; the error's `accepted` are the handles of the first jobs, which
+        are in already, its `index` is the place of the one that was refused."""
+        batches = Batches(jobs, self._accepted)
+        for some in batches:
+            with batches.accepting(some) as receipts:
+                receipts.extend(self.store.enqueue(some))
+        return batches.handles
 
     def job(self, job_id: str, *, tenant: str | None = None) -> JobHandle:
         """A handle on a job that was enqueued earlier or elsewhere; nothing is asked yet."""
@@ -234,6 +225,9 @@ class Client:
                 yield from reader.rest(result_of(status))
                 return
             self._wait(pace, patience, news=len(chunks), waiting_for=f"job {handle.id}")
+
+    def _accepted(self, job: Job, receipt: Receipt) -> JobHandle:
+        return JobHandle(self, receipt.job_id, tenant=job.tenant, duplicate=receipt.duplicate)
 
     def unknown(self, handle: JobHandle) -> UnknownJob:
         """UnknownJob, telling gone from never issued."""

@@ -19,7 +19,6 @@ from hortator.producer import (
     JobExpired,
     JobFailed,
     Priority,
-    QueueFull,
     Sampling,
     State,
     StoreUnavailable,
@@ -342,15 +341,6 @@ def test_a_duplicate_is_marked_on_its_handle(client: Client) -> None:
     first = client.enqueue("x", model=MODEL, idempotency_key="k")
     again = client.enqueue("x", model=MODEL, idempotency_key="k")
     assert (again.id, first.duplicate, again.duplicate) == (first.id, False, True)
-
-
-def test_a_refusal_in_the_middle_names_what_is_in(rig: Rig) -> None:
-    rig.rule(max_queued_per_model=2500)
-    client = Client(rig.store)
-    with pytest.raises(QueueFull) as caught:
-        client.enqueue_many(job() for _ in range(4000))
-    assert len(caught.value.accepted) == rig.depth()
-    assert (2000 <= rig.depth() <= 2500, caught.value.index) == (True, 2500)
 
 
 @pytest.mark.usefixtures("working")
