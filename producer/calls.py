@@ -123,12 +123,8 @@ class Calls:
             yield self._call(name, [tenant or "", *ids], functools.partial(read, some))
 
     def chunks(self, job_id: str, after: int) -> Call[list[Chunk]]:
-        job_id = job_id if message.is_job_id(job_id) else ""
-        return self._call(
-            "chunks",
-            [job_id, max(after, 0)],
-            lambda reply: journal.from_token(map(journal.decode_chunk, reply), after),
-        )
+        known = job_id if message.is_job_id(job_id) else ""
+        return self._call("chunks", [known, max(after, 0)], functools.partial(replies.chunks, job_id, after))
 
     # leaders
 

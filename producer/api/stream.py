@@ -13,7 +13,7 @@ from contextlib import aclosing
 from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from hortator.producer.errors import StoreUnavailable, UnknownJob
+from hortator.producer.errors import HortatorError, JobFailed, StoreUnavailable, UnknownJob
 from hortator.producer.job import Follower
 from hortator.producer.schema import Chunk, Status
 
@@ -52,6 +52,9 @@ async def token_events(
             await asyncio.sleep(STORE_RETRY_S)
             yield comment("the store is away")
             continue
+        except JobFailed as damaged:
+            yield error(damaged)
+            return
         for chunk in chunks:
             reader.take([chunk])
             yield chunk_event(chunk)
@@ -64,7 +67,7 @@ async def token_events(
             if not await watch.changed(keep_alive_s):
                 yield comment("still here")
         except UnknownJob as gone:  # the record expired under the reader
-            yield event(json.dumps({"error": {"code": gone.code, "message": gone.message}}), kind="error")
+            yield error(gone)
             return
 
 
@@ -85,6 +88,10 @@ def event(data: str, *, event_id: str | None = None, kind: str | None = None) ->
     """One event; JSON holds no line break, so one data line is enough."""
     fields = (("id", event_id), ("event", kind), ("data", data))
     return "".join(f"{name}: {value}\n" for name, value in fields if value is not None).encode() + b"\n"
+
+
+def error(why: HortatorError) -> bytes:
+    return event(json.dumps({"error": {"code": why.code, "message": why.message}}), kind="error")
 
 
 def comment(text: str) -> bytes:

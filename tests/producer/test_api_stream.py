@@ -178,6 +178,17 @@ def test_a_journal_that_cannot_be_read_for_a_moment_is_read_again(api: Api, monk
     assert len(calls) == 3
 
 
+def test_a_damaged_journal_ends_the_stream_with_an_error_that_names_the_job(api: Api) -> None:
+    job_id = api.submit()
+    [claimed] = api.worker.claim()
+    api.worker.say(claimed, 0, ["a"])
+    api.redis.xadd(f"hortator:journal:{job_id}", {"c": "[1,"}, id="2-0")
+    api.redis.hset(f"hortator:job:{job_id}", "tokens", 2)
+    [event] = read(api, job_id)
+    assert (event.kind, event.json["error"]["code"]) == ("error", "job_failed")
+    assert job_id in event.json["error"]["message"]
+
+
 def test_when_the_journal_has_expired_the_result_stands_in_for_it(api: Api) -> None:
     job_id = api.submit()
     api.worker.run_one(["a", "b", "c"])
