@@ -128,7 +128,7 @@ class Calls:
         return self._call(
             "chunks",
             [job_id, max(after, 0)],
-            lambda reply: journal.from_token(map(journal.decode_chunk, reply), after),
+            lambda reply: journal.readable(reply, max(after, 0)),
         )
 
     # leaders

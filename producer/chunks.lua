@@ -6,7 +6,7 @@
 --
 -- args: id after.  An entry's id is the number of tokens after it, so every entry beyond `after` is wanted.
 local chunks = {}
-for _, entry in ipairs(redis.call('XRANGE', own .. 'journal:' .. arg(1), '(' .. arg(2) .. '-0', '+')) do
+for _, entry in ipairs(peek('XRANGE', own .. 'journal:' .. arg(1), '(' .. arg(2) .. '-0', '+') or {}) do
   if entry[2][1] == 'c' then chunks[#chunks + 1] = entry[2][2] end
 end
 return chunks

@@ -32,6 +32,22 @@ def decode_chunk(raw: bytes) -> Chunk:
     )
 
 
+def readable(entries: Iterable[bytes], after: int) -> list[Chunk]:
+    """The chunks beyond token `after`, up to where the journal is damaged: an entry that is none of ours, or a gap."""
+    chunks: list[Chunk] = []
+    so_far = after
+    for raw in entries:
+        try:
+            chunk = decode_chunk(raw)
+            if chunk.index > so_far:
+                break
+            so_far = chunk.index + len(chunk.token_ids)
+        except (ValueError, TypeError):
+            break
+        chunks.append(chunk)
+    return from_token(chunks, after)
+
+
 def _tops(places: list[list[list[Any]]]) -> TopLogprobs:
     return tuple(tuple((token_id, logprob) for token_id, logprob in place) for place in places)
 
