@@ -2,13 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from itertools import islice
 from typing import Any, Protocol, Self
 
 from .awaited import Awaited, End, Key
-from .client import MANY, settings_for
+from .batches import Batches
+from .client import settings_for
 from .errors import HortatorError, StoreUnavailable, UnknownJob
-from .job import Follower, Pace, Patience, new_job, outcome_of, result_of, unknown
+from .job import Follower, OnOutage, Pace, Patience, new_job, outcome_of, result_of, unknown
 from .redis_store import AsyncRedisStore
 from .schema import Chunk, Job, Priority, Result, Sampling, State, Status
 from .settings import StoreSettings
@@ -84,7 +84,9 @@ class AsyncClient:
     """Talks to one store, in one event loop.
 
     `where` is a Redis URL, a store (AsyncMemoryStore in tests), or None for the environment (HORTATOR_REDIS_URL ...).
-    `tenant` owns the jobs that name none.  Waiting calls bear with an unavailable store for `patience_s`.
+    `tenant` owns the jobs that name none.  Waiting calls bear with an unavailable store for `patience_s`,
+    and tell `on_outage` once, as soon as each finds that it is away (and again if it comes back and goes away again);
+    what that raises ends the wait.
     """
 
     def __init__(
@@ -96,9 +98,11 @@ class AsyncClient:
         require_known_model: bool | None = None,
         timeout_s: float | None = None,
         patience_s: float = 30.0,
+        on_outage: OnOutage | None = None,
     ) -> None:
         self.tenant = tenant
         self._patience_s = patience_s
+        self._on_outage = on_outage
         if where is None or isinstance(where, str):
             self.store: AsyncProducerStore = AsyncRedisStore.from_settings(
                 settings_for(where, namespace, require_known_model, timeout_s)
@@ -107,9 +111,17 @@ class AsyncClient:
             self.store = where
 
     @classmethod
-    def from_settings(cls, settings: StoreSettings, *, tenant: str = "default", patience_s: float = 30.0) -> Self:
+    def from_settings(
+        cls,
+        settings: StoreSettings,
+        *,
+        tenant: str = "default",
+        patience_s: float = 30.0,
+        on_outage: OnOutage | None = None,
+    ) -> Self:
         """A client of the store that the settings describe."""
-        return cls(AsyncRedisStore.from_settings(settings), tenant=tenant, patience_s=patience_s)
+        store = AsyncRedisStore.from_settings(settings)
+        return cls(store, tenant=tenant, patience_s=patience_s, on_outage=on_outage)
 
     async def __aenter__(self) -> Self:
         return self
@@ -155,22 +167,15 @@ class AsyncClient:
         return (await self.enqueue_many([job]))[0]
 
     async def enqueue_many(self, jobs: Iterable[Job]) -> list[AsyncJobHandle]:
-        """Accept many jobs, one round trip per few hundred.  An error's `accepted` names those that are in already,
-        its `index` the one that was refused."""
-        handles: list[AsyncJobHandle] = []
-        remaining = iter(jobs)
-        while some := list(islice(remaining, MANY)):
-            try:
-                receipts = await self.store.enqueue(some)
-            except HortatorError as error:
-                error.accepted = (*(handle.id for handle in handles), *error.accepted)
-                error.index = None if error.index is None else error.index + len(handles)
-                raise
-            handles += [
-                AsyncJobHandle(self, receipt.job_id, tenant=job.tenant, duplicate=receipt.duplicate)
-                for job, receipt in zip(some, receipts, strict=True)
-            ]
-        return handles
+        """Accept many jobs, one round trip per few hundred.
+
+        Raises as `enqueue` does, and IterableFailed; the error's `accepted` are the handles of the first jobs, which
+        are in already, its `index` is the place of the one that was refused."""
+        batches = Batches(jobs, self._accepted)
+        for some in batches:
+            with batches.accepting(some) as receipts:
+                receipts.extend(await self.store.enqueue(some))
+        return batches.handles
 
     def job(self, job_id: str, *, tenant: str | None = None) -> AsyncJobHandle:
         """A handle on a job that was enqueued earlier or elsewhere; nothing is asked yet."""
@@ -197,7 +202,7 @@ class AsyncClient:
         """Each handle once, as its job ends (however it ends): `result()` of it does not wait.  All are watched by one
         call at a time, and several handles on one job are all given.  Raises TimeoutError when the time is up."""
         waiting = Awaited(handles)
-        pace, patience = Pace(timeout_s), Patience(self._patience_s)
+        pace, patience = Pace(timeout_s), Patience(self._patience_s, self._on_outage)
         while waiting:
             pace.asking()
             ends: dict[Key, End] = {}
@@ -214,7 +219,7 @@ class AsyncClient:
     async def stream(self, handle: AsyncJobHandle, *, after: int, timeout_s: float | None) -> AsyncIterator[Chunk]:
         """What AsyncJobHandle.stream says."""
         reader = Follower(handle.id, after)
-        pace, patience = Pace(timeout_s), Patience(self._patience_s)
+        pace, patience = Pace(timeout_s), Patience(self._patience_s, self._on_outage)
         while True:
             pace.asking()
             status, chunks = None, []
@@ -232,6 +237,9 @@ class AsyncClient:
                     yield chunk
                 return
             await self._wait(pace, patience, news=len(chunks), waiting_for=f"job {handle.id}")
+
+    def _accepted(self, job: Job, receipt: Receipt) -> AsyncJobHandle:
+        return AsyncJobHandle(self, receipt.job_id, tenant=job.tenant, duplicate=receipt.duplicate)
 
     async def unknown(self, handle: AsyncJobHandle) -> UnknownJob:
         """UnknownJob, telling gone from never issued."""

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from . import journal, message, replies
 from .names import STEP_OF, Names
-from .rules import ROOM_COUNTS_S, Rules
+from .rules import CLAIM_BYTES, CLAIM_JOBS, ROOM_COUNTS_S, Rules
 from .schema import SCHEMA_VERSION, Chunk, Failure, Job, State, Status
 from .script import Call
 from .server import refuse_no_room
@@ -38,7 +38,6 @@ T = TypeVar("T")
 MAX_JOBS_PER_CALL = 250
 MAX_BYTES_PER_CALL = 2**20
 MAX_IDS_PER_CALL = 500
-MAX_CLAIM = 1000  # a script's reply is unpacked on a stack of 8000
 
 
 class Calls:
@@ -124,12 +123,8 @@ class Calls:
             yield self._call(name, [tenant or "", *ids], functools.partial(read, some))
 
     def chunks(self, job_id: str, after: int) -> Call[list[Chunk]]:
-        job_id = job_id if message.is_job_id(job_id) else ""
-        return self._call(
-            "chunks",
-            [job_id, max(after, 0)],
-            lambda reply: journal.readable(reply, max(after, 0)),
-        )
+        known = job_id if message.is_job_id(job_id) else ""
+        return self._call("chunks", [known, max(after, 0)], functools.partial(replies.chunks, job_id, after))
 
     # leaders
 
@@ -140,19 +135,21 @@ class Calls:
             owner,
             os.urandom(6).hex(),
             self._seen.get(owner, "-"),
-            min(limit, MAX_CLAIM),
+            limit,
             _ms(lease_s),
             int(idle),
             SCHEMA_VERSION,
             surplus,
             _ms(ROOM_COUNTS_S),
+            CLAIM_JOBS,
+            CLAIM_BYTES,
         ]
         return self._call("claim", args, functools.partial(self._claimed, owner))
 
     def _claimed(self, owner: str, reply: list[Any]) -> Claim:
         claim = replies.claim(reply)
         if claim.jobs:
-            self._seen[owner] = reply[3].decode()
+            self._seen[owner] = reply[replies.CLAIM_TOKEN].decode()
         return claim
 
     def append(self, appends: Sequence[Append]) -> Call[Signals]:

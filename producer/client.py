@@ -2,15 +2,16 @@
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Any, Self
 
 from pydantic import ValidationError
 
 from .awaited import Awaited, End, Key
+from .batches import Batches
 from .errors import ConfigError, HortatorError, StoreUnavailable, UnknownJob
 from .job import (
     Follower,
+    OnOutage,
     Pace,
     Patience,
     new_job,
@@ -22,9 +23,7 @@ from .problems import listed
 from .redis_store import RedisStore
 from .schema import Chunk, Job, Priority, Result, Sampling, State, Status
 from .settings import StoreSettings
-from .store import QueueInfo, Store
-
-MANY = 1000  # jobs taken off an iterable at a time
+from .store import QueueInfo, Receipt, Store
 
 
 class JobHandle:
@@ -78,7 +77,9 @@ class Client:
     """Talks to one store.  Threads may share it.
 
     `where` is a Redis URL, a store (MemoryStore in tests), or None for the environment (HORTATOR_REDIS_URL ...).
-    `tenant` owns the jobs that name none.  Waiting calls bear with an unavailable store for `patience_s`.
+    `tenant` owns the jobs that name none.  Waiting calls bear with an unavailable store for `patience_s`,
+    and tell `on_outage` once, as soon as each finds that it is away (and again if it comes back and goes away again);
+    what that raises ends the wait.
     """
 
     def __init__(
@@ -90,18 +91,28 @@ class Client:
         require_known_model: bool | None = None,
         timeout_s: float | None = None,
         patience_s: float = 30.0,
+        on_outage: OnOutage | None = None,
     ) -> None:
         self.tenant = tenant
         self._patience_s = patience_s
+        self._on_outage = on_outage
         if where is None or isinstance(where, str):
             self.store: Store = RedisStore.from_settings(settings_for(where, namespace, require_known_model, timeout_s))
         else:
             self.store = where
 
     @classmethod
-    def from_settings(cls, settings: StoreSettings, *, tenant: str = "default", patience_s: float = 30.0) -> Self:
+    def from_settings(
+        cls,
+        settings: StoreSettings,
+        *,
+        tenant: str = "default",
+        patience_s: float = 30.0,
+        on_outage: OnOutage | None = None,
+    ) -> Self:
         """A client of the store that the settings describe."""
-        return cls(RedisStore.from_settings(settings), tenant=tenant, patience_s=patience_s)
+        store = RedisStore.from_settings(settings)
+        return cls(store, tenant=tenant, patience_s=patience_s, on_outage=on_outage)
 
     def __enter__(self) -> Self:
         return self
@@ -147,22 +158,15 @@ class Client:
         return self.enqueue_many([job])[0]
 
     def enqueue_many(self, jobs: Iterable[Job]) -> list[JobHandle]:
-        """Accept many jobs, one round trip per few hundred.  An error's `accepted` names those that are in already,
-        its `index` the one that was refused."""
-        handles: list[JobHandle] = []
-        remaining = iter(jobs)
-        while some := list(islice(remaining, MANY)):
-            try:
-                receipts = self.store.enqueue(some)
-            except HortatorError as error:
-                error.accepted = (*(handle.id for handle in handles), *error.accepted)
-                error.index = None if error.index is None else error.index + len(handles)
-                raise
-            handles += [
-                JobHandle(self, receipt.job_id, tenant=job.tenant, duplicate=receipt.duplicate)
-                for job, receipt in zip(some, receipts, strict=True)
-            ]
-        return handles
+        """Accept many jobs, one round trip per few hundred.
+
+        Raises as `enqueue` does, and IterableFailed; the error's `accepted` are the handles of the first jobs, which
+        are in already, its `index` is the place of the one that was refused."""
+        batches = Batches(jobs, self._accepted)
+        for some in batches:
+            with batches.accepting(some) as receipts:
+                receipts.extend(self.store.enqueue(some))
+        return batches.handles
 
     def job(self, job_id: str, *, tenant: str | None = None) -> JobHandle:
         """A handle on a job that was enqueued earlier or elsewhere; nothing is asked yet."""
@@ -189,7 +193,7 @@ class Client:
         """Each handle once, as its job ends (however it ends): `result()` of it does not wait.  All are watched by one
         call at a time, and several handles on one job are all given.  Raises TimeoutError when the time is up."""
         waiting = Awaited(handles)
-        pace, patience = Pace(timeout_s), Patience(self._patience_s)
+        pace, patience = Pace(timeout_s), Patience(self._patience_s, self._on_outage)
         while waiting:
             pace.asking()
             ends: dict[Key, End] = {}
@@ -205,7 +209,7 @@ class Client:
     def stream(self, handle: JobHandle, *, after: int, timeout_s: float | None) -> Iterator[Chunk]:
         """What JobHandle.stream says."""
         reader = Follower(handle.id, after)
-        pace, patience = Pace(timeout_s), Patience(self._patience_s)
+        pace, patience = Pace(timeout_s), Patience(self._patience_s, self._on_outage)
         while True:
             pace.asking()
             status, chunks = None, []
@@ -221,6 +225,9 @@ class Client:
                 yield from reader.rest(result_of(status))
                 return
             self._wait(pace, patience, news=len(chunks), waiting_for=f"job {handle.id}")
+
+    def _accepted(self, job: Job, receipt: Receipt) -> JobHandle:
+        return JobHandle(self, receipt.job_id, tenant=job.tenant, duplicate=receipt.duplicate)
 
     def unknown(self, handle: JobHandle) -> UnknownJob:
         """UnknownJob, telling gone from never issued."""

@@ -4,6 +4,7 @@
     ├── BadRequest                  the job can never run: fix it and send it again
     │   ├── PromptTooLong
     │   └── IdempotencyConflict     same key, other body
+    ├── IterableFailed              what `enqueue_many` was to iterate over raised
     ├── UnknownModel                no group serves this model, nor did lately
     ├── UnknownJob                  never issued, of another tenant, or expired (`gone` tells)
     ├── QueueFull                   try again after `retry_after_s`
@@ -19,7 +20,7 @@
 Each carries a stable `code` (what clients may match on) and, where there is one, the `job_id` that it concerns.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class HortatorError(Exception):
@@ -32,7 +33,7 @@ class HortatorError(Exception):
         self.message = message
         self.job_id = job_id
         self.index: int | None = None  # of the refused job among those of one enqueue; a job that is not in has no id
-        self.accepted: tuple[str, ...] = ()  # of a long enqueue: ids of the round trips before the refused one
+        self.accepted: tuple[Any, ...] = ()  # of a long enqueue: what it would have returned for the jobs that are in
 
 
 class BadRequest(HortatorError):
@@ -51,6 +52,12 @@ class IdempotencyConflict(BadRequest):
     """The idempotency key was used with another body."""
 
     code = "idempotency_conflict"
+
+
+class IterableFailed(HortatorError):
+    """The iterable that `enqueue_many` was given raised (that is the cause): the jobs before are `accepted`."""
+
+    code = "iterable_failed"
 
 
 class UnknownModel(HortatorError):

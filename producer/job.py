@@ -1,7 +1,7 @@
 """From what a caller says to a job, and from a status to what a caller gets; shared by both clients."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -9,10 +9,10 @@ from pydantic import ValidationError
 from .errors import (
     BadRequest,
     ConfigError,
-    HortatorError,
     JobCancelled,
     JobExpired,
     JobFailed,
+    StoreUnavailable,
     UnknownJob,
 )
 from .problems import listed
@@ -23,6 +23,9 @@ MAX_POLL_S = 0.25
 POLL_PER_JOB_S = 0.0002  # who watches many jobs hears of one every few milliseconds anyway
 FEW, LITTLE_NEWS = 16, 2.5  # news of less than a sixteenth of the jobs: the wait grows, to so many times the shortest
 POLL_SHARE = 0.05  # at most this share of the time goes into asking
+MAX_SHARE_S = 1.0  # but a question that took long because something stood still is not waited for so many times again
+
+OnOutage = Callable[[StoreUnavailable], None]
 
 
 def new_job(
@@ -130,7 +133,8 @@ class Pace:
         else:
             longest = min(LITTLE_NEWS * shortest, MAX_POLL_S) if news else MAX_POLL_S
             self._delay = min(max(shortest, 1.5 * self._delay), longest)
-        delay = max(self._delay, (now - self._asked) * (1 / POLL_SHARE - 1))
+        share = (now - self._asked) * (1 / POLL_SHARE - 1)
+        delay = max(self._delay, min(share, MAX_SHARE_S + jobs * POLL_PER_JOB_S))
         if self._give_up is None:
             return delay
         left = self._give_up - now
@@ -138,23 +142,28 @@ class Pace:
 
 
 class Patience:
-    """Store errors that a waiting call bears with: Redis restarts, and waiting goes on."""
+    """Store errors that a waiting call bears with: Redis restarts, and waiting goes on.  Each outage is told of once,
+    as it is found."""
 
-    def __init__(self, patience_s: float) -> None:
+    def __init__(self, patience_s: float, on_outage: OnOutage | None = None) -> None:
         self._patience_s = patience_s
+        self._on_outage = on_outage
         self._since: float | None = None
-        self._problem: HortatorError | None = None
+        self._problem: StoreUnavailable | None = None
 
     def good(self) -> None:
         self._since = self._problem = None
 
-    def bear(self, error: HortatorError) -> None:
+    def bear(self, error: StoreUnavailable) -> None:
         """Raise the error if the store has been away for too long, or waiting cannot help."""
         now = time.monotonic()
+        begins = self._since is None
         self._since = now if self._since is None else self._since
         self._problem = error
         if isinstance(error, ConfigError) or now - self._since > self._patience_s:
             raise error
+        if begins and self._on_outage is not None:
+            self._on_outage(error)
 
     def too_late(self, waiting_for: object) -> TimeoutError:
         """What to raise when the time is up; if the store did not answer last, that is said, and the cause."""

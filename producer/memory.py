@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from . import journal
+from . import journal, message
 from .errors import UnknownJob
 from .ids import Mint, new_secret
 from .memory_admission import Admission
@@ -307,7 +307,8 @@ class MemoryStore:
     def _replay(self, kept: Kept) -> None:
         letter = kept.letter
         self._records.letters.drop(kept)
-        if letter.job_id is None or self._records.clean(letter.job_id, letter.model, kept.tenant):
+        rows = message.rows_of(letter.message)
+        if letter.job_id is None or self._records.clean(letter.job_id, letter.model, kept.tenant, rows=rows):
             self._records.queue(letter.model).lists[kept.step].appendleft(letter.message)
 
     def check(self, *, for_submits: bool = False) -> None:

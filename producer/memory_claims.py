@@ -1,11 +1,12 @@
 """How the memory twin hands out jobs, as claim.lua does."""
 
 import math
+from collections.abc import Sequence
 
-from . import message
+from . import journal, message
 from .memory_records import Queue, Record, Records
 from .names import STEPS
-from .rules import ROOM_COUNTS_S
+from .rules import CLAIM_BYTES, CLAIM_JOBS, ROOM_COUNTS_S
 from .schema import SCHEMA_VERSION, Failure, State
 from .store import Claim, Claimed, ClaimMode, Lease
 
@@ -32,10 +33,11 @@ class Claims:
         total = sum(map(len, queue.lists.values()))
         most = self._share(queue, owner, total, limit, surplus)
         jobs = tuple(self._take_many(model, queue, most, lease_ends))
+        mode = ClaimMode.SHARED if most < min(limit, total) else ClaimMode.TOGETHER
         rows = sum(self._records.by_id[claimed.lease.job_id].rows for claimed in jobs)
         if rows and owner in queue.rooms:
             queue.rooms[owner] = now, max(0, limit - surplus - rows)
-        return Claim(ClaimMode.SHARED if most < min(limit, total) else ClaimMode.TOGETHER, jobs, now)
+        return Claim(mode, jobs, now, more=_is_cut(jobs, sum(map(_num_bytes, jobs))))
 
     def _share(self, queue: Queue, owner: str, total: int, limit: int, surplus: int) -> int:
         """See claim.lua."""
@@ -78,8 +80,9 @@ class Claims:
             queue.dead = 0
             queue.left.clear()
         jobs: list[Claimed] = []
-        rows = examined = 0
-        while any(left.values()) and rows < limit and examined < limit + MAX_REFUSED:
+        rows = examined = num_bytes = 0
+        most_examined = min(limit, CLAIM_JOBS) + MAX_REFUSED
+        while any(left.values()) and rows < limit and not _is_cut(jobs, num_bytes) and examined < most_examined:
             step = ROUND[queue.turn]
             queue.turn = (queue.turn + 1) % len(ROUND)
             if left[step]:
@@ -88,6 +91,7 @@ class Claims:
                 claimed = self._take(model, queue.lists[step].pop(), step, lease_ends)
                 if claimed:
                     jobs.append(claimed)
+                    num_bytes += _num_bytes(claimed)
                     rows += self._records.by_id[claimed.lease.job_id].rows
         return jobs
 
@@ -108,7 +112,8 @@ class Claims:
             return None
         if record is None:
             now = records.now()
-            record = Record(model, "default", now, deadline=records.default_deadline(now))
+            rows = message.rows_of(raw)
+            record = Record(model, "default", now, deadline=records.default_deadline(now), rows=rows)
             records.by_id[opened.job_id] = record
             queue.queued["default"] += 1
         if records.overdue(record) and record.state is State.QUEUED and record.message is None:
@@ -149,3 +154,11 @@ class Claims:
         record.claimed = record.claimed or now
         lease = Lease(job_id, record.attempt)
         return Claimed(lease, raw, record.tenant, record.enqueued, record.deadline, tuple(record.chunks))
+
+
+def _is_cut(jobs: Sequence[Claimed], num_bytes: int) -> bool:
+    return len(jobs) >= CLAIM_JOBS or num_bytes >= CLAIM_BYTES
+
+
+def _num_bytes(claimed: Claimed) -> int:
+    return len(claimed.message) + sum(len(journal.encode_chunk(chunk)) for chunk in claimed.journal)

@@ -194,13 +194,14 @@ class Records:
         where = step if step is not None else record.step if record else 0
         return self.letters.bury(model, raw, reason, job_id, tenant=whose, step=where, now=self.now(), rules=self.rules)
 
-    def clean(self, job_id: str, model: str, tenant: str) -> bool:
+    def clean(self, job_id: str, model: str, tenant: str, *, rows: int) -> bool:
         """A record as of a job that was never run, for a replay; False if the job has not ended."""
         old = self.get(job_id)
         if old is not None and not old.state.terminal:
             return False
         now, metadata = self.now(), old.metadata if old else {}
-        new = Record(model, old.tenant if old else tenant, now, deadline=self.default_deadline(now), metadata=metadata)
+        whose, deadline = old.tenant if old else tenant, self.default_deadline(now)
+        new = Record(model, whose, now, deadline=deadline, metadata=metadata, rows=rows)
         new.attempt = new.free = old.attempt if old else 0
         self.by_id[job_id] = new
         self.queue(model).queued[new.tenant] += 1

@@ -9,12 +9,12 @@ from .store import Receipt
 
 @contextlib.contextmanager
 def naming_jobs(receipts: list[Receipt], job_ids: Sequence[str], *, minted: bool) -> Iterator[None]:
-    """An error on the way through an enqueue carries the ids that were accepted before it and the index of the refused
-    job.  Its id, if it was minted for this call, goes: nobody will ever find a job under it."""
+    """An error on the way through an enqueue carries the receipts of what was accepted before it and the index of the
+    refused job.  Its id, if it was minted for this call, goes: nobody will ever find a job under it."""
     try:
         yield
     except HortatorError as error:
-        error.accepted = tuple(receipt.job_id for receipt in receipts)
+        error.accepted = tuple(receipts)
         if error.job_id in job_ids:
             error.index = job_ids.index(error.job_id)
         if minted:

@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from . import journal
-from .errors import BadRequest, UnknownJob
+from .errors import BadRequest, JobFailed, UnknownJob
+from .journal import DamagedJournal
 from .refused import cut_letter, idempotency_conflict, queue_full, unknown_model
-from .schema import Failure, Job, Result, State, Status, Timings
+from .schema import Chunk, Failure, Job, Result, State, Status, Timings
 from .server import refuse_no_room
 from .store import (
     Claim,
@@ -28,6 +29,8 @@ from .store import (
 )
 
 T = TypeVar("T")
+
+CLAIM_TOKEN = 4  # where the name of a claim's reply stands in it
 
 
 def nothing(_: Any) -> None:
@@ -68,20 +71,32 @@ def receipts(jobs: list[Job], job_ids: list[str], reply: list[Any]) -> list[Rece
 
 
 def claim(reply: list[Any]) -> Claim:
-    mode, full, now, _, *jobs = reply
-    return Claim(ClaimMode(mode.decode()), tuple(map(_claimed, jobs)), int(now), bool(full))
+    mode, full, more, now, _, *jobs = reply
+    return Claim(ClaimMode(mode.decode()), tuple(map(_claimed, jobs)), int(now), bool(full), bool(more))
 
 
 def _claimed(row: list[Any]) -> Claimed:
-    job_id, attempt, raw, tenant, enqueued, deadline, chunks = row
+    job_id, attempt, raw, tenant, enqueued, deadline, entries = row
+    damage = None
+    try:
+        read = tuple(journal.read_chunks(entries))
+    except DamagedJournal as error:
+        read, damage = (), damaged_journal(error)
     return Claimed(
-        Lease(job_id.decode(), int(attempt)),
-        raw or b"",
-        _text(tenant),
-        int(enqueued),
-        _int(deadline),
-        tuple(map(journal.decode_chunk, chunks)),
+        Lease(job_id.decode(), int(attempt)), raw or b"", _text(tenant), int(enqueued), _int(deadline), read, damage
     )
+
+
+def damaged_journal(error: DamagedJournal) -> str:
+    return f"its journal in Redis was damaged ({error}); send the job anew"
+
+
+def chunks(job_id: str, after: int, entries: list[bytes]) -> list[Chunk]:
+    try:
+        return journal.from_token(journal.read_chunks(entries, after), after)
+    except DamagedJournal as error:
+        text = f"job {job_id}: its journal in Redis was damaged ({error}), so its tokens cannot be streamed"
+        raise JobFailed(text, job_id=job_id, reason="damaged") from error
 
 
 def signals(reply: list[list[bytes]]) -> Signals:

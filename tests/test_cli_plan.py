@@ -75,11 +75,35 @@ def lines(text: str) -> list[str]:
 def test_the_plan_is_shown_as_tables(sh: Shell, fleet: Path) -> None:
     found = lines(sh.out("plan", fleet))
     assert found[0] == "3 groups on 6 of 8 GPUs of 2 hosts, 2 free"
-    assert "llama-0 llama 2 x 2 node-a node-a 1,906,816 14 x 131,072" in found
+    assert "llama-0 llama auto 2 x 2 node-a node-a 1,906,816 14 x 131,072" in found
     assert "node-a 3 llama-0 3 1 1 18-31 2.8 GiB 55.7 GiB 72.0 GiB" in found
     assert "10.0.0.2 3 free" in found
     assert "llama-0 hidden states 0-1 to 2-3 8.0 KiB a token no" in found
     assert "note: elsewhere: its sizes are not known here: memory and traffic were not checked" in found
+
+
+def test_a_fleet_of_cpus_has_slots_and_the_device_is_said(sh: Shell, fleet: Path) -> None:
+    fleet.write_text(FLEET.replace("[[models]]", '[environment]\nHORTATOR_DEVICE = "cpu"\n[[models]]', 1))
+    said = sh.out("plan", fleet)
+    assert lines(said)[0] == "3 groups on 6 of 8 slots of 2 hosts, 2 free"
+    assert "elsewhere-0 elsewhere cpu 1 x 1 10.0.0.2 10.0.0.2 - -" in lines(said)
+    assert "GPU" not in said
+    assert "GPU" not in sh.out("plan", fleet, "--mermaid")
+    plan = Plan.model_validate_json(sh.out("plan", fleet, "--json"))
+    assert {group.device for group in plan.groups} == {"cpu"}
+    fleet.write_text(fleet.read_text().replace("replicas", 'device = "cuda"\nreplicas'))
+    assert lines(sh.out("plan", fleet))[0].startswith("3 groups on 6 of 8 GPUs")
+
+
+def test_the_plan_reckons_with_the_settings_that_stand_in_the_environment(sh: Shell, fleet: Path) -> None:
+    said = '[environment]\nHORTATOR_PIPELINE_PARALLEL_SIZE = "1"\nHORTATOR_TENSOR_PARALLEL_SIZE = "2"\n'
+    fleet.write_text(said + FLEET.replace("hostfile =", "", 1).replace('"hosts"\n', "", 1))
+    plan = Plan.model_validate_json(sh.out("plan", fleet, "--json", "-H", fleet.parent / "hosts"))
+    assert [(g.name, g.tensor_parallel_size, g.pipeline_parallel_size) for g in plan.groups] == [
+        ("llama-0", 2, 2),
+        ("elsewhere-0", 2, 1),
+        ("elsewhere-1", 2, 1),
+    ]
 
 
 def test_json_is_the_whole_plan_in_one_line(sh: Shell, fleet: Path) -> None:
@@ -147,6 +171,18 @@ def test_what_crosses_hosts_in_any_group_of_a_model_is_shown(sh: Shell, fleet: P
          "environment: HORTATOR_MAX_NUM_SEQZ is no setting: is HORTATOR_MAX_NUM_SEQS meant?"),
         (("[[models]]", '[environment]\nHORTATOR_MAX_ATTEMPTS = "many"\n[[models]]'), [],
          "environment.HORTATOR_MAX_ATTEMPTS: Input should be a valid integer"),
+        (("[[models]]", '[environment]\nHORTATOR_HEARTBEAT_S = "5"\n[[models]]'), [],
+         "fleet.toml: models['llama'] with [environment]: heartbeat_s=5 leaves no time for a beat"),
+        (("[[models]]", '[environment]\nHORTATOR_LEASE_S = "long"\n[[models]]'), [],
+         "fleet.toml: environment.HORTATOR_LEASE_S: Input should be a valid number"),
+        (("[[models]]", '[environment]\nHORTATOR_KEEPER_PORT = "99999"\n[[models]]'), [],
+         "fleet.toml: environment.HORTATOR_KEEPER_PORT: Input should be less than or equal to 65535"),
+        (("[[models]]", '[environment]\nHORTATOR_REDIS_URL = "redis://h/0"\n[[models]]'), [],
+         "fleet.toml: environment.HORTATOR_REDIS_URL: it is the same for all models: put it at the top of the file"),
+        (("[[models]]", '[environment]\nHORTATOR_SSH_USER = "me"\n[[models]]'), [],
+         "environment.HORTATOR_SSH_USER: how hosts are reached is said under [ssh], as user"),
+        (("[[models]]", '[environment]\nHORTATOR_CONTROL_PORT = "7500"\n[[models]]'), [],
+         "environment.HORTATOR_CONTROL_PORT: elsewhere-0, elsewhere-1 have their leaders on 10.0.0.2, and one port"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line(

@@ -5,10 +5,12 @@ import shlex
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, Any
 
 import pytest
 import typer
 from prometheus_client import Metric
+from pydantic import TypeAdapter
 from typer.core import TyperGroup
 
 from hortator.cli import app
@@ -17,7 +19,7 @@ from hortator.producer.api.failures import STATUS, ApiError
 from hortator.producer.api.metrics import Metrics, Queues
 from hortator.producer.redis_store import RedisStore
 from hortator.producer.schema import MAX_PROMPT_CHARS
-from hortator.workers.settings import read_setting
+from hortator.workers.settings import WorkerSettings
 from tests.producer.api_process import MODEL, Worker
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,7 +119,9 @@ def test_the_longest_prompt_stands_where_the_largest_message_does() -> None:
 def test_a_list_is_read_in_the_form_that_the_page_of_launchers_gives(name: str) -> None:
     page = (ROOT / "docs" / "09-launching.md").read_text(encoding="utf-8")
     [form] = re.findall(rf"^\| `{name}` \| `([^`]+)`", page, re.MULTILINE)
-    assert len(read_setting(name, form)) == 2
+    field = WorkerSettings.model_fields[name]
+    adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
+    assert len(adapter.validate_python(form)) == 2
 
 
 def test_every_test_that_the_promises_name_is_there() -> None:

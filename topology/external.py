@@ -19,6 +19,7 @@ from .address import host_port
 from .errors import CannotStart
 from .findings import counted
 from .fleet import Fleet
+from .identity import check_redis_of_recipe
 from .orders import celery_command
 from .plan import PlannedGroup
 from .variables import check_variables
@@ -151,7 +152,10 @@ def recipes(
 ) -> tuple[Recipe, ...]:
     """What these of the planned groups need: commands, an sbatch file for each, or a manifest for each model.
 
-    Raises CannotStart for what the style cannot express."""
+    Raises CannotStart for what the style cannot express, BadFleet for a Redis that its leaders would not reach."""
+    if style not in STYLES:
+        raise CannotStart(f"no recipe for {style!r}: there are {', '.join(STYLES)}")
+    check_redis_of_recipe(fleet, (seats.host for group in planned for seats in group.hosts), style=style)
     match style:
         case "torchrun":
             numbers = numbers_on_hosts(planned)
@@ -163,10 +167,8 @@ def recipes(
             return tuple(
                 Recipe(f"{group.name}.sbatch", _slurm(fleet, group, python, numbers[group.name])) for group in groups
             )
-        case "kubernetes":
-            return _kubernetes_of_models(fleet, groups)
         case _:
-            raise CannotStart(f"no recipe for {style!r}: there are {', '.join(STYLES)}")
+            return _kubernetes_of_models(fleet, groups)
 
 
 def joined(found: Sequence[Recipe]) -> str:

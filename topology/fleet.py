@@ -12,6 +12,7 @@
     replicas = 3
 
 A model may also have every setting of the worker that is not a matter of where it runs (max_num_seqs, dtype, lease_s).
+What [environment] says of them (HORTATOR_DEVICE) holds for all models that do not say otherwise, in the plan too.
 Pure, but for `read_fleet`.
 """
 
@@ -194,6 +195,8 @@ def parse_fleet(text: str, *, source: Path = Path("fleet.toml")) -> Fleet:
         fleet = Fleet.model_validate(content)
     except ValidationError as error:
         raise BadFleet(f"{source}: {'; '.join(_problems(error, content))}") from error
+    _check_environment(fleet, source)
+    fleet = _with_common_settings(fleet, source)
     _check_models(fleet, source)
     return _with_absolute_paths(fleet, source.parent)
 
@@ -224,6 +227,32 @@ def _read_toml(text: str) -> dict[str, Any]:
 
 
 _READERS: dict[str, Callable[[str], Any]] = {".toml": _read_toml, ".yaml": read_yaml, ".yml": read_yaml}
+
+
+def _check_environment(fleet: Fleet, source: Path) -> None:
+    """A setting whose place is elsewhere would be overruled in silence."""
+    for name in fleet.environment:
+        if elsewhere := _OTHER_PLACES.get(name.upper()):
+            raise BadFleet(f"{source}: environment.{name}: {elsewhere}")
+
+
+def _with_common_settings(fleet: Fleet, source: Path) -> Fleet:
+    """Settings of [environment] that a model may have, in every model that does not say them itself."""
+    known = {
+        f"{OWN_PREFIX}{name.upper()}": name for name in ModelSpec.model_fields.keys() - {"name", "path", "replicas"}
+    }
+    variables = {known[name.upper()]: name for name in fleet.environment if name.upper() in known}
+    common = {setting: fleet.environment[name] for setting, name in variables.items()}
+    models = []
+    for model in fleet.models:
+        try:
+            models.append(ModelSpec.model_validate(common | model.model_dump(exclude_unset=True)))
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            where = f"models[{shown(model.name)}] with [environment]"
+            key = f"environment.{variables[str(problem['loc'][0])]}" if problem["loc"] else where
+            raise BadFleet(f"{source}: {key}: {_worded(problem)}") from error
+    return fleet.model_copy(update={"models": tuple(models)})
 
 
 def _check_models(fleet: Fleet, source: Path) -> None:
@@ -315,12 +344,26 @@ _RULES = frozenset(
         "memory_headroom",
     }
 )
-_PLACES = {
-    "model": "a model's queue is its 'name'",
-    "model_path": "a model's directory is its 'path'",
-    "group": "groups are named by model and replica: leave it out",
-    "redis_url": "it is the same for all models: put it at the top of the file",
-    "namespace": "it is the same for all models: put it at the top of the file",
+_IN_SSH = "how hosts are reached is said under [ssh]"
+_OTHER_PLACES = {
+    "HORTATOR_MODEL": "a model's queue is its 'name'",
+    "HORTATOR_MODEL_PATH": "a model's directory is its 'path'",
+    "HORTATOR_GROUP": "groups are named by model and replica: leave it out",
+    "HORTATOR_REDIS_URL": "it is the same for all models: put it at the top of the file",
+    "HORTATOR_NAMESPACE": "it is the same for all models: put it at the top of the file",
+    "HORTATOR_HOSTS": "the plan decides where a group runs: leave it out",
+    "HORTATOR_FRONT_RANKS": "the plan decides where a group runs: leave it out",
+    "HORTATOR_LAUNCHER": "it is an option of the command: hortator up --launcher",
+    "HORTATOR_RANK_VARIABLES": "every rank gets what stands in [environment]: leave it out",
+    "HORTATOR_REMOTE_PYTHON": "it is 'python', at the top of the file",
+    "HORTATOR_SSH_USER": f"{_IN_SSH}, as user",
+    "HORTATOR_SSH_PORT": f"{_IN_SSH}, as port",
+    "HORTATOR_SSH_IDENTITY_FILE": f"{_IN_SSH}, as identity_file",
+    "HORTATOR_SSH_KNOWN_HOSTS_FILE": f"{_IN_SSH}, as known_hosts_file",
+    "HORTATOR_SSH_CONNECT_TIMEOUT_S": f"{_IN_SSH}, as connect_timeout_s",
+}
+"""Of settings that the leader is told by whoever starts it."""
+_PLACES = {name.removeprefix(OWN_PREFIX).lower(): place for name, place in _OTHER_PLACES.items()} | {
     "control_host": "the plan decides where a group runs: leave it out",
     "control_port": "ports are chosen when a group starts: leave it out",
     "store_port": "ports are chosen when a group starts: leave it out",

@@ -25,10 +25,33 @@ def check_redis_is_reached(fleet: Fleet, leaders: Iterable[str], *, here: Iterab
     alone = len(hosts) == 1 if here is None else set(hosts) <= set(here)
     if hosts and not alone and _is_local(fleet.redis_url):
         raise BadFleet(
-            f"redis_url {_place(fleet.redis_url)} is every host's own, but leaders run on {_listed(list(hosts))}: "
+            f"{_said(fleet)} is every host's own, but leaders run on {_listed(list(hosts))}: "
             "give an address that all of them reach, as redis://10.0.0.1:6379/0 (docs/10-operating.md says how to run "
             "such a Redis)"
         )
+
+
+def check_redis_of_recipe(fleet: Fleet, hosts: Iterable[str], *, style: str) -> None:
+    """Raises BadFleet if leaders that somebody else places on some of these hosts would each look for a Redis of their
+    own.  In a pod even one host's is out of reach."""
+    among = list(dict.fromkeys(hosts))
+    if not _is_local(fleet.redis_url):
+        return
+    if style == "kubernetes":
+        raise BadFleet(
+            f"{_said(fleet)} is every pod's own: give the address of a Redis that all pods reach, as"
+            " redis://redis:6379/0 (compose/kubernetes has such a one)"
+        )
+    if len(among) > 1:
+        raise BadFleet(
+            f"{_said(fleet)} is every host's own, but {style} is to use {_listed(among)}: give an address that all of"
+            " them reach, as redis://10.0.0.1:6379/0 (docs/10-operating.md says how to run such a Redis)"
+        )
+
+
+def _said(fleet: Fleet) -> str:
+    default = "" if "redis_url" in fleet.model_fields_set else " (the default: the fleet file has none)"
+    return f"redis_url {_place(fleet.redis_url)}{default}"
 
 
 def _place(url: str) -> str:

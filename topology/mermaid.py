@@ -70,7 +70,7 @@ def _block_label(block: Block) -> str:
         f"<b>{block.group.name}</b>" + (f" stage {block.pp_rank}" if block.group.pipeline_parallel_size > 1 else "")
     ]
     lines.append(f"rank {first.rank}" if first is last else f"ranks {first.rank}-{last.rank}")
-    lines.append(f"GPU {','.join(str(rank.slot) for rank in block.ranks)}")
+    lines.append(f"{block.group.slot_noun} {','.join(str(rank.slot) for rank in block.ranks)}")
     if first.first_layer is not None and block.group.pipeline_parallel_size > 1:
         lines.append(f"layers {first.first_layer}-{first.last_layer}")
     if first.needed_bytes is not None:

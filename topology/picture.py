@@ -96,7 +96,7 @@ class _Drawing:
         plan = self.plan
         used = plan.num_slots - plan.num_free
         self._text(_MARGIN, 42, "Fleet plan", size=22, weight="600")
-        what = f"{_count(len(plan.groups), 'group')} on {used} of {_count(plan.num_slots, 'GPU')}"
+        what = f"{_count(len(plan.groups), 'group')} on {used} of {_count(plan.num_slots, plan.slot_noun)}"
         self._text(_MARGIN, 66, f"{what}, {_count(len(plan.hosts), 'host')}, {plan.num_free} free", size=14, fill=_DIM)
 
     def _hosts(self, colour: dict[str, Colour]) -> int:
@@ -136,7 +136,7 @@ class _Drawing:
             _title(name, host.address)
             return
         memory = "" if host.gpu_memory_bytes is None else f" x {human(host.gpu_memory_bytes)}"
-        room = f"{_count(len(host.slots), 'GPU')}{memory}"
+        room = f"{_count(len(host.slots), self.plan.slot_noun)}{memory}"
         self._text(x + 14, y + 25, _cut(host.address, (width - 28) // 9), size=14, weight="600")
         width_left = width - 36 - 9 * len(host.address)
         if width_left >= 7 * len(room):
@@ -146,9 +146,16 @@ class _Drawing:
         x, y = self.seats[host.address, slot]
         box = self._box(x, y, self.scale.cell, self.scale.height, fill="#ffffff", stroke="#b4bac4", radius=self._radius)
         box.set("stroke-dasharray", "4 3" if self.scale.words else "2 1")
-        _title(box, f"{host.address}, GPU {slot}: free")
+        _title(box, f"{host.address}, {self.plan.slot_noun} {slot}: free")
         if self.scale.words:
-            self._text(x + self.scale.cell // 2, y + 37, f"GPU {slot}", size=11, fill="#8a92a0", anchor="middle")
+            self._text(
+                x + self.scale.cell // 2,
+                y + 37,
+                f"{self.plan.slot_noun} {slot}",
+                size=11,
+                fill="#8a92a0",
+                anchor="middle",
+            )
 
     @property
     def _radius(self) -> int:
@@ -185,7 +192,7 @@ class _Drawing:
             return
         middle = x + self.scale.cell // 2
         self._text(middle, y + 24, f"rank {rank.rank}", size=13, weight="600", anchor="middle")
-        self._text(middle, y + 41, f"GPU {rank.slot}", size=11, fill=_DIM, anchor="middle")
+        self._text(middle, y + 41, f"{group.slot_noun} {rank.slot}", size=11, fill=_DIM, anchor="middle")
         self._gauge(rank, x + 8, y + 52, self.scale.cell - 16, colour)
 
     def _gauge(self, rank: PlannedRank, x: int, y: int, width: int, colour: Colour) -> None:
@@ -314,7 +321,10 @@ def _layers(rank: PlannedRank) -> str:
 
 
 def _describe(group: PlannedGroup, rank: PlannedRank) -> str:
-    lines = [f"{group.name}, rank {rank.rank} (tp {rank.tp_rank}, pp {rank.pp_rank})", f"{rank.host}, GPU {rank.slot}"]
+    lines = [
+        f"{group.name}, rank {rank.rank} (tp {rank.tp_rank}, pp {rank.pp_rank})",
+        f"{rank.host}, {group.slot_noun} {rank.slot}",
+    ]
     if rank.first_layer is not None:
         lines.append(_layers(rank))
     if rank.needed_bytes is not None and rank.weight_bytes is not None:

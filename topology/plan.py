@@ -4,12 +4,13 @@ Ranks of one stage (tensor parallel, many small messages) share a host where any
 parallel, one message a step) may be on different ones.  A host appears once in a group, with consecutive ranks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, pairwise
 from typing import Literal, NamedTuple
 
 from .address import canonical
 from .errors import BadFleet, DoesNotFit
+from .findings import counted, grouped, named
 from .fleet import Fleet, ModelSpec, Table
 from .ground import Ground, Placement, Shapes
 from .hostfile import Host
@@ -20,6 +21,7 @@ from .traffic import PLAN_HEADER_BYTES, SAMPLED_TOKEN_BYTES, Traffic, traffic
 
 LinkKind = Literal["plan", "all_reduce", "hidden", "tokens"]
 Per = Literal["token", "step", "sequence"]
+LEADERS_PORTS = frozenset({"HORTATOR_CONTROL_PORT", "HORTATOR_STORE_PORT", "HORTATOR_KEEPER_PORT"})
 
 
 class PlannedRank(Table):
@@ -62,6 +64,7 @@ class PlannedGroup(Table):
     name: str
     model: str
     replica: int
+    device: Literal["auto", "cpu", "cuda"]
     tensor_parallel_size: int
     pipeline_parallel_size: int
     hosts: tuple[Seats, ...]  # in the order of the ranks; the leader is on the first
@@ -70,6 +73,11 @@ class PlannedGroup(Table):
     max_model_len: int | None
     kv_tokens: int | None
     max_sequences: int | None  # of max_model_len tokens, at the same time
+
+    @property
+    def slot_noun(self) -> str:
+        """What a rank sits on."""
+        return "slot" if self.device == "cpu" else "GPU"
 
 
 class PlannedHost(Table):
@@ -90,6 +98,11 @@ class Plan(Table):
     num_free: int
     notes: tuple[str, ...]
 
+    @property
+    def slot_noun(self) -> str:
+        """What the hosts have: slots, if no group wants a GPU."""
+        return "GPU" if any(group.device != "cpu" for group in self.groups) else "slot"
+
 
 def make_plan(fleet: Fleet, hosts: Sequence[HostSlots], shapes: Shapes) -> Plan:
     """Place every group of `fleet` on `hosts`; `shapes` has the sizes of the models that are known, by name.
@@ -106,6 +119,7 @@ def make_plan(fleet: Fleet, hosts: Sequence[HostSlots], shapes: Shapes) -> Plan:
     builder = _Builder(ground, shapes)
     wishes = [(spec, replica) for spec in fleet.models for replica in range(spec.replicas)]
     groups = tuple(builder.group(*wish, parts) for wish, parts in zip(wishes, placed, strict=True) if parts is not None)
+    check_ports(fleet, groups)
     planned = builder.hosts()
     return Plan(
         hosts=planned,
@@ -121,6 +135,18 @@ def check_hosts(fleet: Fleet, hosts: Sequence[Host]) -> None:
     known = {canonical(host.address) for host in hosts}
     if strange := [address for address in fleet.hosts if address not in known]:
         raise BadFleet(f"fleet file: hosts.{strange[0]}: the hostfile has no such host: correct the name, or remove it")
+
+
+def check_ports(fleet: Fleet, groups: Iterable["PlannedGroup"]) -> None:
+    """One port of [environment] cannot be that of two leaders on one host."""
+    fixed = [name for name in fleet.environment if name.upper() in LEADERS_PORTS and fleet.environment[name] != "0"]
+    by_host = grouped({group.name: group.hosts[0].host for group in groups})
+    for host, names in by_host.items():
+        if fixed and len(names) > 1:
+            raise BadFleet(
+                f"fleet file: environment.{fixed[0]}: {named(names)} have their leaders on {host}, and one port is only"
+                " one leader's: leave it out (ports are chosen when a group starts)"
+            )
 
 
 class _Builder:
@@ -142,6 +168,7 @@ class _Builder:
             name=spec.group(replica),
             model=spec.name,
             replica=replica,
+            device=spec.device,
             tensor_parallel_size=spec.tensor_parallel_size,
             pipeline_parallel_size=spec.pipeline_parallel_size,
             hosts=tuple(Seats(host=self._address(host), devices=slots) for host, slots in seats),
@@ -239,12 +266,13 @@ def _links(spec: ModelSpec, hosts: Sequence[int], known: Traffic | None) -> Iter
 def _notes(fleet: Fleet, ground: Ground, shapes: Shapes) -> Iterator[str]:
     """What a reader should know before he trusts the plan."""
     for spec in fleet.models:
+        noun = "slot" if spec.device == "cpu" else "GPU"
         if spec.name not in shapes:
             yield f"{spec.name}: its sizes are not known here: memory and traffic were not checked"
         if spec.tensor_parallel_size > ground.widest:
             yield (
-                f"{spec.name}: no host has {spec.tensor_parallel_size} GPUs: tensor parallel ranks talk across hosts "
-                f"in every layer, which is slow; a larger pipeline_parallel_size is likely better"
+                f"{spec.name}: no host has {counted(spec.tensor_parallel_size, noun)}: tensor parallel ranks talk "
+                f"across hosts in every layer, which is slow; a larger pipeline_parallel_size is likely better"
             )
     unknown = sum(ground.sizes[kind] is None for kind in ground.kinds)
     if unknown and any(spec.device != "cpu" for spec in fleet.models):

@@ -29,7 +29,7 @@ from hortator.producer.schema import Failure, FinishReason, Job, State
 from hortator.producer.store import Claimed, ClaimMode, GroupBeat, Lease, Outcome, ReleaseReason, Store, Verdict
 from hortator.producer.sweeper import Sweeper
 
-from .claimer import Claimer
+from .claimer import NO_ROOM, Claimer, Room
 from .engine.step import EngineInfo, EngineStats, Finish, Request
 from .envelope import Envelope, job_of, open_envelope
 from .gauges import Gauges
@@ -156,7 +156,7 @@ class Front:
             epoch=self._group.epoch,
             state=self.state,
             info=self.details() | {name: getattr(self._tenure.holder, name) for name in ("host", "pid", "born")},
-            room=min(self._free_rows, self.room()),
+            room=self.room().free,
         )
 
     # ---- from the store to the engine
@@ -169,10 +169,10 @@ class Front:
         """This Redis loses no job, and the group's name is ours."""
         return self._sound and self._tenure.held
 
-    def room(self) -> int:
+    def room(self) -> Room:
         """For how many rows to claim now."""
         if self._info is None or not self._may_claim():
-            return 0
+            return NO_ROOM
         return self._claimer.room(self._num_rows, self._info, self._stats)
 
     @property
@@ -180,18 +180,12 @@ class Front:
         """That jobs take, or will."""
         return len(self._by_handle) + len(self._taken)
 
-    @property
-    def _free_rows(self) -> int:
-        return max(0, self.capacity - self._num_rows)
-
     def take(self) -> Sequence[Claimed]:
         """Claim what there is room for, if it is time to ask."""
         if not self._may_claim():
             return ()
         before, idle = self._clock(), not self._live
-        room = self.room()
-        surplus = max(0, room - self._free_rows)
-        claim = self._claimer.claim(room, surplus=surplus, idle=idle, crowded=self._crowded)
+        claim = self._claimer.claim(self.room(), idle=idle, crowded=self._crowded)
         if claim is None:
             return ()
         if claim.mode is ClaimMode.DRAIN:
@@ -487,7 +481,7 @@ class Front:
             at = min(at, self._deliver_at)
         if self._deadlines:
             at = min(at, self._deadlines[0][0])
-        if self.room() > 0:
+        if self.room().limit:
             at = min(at, self._claimer.at)
         return max(at - now, self._ticked_at + self._shortest_sleep_s - now, 0.0)
 

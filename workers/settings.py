@@ -3,11 +3,11 @@
 import os
 import socket
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -126,11 +126,21 @@ class WorkerSettings(NamespaceSettings, GroupSettings):
         return (init_settings, env_settings, *files)
 
 
-def read_setting(name: str, text: str) -> Any:
-    """The value of one setting as its environment variable would give it.  Raises ValidationError."""
-    field = WorkerSettings.model_fields[name]
-    adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
-    return adapter.validate_python(text)
+class ToldSettings(WorkerSettings):
+    """Those of another process: nothing of this one's environment."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+
+def settings_of(environment: Mapping[str, str]) -> WorkerSettings:
+    """As a leader with this environment alone would have them, without its TOML file.  Raises ValidationError."""
+    names = {f"HORTATOR_{name.upper()}": name for name in WorkerSettings.model_fields}
+    told: dict[str, Any] = {names[v.upper()]: text for v, text in environment.items() if v.upper() in names}
+    return ToldSettings(**told)
 
 
 def _read(file: Path, settings_cls: type[BaseSettings]) -> PydanticBaseSettingsSource:

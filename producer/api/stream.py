@@ -13,7 +13,7 @@ from contextlib import aclosing
 from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from hortator.producer.errors import StoreUnavailable, UnknownJob
+from hortator.producer.errors import JobFailed, StoreUnavailable, UnknownJob
 from hortator.producer.job import Follower
 from hortator.producer.schema import Chunk, Status
 
@@ -54,6 +54,8 @@ async def token_events(
             await asyncio.sleep(STORE_RETRY_S)
             yield comment("the store is away")
             continue
+        except JobFailed:  # the journal is damaged
+            chunks = []
         for chunk in chunks:
             reader.take([chunk])
             yield chunk_event(chunk)
@@ -63,7 +65,7 @@ async def token_events(
             yield done(status)
             return
         if reader.behind(status):
-            yield interrupted("damaged", "the journal in Redis lacks tokens; the whole text comes with the job's end")
+            yield interrupted("damaged", f"the journal of job {status.id} is damaged, its end will have all tokens")
             return
         try:
             if not await watch.changed(keep_alive_s):

@@ -31,19 +31,23 @@ def redis_problem(fleet: "Fleet") -> str | None:
 
 
 def settings_problem(fleet: "Fleet") -> str | None:
-    """What is wrong with the settings (HORTATOR_*) in its environment."""
+    """What a leader of some model would refuse of the settings that it is given."""
     from pydantic import ValidationError
 
     from hortator.producer.problems import text_of
     from hortator.variables import PREFIX, strange_to_worker
-    from hortator.workers.settings import read_setting
+    from hortator.workers.settings import settings_of
 
     for line in strange_to_worker(fleet.environment):
         return f"environment: {line.replace(' and is ignored', '')}"
-    for name, value in fleet.environment.items():
-        if name.startswith(PREFIX):
-            try:
-                read_setting(name.removeprefix(PREFIX).lower(), value)
-            except ValidationError as error:
-                return f"environment.{name}: {text_of(error.errors()[0])}"
+    variables = {name.upper(): name for name in fleet.environment}
+    for spec in fleet.models:
+        try:
+            settings_of({**fleet.environment, **fleet.worker_environment(spec)})
+        except ValidationError as error:
+            problem = error.errors()[0]
+            name = str(problem["loc"][0]) if problem["loc"] else ""
+            own = f"models[{spec.name!r}]" + (f".{name}" if name else "")
+            variable = variables.get(f"{PREFIX}{name.upper()}")
+            return f"{f'environment.{variable}' if variable else own}: {text_of(problem)}"
     return None

@@ -25,7 +25,7 @@ def show_plan(plan: "Plan") -> None:
     """Groups, GPUs, traffic, notes."""
     console = _console()
     used = plan.num_slots - plan.num_free
-    groups, gpus, hosts = len(plan.groups), counted(plan.num_slots, "GPU"), counted(len(plan.hosts), "host")
+    groups, gpus, hosts = len(plan.groups), counted(plan.num_slots, plan.slot_noun), counted(len(plan.hosts), "host")
     console.print(f"{counted(groups, 'group')} on {used} of {gpus} of {hosts}, {plan.num_free} free")
     console.print(_groups(plan))
     many = sum(len(group.ranks) for group in plan.groups) > MAX_RANK_ROWS
@@ -69,7 +69,7 @@ def show_memory(found: "MemoryFit", spec: "ModelSpec", gpu_bytes: int | None) ->
 
 def _groups(plan: "Plan") -> Table:
     """One row a group, or a model where there are many."""
-    table = _table("GROUP", "MODEL", "TP x PP", "LEADER", "HOSTS", "KV TOKENS", "SEQUENCES")
+    table = _table("GROUP", "MODEL", "DEVICE", "TP x PP", "LEADER", "HOSTS", "KV TOKENS", "SEQUENCES")
     counts = Counter(group.model for group in plan.groups)
     summary = len(plan.groups) > MAX_GROUP_ROWS
     shown = {group.model: group for group in reversed(plan.groups)} if summary else {g.name: g for g in plan.groups}
@@ -77,6 +77,7 @@ def _groups(plan: "Plan") -> Table:
         table.add_row(
             f"{group.name} and {counts[group.model] - 1} more" if summary and counts[group.model] > 1 else group.name,
             group.model,
+            group.device,
             f"{group.tensor_parallel_size} x {group.pipeline_parallel_size}",
             group.hosts[0].host,
             _few([seat.host for seat in group.hosts]),
@@ -88,7 +89,7 @@ def _groups(plan: "Plan") -> Table:
 
 def _ranks(plan: "Plan") -> Table:
     """One row a GPU, in the order of the hosts."""
-    table = _table("HOST", "GPU", "GROUP", "RANK", "TP", "PP", "LAYERS", "WEIGHTS", "NEEDS", "MAY USE")
+    table = _table("HOST", plan.slot_noun.upper(), "GROUP", "RANK", "TP", "PP", "LAYERS", "WEIGHTS", "NEEDS", "MAY USE")
     seats = {(rank.host, rank.slot): (group, rank) for group in plan.groups for rank in group.ranks}
     for host in plan.hosts:
         for slot in host.slots:
@@ -110,7 +111,7 @@ def _seat(group: "PlannedGroup", rank: "PlannedRank") -> Iterable[str]:
 
 def _hosts(plan: "Plan") -> Table:
     """One row for hosts that are alike; `--json` has every rank."""
-    table = _table("HOSTS", "", "GPUS", "FREE", "RANKS OF", "MOST NEEDED", "OF")
+    table = _table("HOSTS", "", f"{plan.slot_noun}s".upper(), "FREE", "RANKS OF", "MOST NEEDED", "OF")
     ranks: dict[str, list[tuple[str, int | None]]] = {host.address: [] for host in plan.hosts}
     for group in plan.groups:
         for rank in group.ranks:

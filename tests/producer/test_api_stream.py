@@ -272,9 +272,10 @@ def test_the_stream_of_a_damaged_journal_says_so_and_later_gives_the_whole(api: 
     [claimed] = api.worker.claim()
     api.worker.say(claimed, 0, ["a", "b", "c"])
     damage_journal(api, job_id, how)
-    readable = "" if how == "another type" else "ab"
+    readable = "ab" if how == "nothing" else ""
     found = read(api, job_id)
     assert (text(found), found[-1].kind, found[-1].json["error"]["code"]) == (readable, "interrupted", "damaged")
+    assert job_id in found[-1].json["error"]["message"]
     if how != "another type":  # that job fails when its next token comes
         api.worker.succeed(claimed, ["a", "b", "c"])
         assert text(read(api, job_id)) == "abc", "the result has what the journal lacks"

@@ -240,7 +240,9 @@ def test_manifests_are_one_for_each_model_and_have_the_fields_of_their_kind(flee
     [(["a.b", "a-B"], "'a.b' and 'a-B' are both called a-b on Kubernetes"), (["x" * 41], "is too long for Kubernetes")],
 )
 def test_models_that_kubernetes_would_confuse_or_refuse_are_named(names: list[str], words: str) -> None:
-    fleet = parse_fleet("".join(f'[[models]]\nname = "{name}"\npath = "/m"\n' for name in names))
+    fleet = parse_fleet(
+        'redis_url = "redis://r/0"\n' + "".join(f'[[models]]\nname = "{name}"\npath = "/m"\n' for name in names)
+    )
     with pytest.raises(CannotStart, match=words):
         made("kubernetes", fleet)
     assert object_name("7b") == "m-7b"

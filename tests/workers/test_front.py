@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from hortator.producer import memory_claims
 from hortator.producer.errors import HortatorError, StoreForbidden, StoreUnavailable, StoreUnsuitable
 from hortator.producer.schema import FinishReason, Job, State
 from hortator.producer.store import Holder, Lease, Outcome, ReleaseReason, Verdict
@@ -332,6 +333,18 @@ def test_no_more_is_claimed_than_the_engine_takes_and_a_little_beyond() -> None:
         leader.enqueue(job_id=f"id-{number}")
     leader.turn(after_s=0.1)
     assert leader.front.num_live == 10
+
+
+def test_a_claim_that_could_not_hold_more_is_followed_by_the_next_one_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_claims, "CLAIM_JOBS", 3)
+    leader = Leader(max_num_seqs=32)
+    for number in range(9):
+        leader.enqueue(job_id=f"id-{number}")
+    leader.turn(after_s=0.1)
+    for num_live in (6, 9):
+        assert leader.front.wake_in() <= 0.001
+        leader.turn()
+        assert leader.front.num_live == num_live
 
 
 def test_nothing_more_is_claimed_while_jobs_wait_in_the_engine_for_kv_blocks() -> None:
