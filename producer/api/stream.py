@@ -75,10 +75,15 @@ async def token_events(
         except UnknownJob as gone:  # the record expired under the reader
             yield error_event("error", gone.code, gone.message)
             return
-    if watcher.draining:
-        yield interrupted("server_stopping", "this server stops")
-    else:
-        yield interrupted(StoreUnavailable.code, f"Redis has been away for more than {outage_s:g} s")
+    yield stopping() if watcher.draining else away(outage_s)
+
+
+def stopping() -> bytes:
+    return interrupted("server_stopping", "this server stops")
+
+
+def away(outage_s: float) -> bytes:
+    return interrupted(StoreUnavailable.code, f"Redis has been away for more than {outage_s:g} s")
 
 
 def interrupted(code: str, why: str) -> bytes:
