@@ -194,6 +194,10 @@ local function look(raw)
   local json = without_body(raw)
   if #json > ENVELOPE_BYTES then return nil, 'its envelope is larger than ' .. ENVELOPE_BYTES .. ' bytes' end
   local ok, m = pcall(cjson.decode, json)
+  local no_text = not ok and json:find('\\u[dD][89a-fA-F]')
+  if no_text then -- its job is told of it, if that is all that is wrong
+    ok, m = pcall(cjson.decode, (json:gsub('\\u[dD][89a-fA-F]%x%x', '\\ufffd')))
+  end
   if not ok or not is_object(m) or raw:match('^%s*(.)') ~= '{' then return nil, 'not a JSON object' end
   local headers = m['headers']
   if not is_object(headers) then return nil, 'no headers: not a Celery protocol 2 message' end
@@ -201,6 +205,7 @@ local function look(raw)
   if type(id) ~= 'string' or #id > 128 or not id:match('^[A-Za-z0-9][A-Za-z0-9._:-]*$') then
     return nil, 'no usable id in its headers'
   end
+  if no_text then return id, 'its envelope has half of a surrogate pair, which is no text' end
   if m['content-type'] ~= 'application/json' then return id, 'its content type is not application/json' end
   if type(m['body']) ~= 'string' then return id, 'no body' end
   if not is_object(m['properties']) then return id, 'no properties: not a Celery protocol 2 message' end

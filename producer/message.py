@@ -122,6 +122,14 @@ def _json(raw: bytes) -> Any:
         return None
 
 
+def _is_text(envelope: dict[str, Any]) -> bool:
+    try:
+        json.dumps(envelope, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _version_problem(version: Any) -> str | None:
     sound = version is None or (isinstance(version, int | float) and not isinstance(version, bool) and version >= 1)
     if sound and (version is None or version % 1 == 0):
@@ -130,6 +138,9 @@ def _version_problem(version: Any) -> str | None:
 
 
 def _problem(envelope: dict[str, Any]) -> str | None:
+    rest = envelope | {"body": ""} if isinstance(envelope.get("body"), str) else envelope
+    if not _is_text(rest):
+        return "its envelope has half of a surrogate pair, which is no text"
     if envelope.get("content-type") != "application/json":
         return "its content type is not application/json"
     if not isinstance(envelope.get("body"), str):

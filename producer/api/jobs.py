@@ -122,7 +122,8 @@ class JobRoutes:
     ) -> Response:
         """The job's tokens as server-sent events, from token `after` on (or after the `Last-Event-ID`).
 
-        Each event is a Chunk, its id the number of tokens so far.  The last event is `done` with the Status.
+        Each event is a Chunk, its id the number of tokens so far.  The last event is `done` with the Status; or
+        `interrupted` with the reason, and whoever comes back with the last id gets the rest.
         """
         await thrown_away(request)
         start = position(last_event_id, after)
@@ -130,8 +131,16 @@ class JobRoutes:
         if start is None:
             return Response(status_code=204)  # tells a browser not to come back
         watch = self._watcher.watch(status)
-        events = token_events(self._store, self._watcher, watch, after=start, keep_alive_s=self._settings.keep_alive_s)
-        return EventStream(events, watch, send_timeout_s=self._settings.send_timeout_s)
+        limits = self._settings
+        events = token_events(
+            self._store,
+            self._watcher,
+            watch,
+            after=start,
+            keep_alive_s=limits.keep_alive_s,
+            outage_s=limits.outage_s,
+        )
+        return EventStream(events, watch, send_timeout_s=limits.send_timeout_s)
 
     async def cancel(self, request: Request, job_id: JobIdPath) -> Response:
         """Ask that the job ends.  A queued job is cancelled at once, a running one within moments; a terminal one stays
