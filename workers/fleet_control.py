@@ -11,6 +11,7 @@ from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
 from hortator.producer.errors import GroupFailed, HortatorError, StoreUnavailable
+from hortator.producer.groups import POLL_S, SILENCE_S, by_name, grace_s, stopping
 from hortator.producer.redis_url import kombu_url
 from hortator.producer.store import GroupBeat, Store
 
@@ -18,10 +19,6 @@ REPLY_TIMEOUT_S = 5.0
 """A leader answers between two turns; a call to a stalled Redis may hold it up for two seconds."""
 
 UP = "`hortator up FLEET` starts one that is not"
-POLL_S = 0.25
-SILENCE_S = 30.0
-"""A leader that starts again is seen within this; one that is not, or whose ranks stay down, has failed."""
-
 LAST_WORDS_S = 10.0
 """Beyond the grace: what a leader needs to tell the store, to end its ranks, and to be seen to be gone."""
 
@@ -62,15 +59,9 @@ class FleetControl:
     def close(self) -> None:
         self._app.close()
 
-    def alive(self, *, patient_until: float = 0.0) -> dict[str, GroupBeat]:
-        """Groups by name, as they last said of themselves.  Who waits for them anyway waits for Redis, too."""
-        while True:
-            try:
-                return {beat.group: beat for queue in self._store.queues() for beat in queue.groups}
-            except StoreUnavailable:
-                if time.monotonic() > patient_until:
-                    raise
-                time.sleep(POLL_S)
+    def alive(self, *, patience_s: float = 0.0) -> dict[str, GroupBeat]:
+        """Groups by name, as they last said of themselves."""
+        return by_name(self._store.queues, patience_s=patience_s)
 
     def chosen(self, groups: Sequence[str], *, everything: bool = False) -> list[str]:
         """The groups that are meant, all alive.  Raises NoSuchGroup, also if everything is nothing."""
@@ -84,7 +75,12 @@ class FleetControl:
 
     def tell(self, command: str, groups: Sequence[str]) -> dict[str, Leader]:
         """Give a command (`drain`, `resume`, `stop`, `restart`, `look`) to these groups; all of them have answered, or
-        GroupFailed names those that have not."""
+        GroupFailed names those that have not, or that hear nothing because they stop."""
+        if ending := [group for group in stopping(self.alive()) if group in groups]:
+            raise GroupFailed(
+                f"{', '.join(ending)} was told to stop, or to start anew, and hears nothing before: wait until hortator"
+                f" status shows it ready, or no more; {UP}"
+            )
         heard: dict[str, Leader] = {}
         until = time.monotonic() + REPLY_TIMEOUT_S
         while (missing := [group for group in groups if group not in heard]) and time.monotonic() < until:
@@ -121,8 +117,11 @@ class FleetControl:
 
     def stop(self, groups: Sequence[str], *, on_done: Callable[[str], None]) -> None:
         """Until all of them are gone."""
-        leaders = self.tell("stop", groups)
-        until = time.monotonic() + max(leader.grace_s for leader in leaders.values()) + LAST_WORDS_S
+        ending = stopping(self.alive())
+        leaders = self.tell("stop", [group for group in groups if group not in ending])
+        graces = [leader.grace_s for leader in leaders.values()]
+        graces += [grace_s(beat) for group, beat in ending.items() if group in groups]
+        until = time.monotonic() + max(graces, default=0.0) + LAST_WORDS_S
         self._wait(groups, until, lambda group, alive: group not in alive, on_done, "is still there")
 
     def restart(self, group: str) -> float:
@@ -136,9 +135,9 @@ class FleetControl:
         well = drained_by  # when it was last seen on its way
         while time.monotonic() < min(drained_by + before.start_timeout_s, well + SILENCE_S):
             time.sleep(POLL_S)
-            now = self.alive(patient_until=well + SILENCE_S).get(group)
-            draining = now is not None and now.state == "draining" and time.monotonic() < drained_by
-            if now is not None and (draining or now.state == "starting"):
+            now = self.alive(patience_s=well + SILENCE_S - time.monotonic()).get(group)
+            ending = now is not None and now.state in ("stopping", "draining") and time.monotonic() < drained_by
+            if now is not None and (ending or now.state == "starting"):
                 well = max(well, time.monotonic())
             elif now is not None:
                 after = self._try("look", group)
@@ -171,7 +170,7 @@ class FleetControl:
     ) -> None:
         left = list(groups)
         while left:
-            alive = self.alive(patient_until=until)
+            alive = self.alive(patience_s=until - time.monotonic())
             for group in [group for group in left if done(group, alive)]:
                 left.remove(group)
                 on_done(group)
