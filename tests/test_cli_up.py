@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -14,8 +15,10 @@ from hortator.cli import run
 from hortator.cli_hosts import FleetOnHosts, FoundLeader
 from hortator.cli_logs import merged
 from hortator.cli_waiting import Awaited
+from hortator.producer.client import Client
 from hortator.producer.store import GroupBeat
 from hortator.topology.leaders import Leader, StateDirectory, birth
+from tests.together.fleet import wait_for
 
 FLEET = """
 redis_url = "{redis}"
@@ -51,6 +54,40 @@ class Shell:
         assert ended == code, out + err
         return out + err
 
+    def over_redis(self, command: str, *, code: int = 0) -> str:
+        """Output of a command about the group that needs no fleet file."""
+        self._capture.readouterr()
+        ended = run([command, "echo-0", "--redis-url", self.redis])
+        out, err = self._capture.readouterr()
+        assert ended == code, out + err
+        return out + err
+
+    def busy(self, **settings: object) -> None:
+        """The group runs, with one job that takes a minute."""
+        with (self.directory / "f.toml").open("a") as file:
+            file.writelines(f"{name} = {value}\n" for name, value in {"echo_latency_s": 60, **settings}.items())
+        self("up")
+        with Client(self.redis) as client:
+            client.enqueue("a long one", model="echo")
+            wait_for("it runs", lambda: any(queue.running for queue in client.queues()))
+
+    @contextmanager
+    def beside(self, command: str) -> Iterator[subprocess.Popen[str]]:
+        """The same command as a process of its own; what it says is in its stdout."""
+        argv = [sys.executable, "-m", "hortator", command, "--dir", str(self.directory / "state")]
+        argv += [str(self.directory / "f.toml")] if command == "up" else ["--fleet", str(self.directory / "f.toml")]
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.communicate()
+
+    def shown(self) -> str | None:
+        """The state that the group has in `status`."""
+        with Client(self.redis) as client:
+            return next((beat.state for queue in client.queues() for beat in queue.groups), None)
+
     def rows(self) -> str:
         """The capacity that the group shows, which tells its settings."""
         self._capture.readouterr()
@@ -83,6 +120,34 @@ def test_a_fleet_comes_up_takes_new_settings_and_goes_down(sh: Shell) -> None:
     assert birth(pid or 0) == ""
     assert sh("down") == f"nothing of {sh.directory / 'f.toml'} was found running\n"
     assert sh("down", "echo-0") == "nothing of echo-0 was found running\n"
+
+
+def test_up_waits_for_a_group_that_still_stops_and_starts_it_anew(sh: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    sh.busy(grace_s=12)
+    before = sh.state.look("echo-0").pid
+    with sh.beside("down") as down:
+        wait_for("it stops", lambda: sh.shown() == "stopping")
+        with monkeypatch.context() as impatient:
+            impatient.setattr("hortator.cli_waiting.LAST_WORDS_S", -12.0)
+            said = sh("up", code=1)
+            assert f"error: echo-0 (pid {before} on 127.0.0.1) still stops after its grace: see" in said
+        assert "was told to stop, or to start anew, and hears nothing before" in sh.over_redis("drain", code=1)
+        said = sh("up")
+        assert "echo-0 still stops: waiting for its end, at most 27 s" in said
+        assert "echo-0 starts: pid" in said
+        assert "echo-0 is ready" in said
+        assert down.wait(60) == 0
+    assert sh.state.look("echo-0").pid not in (None, before), "what was started since is not ended by the former down"
+
+
+def test_a_group_that_is_drained_makes_up_fail_and_says_how_to_resume_it(sh: Shell) -> None:
+    sh("up")
+    assert sh.over_redis("drain") == "echo-0 is drained\n"
+    said = sh("up", code=1)
+    [back] = re.findall(r"error: echo-0 was told to drain and takes nothing: `hortator (resume .*)` lets it", said)
+    assert back == f"resume echo-0 --redis-url {sh.redis}"
+    assert sh.over_redis("resume") == "echo-0 takes jobs again\n"
+    assert "echo-0 is ready" in sh("up")
 
 
 @pytest.mark.parametrize("command", [("down",), ("restart", "--all"), ("up",)], ids=" ".join)

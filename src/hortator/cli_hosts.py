@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hortator.cli_errors import EXIT_FAILED, fail_line, printable
-from hortator.cli_store import operator, redacted
+from hortator.cli_store import operator, redacted, store_settings
 
 if TYPE_CHECKING:
     from hortator.producer.store import GroupBeat
@@ -147,8 +148,10 @@ class FleetOnHosts:
 
     def alive(self) -> "dict[str, GroupBeat]":
         """Groups that the fleet's Redis knows alive."""
+        from hortator.producer.groups import by_name
+
         with operator(self.fleet.redis_url, self.fleet.namespace) as talk:
-            return {beat.group: beat for queue in talk.queues() for beat in queue.groups}
+            return by_name(talk.queues)
 
     def tell_ignored_variables(self) -> None:
         """Where the shell names another Redis, which commands without a fleet file would ask.  Never its value."""
@@ -206,11 +209,12 @@ class FleetOnHosts:
             one.leader.group: (specs[one.leader.model].grace_s if one.leader.model in specs else 0) + LAST_WORDS_S
             for one in leaders
         }
+        orders = (
+            (one.leader.group, one.host, {"do": "stop", "group": one.leader.group, "born": one.leader.born})
+            for one in leaders
+        )
         yield from self.ask(
-            (
-                (group := one.leader.group, one.host, {"do": "stop", "group": group, "patience_s": patience_s[group]})
-                for one in leaders
-            ),
+            ((group, host, {**order, "patience_s": patience_s[group]}) for group, host, order in orders),
             timeout_s=ANSWER_S + max(patience_s.values(), default=0),
         )
 
@@ -249,6 +253,14 @@ def leftovers(fleet: FleetOnHosts, inventory: Inventory, alive: "Mapping[str, Gr
             strange.setdefault(name, f"pid {beat.info.get('pid', '?')} on {beat.info.get('host', '?')}")
     for name, where in sorted(strange.items()):
         yield f"{name} runs too ({where}), but {fleet.file} has no such group: " + end_with(fleet, name)
+
+
+def over_redis(fleet: "Fleet", command: str, *groups: str) -> str:
+    """A command that steers these groups, as one types it in this shell."""
+    here, there = store_settings(None, None), {"redis_url": fleet.redis_url, "namespace": fleet.namespace}
+    other = {name: said for name, said in there.items() if getattr(here, name) != said}
+    options = (f" --{name.replace('_', '-')} {shlex.quote(redacted(said))}" for name, said in other.items())
+    return f"`hortator {command} {' '.join(groups)}{''.join(options)}`"
 
 
 def end_with(fleet: FleetOnHosts, *groups: str) -> str:

@@ -108,13 +108,16 @@ def alive_or_warning(fleet: FleetOnHosts) -> "dict[str, GroupBeat]":
 def stop_over_redis(fleet: FleetOnHosts, groups: Sequence[str]) -> dict[str, tuple[tuple[int, int], ...]]:
     """Rank and pid of each rank of these groups, which are told to stop."""
     from hortator.producer.errors import HortatorError
+    from hortator.producer.groups import stopping
 
     ranks: dict[str, tuple[tuple[int, int], ...]] = {}
     if not groups:
         return ranks
     try:
         with fleet_control(fleet.fleet.redis_url, fleet.fleet.namespace) as control:
-            ranks = {leader.group: leader.ranks for leader in control.tell("look", groups).values()}
+            deaf = stopping(control.alive())
+            heard = control.tell("look", [group for group in groups if group not in deaf])
+            ranks = {leader.group: leader.ranks for leader in heard.values()}
             control.stop(groups, on_done=lambda group: typer.echo(f"{group} is down"))
     except HortatorError as problem:
         typer.echo(f"warning: {printable(problem.message)}; going on over ssh", err=True)

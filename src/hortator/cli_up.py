@@ -19,7 +19,7 @@ from hortator.cli_hosts import (
 )
 from hortator.cli_logs import print_logs
 from hortator.cli_plan import Exclude, FleetFile, Hostfile, Include, NumGpus, NumNodes
-from hortator.cli_waiting import wait_ready, where
+from hortator.cli_waiting import wait_for_ends, wait_ready, where
 
 if TYPE_CHECKING:
     from hortator.producer.store import GroupBeat
@@ -120,7 +120,13 @@ def start_fleet(fleet: FleetOnHosts, names: Sequence[str], launcher: str, *, wai
     from hortator.topology.reach import ssh_advice
 
     check_redis_is_reached(fleet.fleet, leaders_hosts(fleet.plan(), names), here=fleet.road.here)
-    inventory = fleet.inventory()
+    inventory, stopping = wait_for_ends(fleet, names, fleet.inventory())
+    for name in stopping:
+        one = inventory.living[name]
+        fail_line(
+            f"{name} ({one}) still stops after its grace: see {one.leader.log}; {end_with(fleet, name)}", EXIT_FAILED
+        )
+    names = [name for name in names if name not in stopping]
     plan = fleet.plan(inventory.running)
     hosts = leaders_hosts(plan, [name for name in names if name not in inventory.living])
     if lost := {host: inventory.unreached[host] for host in hosts if host in inventory.unreached}:
@@ -136,7 +142,7 @@ def start_fleet(fleet: FleetOnHosts, names: Sequence[str], launcher: str, *, wai
         there = f"{', '.join(others)} {'runs' if len(others) == 1 else 'run'} where the plan has room for it"
         fail_line(f"{name} is not started: {there}; {end_with(fleet, *others)}", EXIT_FAILED)
     started = run_groups(fleet, [one for one in groups if one.name not in blocked], inventory, launcher)
-    well = len(started) == len(names)
+    well = len(started) == len(names) and not stopping
     try:
         if wait and started:
             well = wait_ready(fleet, started) and well
