@@ -1,7 +1,7 @@
 """The groups that are alive, by their names, for whoever steers them or waits for them."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from .errors import StoreUnavailable
 from .store import GroupBeat, QueueInfo
@@ -11,6 +11,8 @@ SILENCE_S = 30.0
 
 POLL_S = 0.25
 DEFAULT_GRACE_S = 30.0
+ENDING = ("stopping", "restarting")
+"""States of a group that hears nothing more in this life."""
 
 
 def by_name(look: Callable[[], Sequence[QueueInfo]], *, patience_s: float = 0.0) -> dict[str, GroupBeat]:
@@ -27,9 +29,9 @@ def by_name(look: Callable[[], Sequence[QueueInfo]], *, patience_s: float = 0.0)
             time.sleep(POLL_S)
 
 
-def stopping(groups: dict[str, GroupBeat]) -> dict[str, GroupBeat]:
-    """Those that were told to stop, or to start anew: they hear nothing more."""
-    return {name: beat for name, beat in groups.items() if beat.state == "stopping"}
+def ending(groups: Mapping[str, GroupBeat]) -> dict[str, GroupBeat]:
+    """Those that were told to stop, or to start anew."""
+    return {name: beat for name, beat in groups.items() if beat.state in ENDING}
 
 
 def grace_s(beat: GroupBeat) -> float:

@@ -11,9 +11,10 @@ from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
 from hortator.producer.errors import GroupFailed, HortatorError, StoreUnavailable
-from hortator.producer.groups import POLL_S, SILENCE_S, by_name, grace_s, stopping
+from hortator.producer.groups import ENDING, POLL_S, SILENCE_S, by_name, grace_s
 from hortator.producer.redis_url import kombu_url
 from hortator.producer.store import GroupBeat, Store
+from hortator.topology.identity import redis_place
 
 REPLY_TIMEOUT_S = 5.0
 """A leader answers between two turns; a call to a stalled Redis may hold it up for two seconds."""
@@ -55,6 +56,7 @@ class FleetControl:
         self._app = Celery("hortator-control", broker=kombu_url(redis_url), set_as_current=False)
         self._app.conf.update(broker_transport_options=options, accept_content=["json"])
         self._store = store
+        self._place = f"{redis_place(redis_url)}, {f'namespace {namespace!r}' if namespace else 'no namespace'}"
 
     def close(self) -> None:
         self._app.close()
@@ -67,19 +69,20 @@ class FleetControl:
         """The groups that are meant, all alive.  Raises NoSuchGroup, also if everything is nothing."""
         alive = self.alive()
         if everything and not alive:
-            raise NoSuchGroup("no group is alive in this Redis and namespace: nothing to do")
+            raise NoSuchGroup(f"no group is alive in {self._place}: nothing to do")
         if unknown := [group for group in groups if group not in alive]:
             there = ", ".join(sorted(alive)) or "none"
-            raise NoSuchGroup(f"no group {unknown[0]} is alive; alive: {there}; {UP}")
+            raise NoSuchGroup(f"no group {', '.join(unknown)} is alive in {self._place}; alive: {there}; {UP}")
         return sorted(alive) if everything else list(dict.fromkeys(groups))
 
     def tell(self, command: str, groups: Sequence[str]) -> dict[str, Leader]:
         """Give a command (`drain`, `resume`, `stop`, `restart`, `look`) to these groups; all of them have answered, or
         GroupFailed names those that have not, or that hear nothing because they stop."""
-        if ending := [group for group in stopping(self.alive()) if group in groups]:
+        self._await_restarts(groups)
+        if gone := self._stopping(groups):
             raise GroupFailed(
-                f"{', '.join(ending)} was told to stop, or to start anew, and hears nothing before: wait until hortator"
-                f" status shows it ready, or no more; {UP}"
+                f"{', '.join(gone)} was told to stop, and hears nothing more: `hortator up FLEET` starts"
+                " it when it has ended"
             )
         heard: dict[str, Leader] = {}
         until = time.monotonic() + REPLY_TIMEOUT_S
@@ -117,10 +120,9 @@ class FleetControl:
 
     def stop(self, groups: Sequence[str], *, on_done: Callable[[str], None]) -> None:
         """Until all of them are gone."""
-        ending = stopping(self.alive())
-        leaders = self.tell("stop", [group for group in groups if group not in ending])
-        graces = [leader.grace_s for leader in leaders.values()]
-        graces += [grace_s(beat) for group, beat in ending.items() if group in groups]
+        told = self._stopping(groups)
+        leaders = self.tell("stop", [group for group in groups if group not in told])
+        graces = [*(leader.grace_s for leader in leaders.values()), *map(grace_s, told.values())]
         until = time.monotonic() + max(graces, default=0.0) + LAST_WORDS_S
         self._wait(groups, until, lambda group, alive: group not in alive, on_done, "is still there")
 
@@ -136,7 +138,7 @@ class FleetControl:
         while time.monotonic() < min(drained_by + before.start_timeout_s, well + SILENCE_S):
             time.sleep(POLL_S)
             now = self.alive(patience_s=well + SILENCE_S - time.monotonic()).get(group)
-            ending = now is not None and now.state in ("stopping", "draining") and time.monotonic() < drained_by
+            ending = now is not None and now.state in (*ENDING, "draining") and time.monotonic() < drained_by
             if now is not None and (ending or now.state == "starting"):
                 well = max(well, time.monotonic())
             elif now is not None:
@@ -148,6 +150,18 @@ class FleetControl:
         now = self.alive().get(group)
         why = f"it is {now.state}: {now.info.get('last_failure')}" if now else "its leader is gone: see its log"
         raise GroupFailed(f"{group} did not come back within {time.monotonic() - began:.0f} s: {why}")
+
+    def _stopping(self, groups: Sequence[str]) -> dict[str, GroupBeat]:
+        return {group: beat for group, beat in self.alive().items() if group in groups and beat.state == "stopping"}
+
+    def _await_restarts(self, groups: Sequence[str]) -> None:
+        """Who starts anew is heard of again, and hears again, when it has done so."""
+        again = {g: beat for g, beat in self.alive().items() if g in groups and beat.state == "restarting"}
+        until = time.monotonic() + max(map(grace_s, again.values()), default=0.0) + LAST_WORDS_S + SILENCE_S
+        while again and time.monotonic() < until:
+            time.sleep(POLL_S)
+            alive = self.alive(patience_s=SILENCE_S)
+            again = {g: beat for g, beat in again.items() if g not in alive or alive[g].state == "restarting"}
 
     def _try(self, command: str, group: str) -> Leader | None:
         """The leader's answer, if one comes."""

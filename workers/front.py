@@ -108,7 +108,7 @@ class Front:
         self._deadlines: list[tuple[float, int, Outcome]] = []  # (when, tie breaker, how it ends)
         self._sound = False  # this Redis loses no job
         self._draining = False
-        self._ending = False  # nothing calls it back
+        self._ending = ""  # stopping or restarting: nothing calls it back
         self._unwanted = False  # Celery was told to consume nothing
         self._journal_every_s = journal_every_s
         self._renew_every_s = min(settings.lease_s / 3, RENEW_EVERY_S)
@@ -120,7 +120,7 @@ class Front:
     @property
     def state(self) -> str:
         if self._ending:
-            return "stopping"
+            return self._ending
         if self._draining or self._unwanted:
             return "draining"
         if self._info is not None:
@@ -432,9 +432,9 @@ class Front:
         self._draining = True
         self._beat_at = self._clock()
 
-    def stop(self) -> None:
-        """Claim nothing more, and say that the end is near."""
-        self._ending = True
+    def stop(self, *, again: bool = False) -> None:
+        """Claim nothing more, and say that the end is near; `again`: only of this life."""
+        self._ending = "restarting" if again else "stopping"
         self.drain()
 
     def resume(self) -> None:

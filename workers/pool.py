@@ -108,7 +108,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
             worker_state.active_requests.add(request)
 
     def on_close(self) -> None:
-        self.front.stop()
+        self.front.stop(again=self.again)
 
     def on_stop(self) -> None:
         """Finish what runs within the grace, hand the rest back.  Celery's loop has ended, so this runs its own."""
@@ -117,7 +117,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
             return
         self._stopping = True
         front = self.front
-        front.stop()
+        front.stop(again=self.again)
         front.tick()  # says so even if nothing runs: ranks take a moment to end
         num_running = front.num_live
         if num_running:
