@@ -91,6 +91,8 @@ class FleetOnHosts:
     directory: Path
     identity: str
     ssh: str
+    options: str = ""
+    """That reach the same hosts and directories, as one types them."""
 
     @classmethod
     def read(
@@ -118,6 +120,11 @@ class FleetOnHosts:
             directory=directory or STATE / state_name(fleet_file.stem, identity),
             identity=identity,
             ssh=ssh or "ssh",
+            options="".join(
+                f" --{name} {shlex.quote(str(value))}"
+                for name, value in (("hostfile", hostfile), ("dir", directory), ("ssh", ssh))
+                if value is not None
+            ),
         )
 
     @cached_property
@@ -264,4 +271,5 @@ def over_redis(fleet: "Fleet", command: str, *groups: str) -> str:
 
 
 def end_with(fleet: FleetOnHosts, *groups: str) -> str:
-    return f"`hortator down --fleet {fleet.file} {' '.join(groups)}` ends {'it' if len(groups) == 1 else 'them'}"
+    command = f"hortator down --fleet {shlex.quote(str(fleet.file))}{fleet.options} {' '.join(groups)}"
+    return f"`{command}` ends {'it' if len(groups) == 1 else 'them'}"

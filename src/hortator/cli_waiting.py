@@ -24,29 +24,28 @@ START_S = 30.0  # beyond its ranks' start: what a leader itself needs
 def wait_for_ends(fleet: "FleetOnHosts", names: Sequence[str], inventory: "Inventory") -> "tuple[Inventory, list[str]]":
     """What runs once those of these groups that were told to stop have ended, or have started anew, as a restart does;
     and those that still stop when the time that their settings give them is over."""
-    from hortator.producer.groups import grace_s
+    from hortator.producer.groups import ENDING, grace_s
 
-    still = those_that_stop(fleet, names, inventory)
-    limit_s = max((grace_s(beat) for beat in still.values()), default=0.0) + LAST_WORDS_S
+    alive = fleet.alive()
+    ending = {name for name in names if name in alive and alive[name].state in ENDING}
+    limit_s = max((grace_s(alive[name]) for name in ending), default=0.0) + LAST_WORDS_S
     until = time.monotonic() + limit_s
-    if still:
-        typer.echo(f"{', '.join(still)} still stops: waiting for its end, at most {limit_s:.0f} s", err=True)
-    while still and time.monotonic() < until:
+    said = ""
+    while still := [name for name in names if name in ending and ends(inventory.living.get(name), alive.get(name))]:
+        if said != (said := ", ".join(still)):
+            typer.echo(f"{said} still stops, or starts anew: waiting for its end, at most {limit_s:.0f} s", err=True)
+        if time.monotonic() > until:
+            break
         time.sleep(2 * POLL_S)
-        inventory = fleet.inventory()
-        still = those_that_stop(fleet, names, inventory)
-    return inventory, list(still)
+        inventory, alive = fleet.inventory(), fleet.alive()
+    return inventory, still
 
 
-def those_that_stop(fleet: "FleetOnHosts", names: Sequence[str], inventory: "Inventory") -> "dict[str, GroupBeat]":
-    from hortator.producer.groups import stopping
+def ends(found: "FoundLeader | None", beat: "GroupBeat | None") -> bool:
+    """The process is there, and has told of its end, or has taken its leave already."""
+    from hortator.producer.groups import ENDING
 
-    living = inventory.living
-    return {
-        name: beat
-        for name, beat in stopping(fleet.alive()).items()
-        if name in names and name in living and is_of(beat, living[name])
-    }
+    return found is not None and (beat is None or (beat.state in ENDING and is_of(beat, found)))
 
 
 def wait_ready(fleet: "FleetOnHosts", started: "Mapping[str, FoundLeader]") -> bool:
@@ -100,8 +99,8 @@ class Awaited:
         elif beat.state == "draining":
             back = over_redis(self.fleet.fleet, "resume", name)
             self._fail(name, f"{name} was told to drain and takes nothing: {back} lets it take jobs again")
-        elif beat.state == "stopping":
-            self._tell(name, f"{name} was told to stop, or to start anew")
+        elif beat.state in ("stopping", "restarting"):
+            self._tell(name, f"{name} was told to {'stop' if beat.state == 'stopping' else 'start anew'}")
         elif beat.info.get("given_up"):
             self._fail(name, f"{name} is down and will not be tried again: {failure}")
         elif beat.info.get("last_failure"):
