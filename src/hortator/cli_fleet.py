@@ -5,9 +5,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -47,8 +46,10 @@ def status(
     """Print queues, why their jobs wait, and the groups that are alive."""
     with operator(redis_url, namespace) as talk:
         if as_json:
+            from hortator.producer.hindrance import queue_facts
+
             for queue in talk.queues():
-                typer.echo(json.dumps(queue_json(queue)))
+                typer.echo(json.dumps(queue_facts(queue)))
             if num_letters := talk.store.count_dead_letters():
                 typer.echo(json.dumps({"dead_letters": num_letters}))
         elif watch:
@@ -330,10 +331,3 @@ def why(queue: "QueueInfo") -> str | None:
         return None
     some_wait = queue.depth or (queue.running and not queue.groups)
     return f"jobs {'wait' if some_wait else 'would wait'}: {found.text}"
-
-
-def queue_json(queue: "QueueInfo") -> dict[str, Any]:
-    from hortator.producer.hindrance import hindrance
-
-    found = hindrance(queue)
-    return asdict(queue) | {"hindrance": asdict(found) if found else None}
