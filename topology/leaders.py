@@ -221,11 +221,13 @@ class StateDirectory:
             last_words=self._last_line(group) if lives else self._last_words(group),
         )
 
-    def stop(self, group: str, *, patience_s: float) -> bool:
-        """End what still runs: SIGTERM, and SIGKILL when the patience is over.  True if there was anything to end."""
-        pid = self._living(group)
-        if pid is None:
+    def stop(self, group: str, *, patience_s: float, born: str = "") -> bool:
+        """End what still runs: SIGTERM, and SIGKILL when the patience is over.  True if there was anything to end.
+        `born`: only this very process, not one that somebody has started since."""
+        record = self._read(group)
+        if record is None or not record.lives or (born and born != record.born):
             return False
+        pid = record.pid
         for number, wait_s in ((signal.SIGTERM, patience_s), (signal.SIGKILL, 5.0)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)

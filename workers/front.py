@@ -108,6 +108,7 @@ class Front:
         self._deadlines: list[tuple[float, int, Outcome]] = []  # (when, tie breaker, how it ends)
         self._sound = False  # this Redis loses no job
         self._draining = False
+        self._ending = ""  # stopping or restarting: nothing calls it back
         self._unwanted = False  # Celery was told to consume nothing
         self._journal_every_s = journal_every_s
         self._renew_every_s = min(settings.lease_s / 3, RENEW_EVERY_S)
@@ -118,6 +119,8 @@ class Front:
 
     @property
     def state(self) -> str:
+        if self._ending:
+            return self._ending
         if self._draining or self._unwanted:
             return "draining"
         if self._info is not None:
@@ -155,7 +158,9 @@ class Front:
             capacity=self.capacity,
             epoch=self._group.epoch,
             state=self.state,
-            info=self.details() | {name: getattr(self._tenure.holder, name) for name in ("host", "pid", "born")},
+            info=self.details()
+            | {name: getattr(self._tenure.holder, name) for name in ("host", "pid", "born")}
+            | {"grace_s": self._settings.grace_s},
             room=self.room().free,
         )
 
@@ -432,8 +437,13 @@ class Front:
         self._draining = True
         self._beat_at = self._clock()
 
+    def stop(self, *, again: bool = False) -> None:
+        """Claim nothing more, and say that the end is near; `again`: only of this life."""
+        self._ending = "restarting" if again else "stopping"
+        self.drain()
+
     def resume(self) -> None:
-        """Claim again after `drain`."""
+        """Claim again after `drain`; a group that stops goes on stopping."""
         self._draining = False
         self._beat_at = self._clock()
 

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from hortator.cli_aftermath import tell_unreached, tell_what_runs, told_when_interrupted
 from hortator.cli_errors import EXIT_FAILED, EXIT_OK, fail_line, printable
 from hortator.cli_fleet import fleet_control
 from hortator.cli_hosts import FleetOnHosts, Inventory, leftovers
-from hortator.cli_up import leaders_hosts, stranger, taken, tell_unreached, tell_what_runs
+from hortator.cli_up import leaders_hosts, stranger, taken
 from hortator.cli_waiting import wait_ready
 
 if TYPE_CHECKING:
@@ -18,9 +19,14 @@ if TYPE_CHECKING:
 
 def restart_fleet(fleet: FleetOnHosts, names: Sequence[str], *, launcher: str) -> int:
     """One group after the other: stop it over Redis, start it over ssh, with the file's settings of today."""
+    chosen = fleet.chosen(names)
+    with told_when_interrupted(fleet, chosen):
+        return restart_each(fleet, chosen, launcher)
+
+
+def restart_each(fleet: FleetOnHosts, chosen: Sequence[str], launcher: str) -> int:
     from hortator.topology.identity import check_redis_is_reached
 
-    chosen = fleet.chosen(names)
     inventory = fleet.inventory()
     check_redis_is_reached(fleet.fleet, leaders_hosts(fleet.plan(), chosen), here=fleet.road.here)
     if tell_unreached(inventory):
@@ -41,7 +47,7 @@ def restart_fleet(fleet: FleetOnHosts, names: Sequence[str], *, launcher: str) -
                 return fail_line(f"{name}: {answer.problem}; the other groups were left as they are", EXIT_FAILED)
         started = fleet.start([group], launcher)
         if not (started and wait_ready(fleet, started)):
-            tell_what_runs(fleet, started)
+            tell_what_runs(fleet, started, dict.fromkeys(one.host for one in started.values()))
             return EXIT_FAILED
         inventory = fleet.inventory()
     return EXIT_OK
@@ -61,13 +67,28 @@ def plan_again(fleet: FleetOnHosts, name: str, inventory: Inventory) -> "Plan":
 
 def down_fleet(fleet: FleetOnHosts, names: Sequence[str]) -> int:
     """Over Redis first, which lets jobs finish; then over ssh, so that nothing is left."""
-    from hortator.topology.errand import read_answer
-    from hortator.topology.leaders import Ended, Left
-
     inventory = fleet.inventory()
     alive = alive_or_warning(fleet)
     models = set(fleet.names.values())
     chosen = fleet.chosen(names, (*inventory.latest, *(one.group for one in alive.values() if one.model in models)))
+    with told_when_interrupted(fleet, chosen):
+        failed = end_all(fleet, chosen, inventory, alive)
+    if not failed and not any(name in alive or name in inventory.living for name in chosen):
+        what = ", ".join(chosen) if names else str(fleet.file)
+        typer.echo(printable(f"nothing of {what} was found running"))
+    if not names:
+        still = {name: beat for name, beat in alive.items() if name not in chosen}
+        others = tuple(one for one in inventory.found if one.leader.group not in chosen)
+        for line in leftovers(fleet, Inventory(others), still):
+            typer.echo(f"note: {printable(line)}", err=True)
+    return EXIT_FAILED if failed else EXIT_OK
+
+
+def end_all(fleet: FleetOnHosts, chosen: Sequence[str], inventory: Inventory, alive: "Mapping[str, GroupBeat]") -> bool:
+    """True if something went wrong."""
+    from hortator.topology.errand import read_answer
+    from hortator.topology.leaders import Ended, Left
+
     ranks = stop_over_redis(fleet, [name for name in chosen if name in alive])
     failed = tell_unreached(inventory)
     for answer in fleet.end([one for name, one in inventory.living.items() if name in chosen]):
@@ -83,15 +104,7 @@ def down_fleet(fleet: FleetOnHosts, names: Sequence[str]) -> int:
         elif left.left:
             listed = ", ".join(map(str, left.left))
             failed = bool(fail_line(f"{answer.host}: ranks are left: pid {listed}; kill them", EXIT_FAILED))
-    if not failed and not any(name in alive or name in inventory.living for name in chosen):
-        what = ", ".join(chosen) if names else str(fleet.file)
-        typer.echo(printable(f"nothing of {what} was found running"))
-    if not names:
-        still = {name: beat for name, beat in alive.items() if name not in chosen}
-        others = tuple(one for one in inventory.found if one.leader.group not in chosen)
-        for line in leftovers(fleet, Inventory(others), still):
-            typer.echo(f"note: {printable(line)}", err=True)
-    return EXIT_FAILED if failed else EXIT_OK
+    return failed
 
 
 def alive_or_warning(fleet: FleetOnHosts) -> "dict[str, GroupBeat]":
@@ -108,13 +121,16 @@ def alive_or_warning(fleet: FleetOnHosts) -> "dict[str, GroupBeat]":
 def stop_over_redis(fleet: FleetOnHosts, groups: Sequence[str]) -> dict[str, tuple[tuple[int, int], ...]]:
     """Rank and pid of each rank of these groups, which are told to stop."""
     from hortator.producer.errors import HortatorError
+    from hortator.producer.groups import ending
 
     ranks: dict[str, tuple[tuple[int, int], ...]] = {}
     if not groups:
         return ranks
     try:
         with fleet_control(fleet.fleet.redis_url, fleet.fleet.namespace) as control:
-            ranks = {leader.group: leader.ranks for leader in control.tell("look", groups).values()}
+            deaf = ending(control.alive())
+            heard = control.tell("look", [group for group in groups if group not in deaf])
+            ranks = {leader.group: leader.ranks for leader in heard.values()}
             control.stop(groups, on_done=lambda group: typer.echo(f"{group} is down"))
     except HortatorError as problem:
         typer.echo(f"warning: {printable(problem.message)}; going on over ssh", err=True)

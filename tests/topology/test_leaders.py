@@ -71,6 +71,8 @@ def test_one_that_ignores_sigterm_is_killed_when_the_patience_is_over(state: Sta
     assert pid is not None
     while state.tail("g", 1) != ["up"]:
         time.sleep(0.02)
+    assert state.stop("g", patience_s=0.3, born="another boot:1") is False, "only the process that is meant"
+    assert birth(pid) != ""
     began = time.monotonic()
     assert state.stop("g", patience_s=0.3) is True
     assert 0.3 <= time.monotonic() - began < 3
