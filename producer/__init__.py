@@ -7,6 +7,7 @@ from .aio import AsyncClient, AsyncJobHandle
 from .client import Client, JobHandle
 from .errors import (
     BadRequest,
+    ClientUnusable,
     ConfigError,
     HortatorError,
     IdempotencyConflict,
@@ -42,6 +43,7 @@ __all__ = [
     "BadRequest",
     "Chunk",
     "Client",
+    "ClientUnusable",
     "ConfigError",
     "Failure",
     "FinishReason",

@@ -1,13 +1,14 @@
 """Everything that can go wrong, as one tree.
 
     HortatorError
-    ├── BadRequest                  the job can never run: fix it and send it again
+    ├── BadRequest                  the job can never run, or an argument is of no use: mend it and call again
     │   ├── PromptTooLong
     │   └── IdempotencyConflict     same key, other body
     ├── IterableFailed              what `enqueue_many` was to iterate over raised
     ├── UnknownModel                no group serves this model, nor did lately
     ├── UnknownJob                  never issued, of another tenant, or expired (`gone` tells)
     ├── QueueFull                   try again after `retry_after_s`
+    ├── ClientUnusable              the client is closed, or belongs to another event loop
     ├── StoreUnavailable            Redis is away, full or slow; nothing was written
     │   └── StoreForbidden          it refuses our credentials (a ConfigError, too)
     ├── StoreUnsuitable             Redis is too old, or set to evict: refused at start
@@ -37,7 +38,7 @@ class HortatorError(Exception):
 
 
 class BadRequest(HortatorError):
-    """The job can never run as it is."""
+    """The job can never run as it is; or an argument of a client's call is of no use."""
 
     code = "bad_request"
 
@@ -84,6 +85,12 @@ class QueueFull(HortatorError):
     def __init__(self, message: str, *, retry_after_s: float, job_id: str | None = None) -> None:
         super().__init__(message, job_id=job_id)
         self.retry_after_s = retry_after_s
+
+
+class ClientUnusable(HortatorError):
+    """The client was closed; or it is an AsyncClient that another event loop has used."""
+
+    code = "client_unusable"
 
 
 class StoreUnavailable(HortatorError):

@@ -34,7 +34,7 @@ from .engine.step import EngineInfo, EngineStats, Finish, Request
 from .envelope import Envelope, job_of, open_envelope
 from .gauges import Gauges
 from .group import Event, Group, Ready, Stepped
-from .intake import prepare
+from .intake import Damaged, prepare
 from .link import Link
 from .live import Live, Strand
 from .outbox import Delivery, Letter, Outbox
@@ -211,7 +211,11 @@ class Front:
             self.hand_back(reason="it makes room for a suspect")
 
     def open(self, claimed: Claimed) -> Envelope | None:
-        """The message's envelope; None if it is not one of ours, and then it is buried and its job has failed."""
+        """The message's envelope; None if it is not one of ours, and then it is buried and its job has failed, or if
+        what the store keeps of its job is damaged."""
+        if claimed.damage is not None:
+            self._fail(claimed, Damaged(claimed.damage))
+            return None
         try:
             return open_envelope(claimed.message)
         except BadRequest as error:
@@ -231,6 +235,9 @@ class Front:
             live, requests = self._prepare(claimed, envelope, self._info)
         except BadRequest as error:
             self._refuse(claimed, error)
+            return False
+        except Damaged as error:
+            self._fail(claimed, error)
             return False
         except Exception as error:
             # A fault of ours that one job brings out must not end the worker and all other jobs with it.
@@ -292,8 +299,12 @@ class Front:
         lease = claimed.lease
         if not isinstance(error, PromptTooLong):  # a sound message: another group may have room for it
             self._outbox.bury(Letter(claimed.message, error.message, lease.job_id))
-        self._refusals.note(lease.job_id, error.code)
-        self.end(lease.job_id, State.FAILED, Failure(code=error.code, message=error.message))
+        self._fail(claimed, error)
+
+    def _fail(self, claimed: Claimed, error: HortatorError) -> None:
+        job_id = claimed.lease.job_id
+        self._refusals.note(job_id, error.code)
+        self.end(job_id, State.FAILED, Failure(code=error.code, message=error.message))
 
     # ---- from the engine to the store
 
