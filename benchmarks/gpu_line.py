@@ -32,6 +32,7 @@ from hortator.workers.engine.build import build_engine
 from hortator.workers.engine.step import Request, SamplingParams
 
 SEATS = 256
+READY_S = 300  # a group that begins again and again would never be ready
 
 
 def workload(seed: int, args: argparse.Namespace) -> list[tuple[list[int], int]]:
@@ -110,9 +111,10 @@ def run_line(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         stack.callback(front.wait, 60)
         stack.callback(front.terminate)
         client = stack.enter_context(Client(redis.url))
+        until = time.monotonic() + READY_S
         while not any(beat.state == "ready" for queue in client.store.queues() for beat in queue.groups):
-            if front.poll() is not None:
-                raise RuntimeError((directory / "log").read_text()[-3000:])
+            if front.poll() is not None or time.monotonic() > until:
+                raise RuntimeError("the group is not ready:\n" + (directory / "log").read_text()[-3000:])
             time.sleep(0.05)
         ranks = {f"rank {i}": rank for i, rank in enumerate(front.children())}
         watched = {"front": front, **ranks, "redis": psutil.Process(redis.pid), "client": psutil.Process()}

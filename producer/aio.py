@@ -2,15 +2,16 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from itertools import islice
-from typing import Any, Protocol, Self
+from typing import Protocol, Self, Unpack
 
-from .awaited import Awaited, End, Key
-from .client import MANY, settings_for
-from .errors import HortatorError, StoreUnavailable, UnknownJob
-from .job import Follower, Pace, Patience, new_job, outcome_of, result_of, unknown
+from . import arguments
+from .awaited import Awaited, End, Handle, Key
+from .batches import Batches
+from .caller import Caller, OnOutage, settings_for
+from .errors import ClientUnusable, HortatorError, StoreUnavailable, UnknownJob
+from .job import Follower, JobFields, Pace, Patience, new_job, outcome_of, result_of, unknown
 from .redis_store import AsyncRedisStore
-from .schema import Chunk, Job, Priority, Result, Sampling, State, Status
+from .schema import Chunk, Job, Result, State, Status
 from .settings import StoreSettings
 from .store import QueueInfo, Receipt
 
@@ -33,18 +34,12 @@ class AsyncProducerStore(Protocol):
     async def queues(self) -> list[QueueInfo]: ...
 
 
-class AsyncJobHandle:
+class AsyncJobHandle(Handle):
     """One accepted job.  `duplicate`: the idempotency key was known, and this is the job that has it."""
 
     def __init__(self, client: "AsyncClient", job_id: str, *, tenant: str, duplicate: bool = False) -> None:
-        self.id = job_id
-        self.tenant = tenant
-        self.duplicate = duplicate
+        super().__init__(job_id, tenant=tenant, duplicate=duplicate)
         self._client = client
-        self._end: Status | UnknownJob | None = None
-
-    def __repr__(self) -> str:
-        return f"AsyncJobHandle({self.id!r})"
 
     async def status(self) -> Status:
         """Where the job stands now.  Raises UnknownJob if its record has expired."""
@@ -55,13 +50,10 @@ class AsyncJobHandle:
 
     async def result(self, *, timeout_s: float | None = None) -> Result:
         """Wait for the result.  Raises JobFailed (JobCancelled, JobExpired), UnknownJob, or TimeoutError."""
-        if self._end is None:
+        if self.end is None:
             async for _ in self._client.as_completed([self], timeout_s=timeout_s):
                 pass
-        if isinstance(self._end, UnknownJob):
-            raise self._end
-        assert self._end is not None
-        return result_of(self._end)
+        return self.known_result()
 
     def stream(self, *, after: int = 0, timeout_s: float | None = None) -> AsyncIterator[Chunk]:
         """Chunks from token `after` on, as they are accepted, until the job ends; then raises as `result` does unless
@@ -75,16 +67,14 @@ class AsyncJobHandle:
             raise await self._client.unknown(self)
         return state
 
-    def finish(self, end: Status | UnknownJob) -> None:
-        """Remember how the job ended, which never changes."""
-        self._end = end
 
-
-class AsyncClient:
+class AsyncClient(Caller[AsyncProducerStore]):
     """Talks to one store, in one event loop.
 
     `where` is a Redis URL, a store (AsyncMemoryStore in tests), or None for the environment (HORTATOR_REDIS_URL ...).
-    `tenant` owns the jobs that name none.  Waiting calls bear with an unavailable store for `patience_s`.
+    `tenant` owns the jobs that name none.  Waiting calls bear with an unavailable store for `patience_s`,
+    and tell `on_outage` once, as soon as each finds that it is away (and again if it comes back and goes away again);
+    what that raises ends the wait.
     """
 
     def __init__(
@@ -96,95 +86,97 @@ class AsyncClient:
         require_known_model: bool | None = None,
         timeout_s: float | None = None,
         patience_s: float = 30.0,
+        on_outage: OnOutage | None = None,
     ) -> None:
-        self.tenant = tenant
-        self._patience_s = patience_s
         if where is None or isinstance(where, str):
-            self.store: AsyncProducerStore = AsyncRedisStore.from_settings(
-                settings_for(where, namespace, require_known_model, timeout_s)
+            where = AsyncRedisStore.from_settings(settings_for(where, namespace, require_known_model, timeout_s))
+        super().__init__(
+            arguments.store(where, for_asyncio=True), tenant=tenant, patience_s=patience_s, on_outage=on_outage
+        )
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def store(self) -> AsyncProducerStore:
+        """What answers the calls.  Raises ClientUnusable once the client is closed, and in another event loop than the
+        one in which its connections are."""
+        store = super().store
+        self._stay_in_loop()
+        return store
+
+    def _stay_in_loop(self) -> None:
+        loop = asyncio.get_running_loop() if isinstance(self._store, AsyncRedisStore) else None
+        self._loop = self._loop or loop
+        if self._loop is not loop:
+            raise ClientUnusable(
+                "this AsyncClient was used in another event loop, and asyncio.run makes a new one each time:"
+                " make, use and close an AsyncClient in one"
             )
-        else:
-            self.store = where
 
     @classmethod
-    def from_settings(cls, settings: StoreSettings, *, tenant: str = "default", patience_s: float = 30.0) -> Self:
+    def from_settings(
+        cls,
+        settings: StoreSettings,
+        *,
+        tenant: str = "default",
+        patience_s: float = 30.0,
+        on_outage: OnOutage | None = None,
+    ) -> Self:
         """A client of the store that the settings describe."""
-        return cls(AsyncRedisStore.from_settings(settings), tenant=tenant, patience_s=patience_s)
+        store = AsyncRedisStore.from_settings(settings)
+        return cls(store, tenant=tenant, patience_s=patience_s, on_outage=on_outage)
 
     async def __aenter__(self) -> Self:
+        self._check()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close the connections."""
-        if isinstance(self.store, AsyncRedisStore):
-            await self.store.aclose()
+        """Close the connections.  Every later call raises ClientUnusable."""
+        if not self._closed:
+            self._stay_in_loop()
+        self._closed = True
+        if isinstance(self._store, AsyncRedisStore):
+            await self._store.aclose()
 
-    async def enqueue(
-        self,
-        prompt: str | None = None,
-        *,
-        model: str,
-        messages: Sequence[Any] | None = None,
-        token_ids: Sequence[int] | None = None,
-        sampling: Sampling | None = None,
-        priority: Priority | str = Priority.STANDARD,
-        deadline_s: float | None = None,
-        idempotency_key: str | None = None,
-        tenant: str | None = None,
-        metadata: dict[str, str] | None = None,
-    ) -> AsyncJobHandle:
-        """Accept one job: exactly one of prompt, messages, token_ids.
+    async def enqueue(self, prompt: str | None = None, *, model: str, **fields: Unpack[JobFields]) -> AsyncJobHandle:
+        """Accept one job: exactly one of prompt, messages, token_ids; and, as you like, sampling, priority, deadline_s,
+        idempotency_key, tenant, metadata.
 
         Raises BadRequest, UnknownModel, QueueFull, IdempotencyConflict, StoreUnavailable.
         """
-        job = new_job(
-            prompt,
-            model=model,
-            messages=messages,
-            token_ids=token_ids,
-            sampling=sampling,
-            priority=priority,
-            deadline_s=deadline_s,
-            idempotency_key=idempotency_key,
-            tenant=tenant or self.tenant,
-            metadata=metadata,
-        )
+        job = new_job(prompt, model=model, tenant=self.tenant, fields=fields)
         return (await self.enqueue_many([job]))[0]
 
     async def enqueue_many(self, jobs: Iterable[Job]) -> list[AsyncJobHandle]:
-        """Accept many jobs, one round trip per few hundred.  An error's `accepted` names those that are in already,
-        its `index` the one that was refused."""
-        handles: list[AsyncJobHandle] = []
-        remaining = iter(jobs)
-        while some := list(islice(remaining, MANY)):
-            try:
-                receipts = await self.store.enqueue(some)
-            except HortatorError as error:
-                error.accepted = (*(handle.id for handle in handles), *error.accepted)
-                error.index = None if error.index is None else error.index + len(handles)
-                raise
-            handles += [
-                AsyncJobHandle(self, receipt.job_id, tenant=job.tenant, duplicate=receipt.duplicate)
-                for job, receipt in zip(some, receipts, strict=True)
-            ]
-        return handles
+        """Accept many jobs, one round trip per few hundred.
+
+        Raises as `enqueue` does, and IterableFailed; the error's `accepted` are the handles of the first jobs, which
+        are in already, its `index` is the place of the one that was refused."""
+        store = self.store
+        batches = Batches(jobs, self._accepted)
+        for some in batches:
+            with batches.accepting(some) as receipts:
+                receipts.extend(await store.enqueue(some))
+        return batches.handles
 
     def job(self, job_id: str, *, tenant: str | None = None) -> AsyncJobHandle:
         """A handle on a job that was enqueued earlier or elsewhere; nothing is asked yet."""
-        return AsyncJobHandle(self, job_id, tenant=tenant or self.tenant)
+        self._check()
+        tenant = self.tenant if tenant is None else arguments.tenant(tenant)
+        return AsyncJobHandle(self, arguments.text("job_id", job_id), tenant=tenant)
 
-    async def statuses(self, job_ids: Sequence[str]) -> list[Status | None]:
+    async def statuses(self, job_ids: Iterable[str]) -> list[Status | None]:
         """One call for many; None where there is no such job of this tenant."""
-        return await self.store.statuses(job_ids, tenant=self.tenant)
+        return await self.store.statuses(arguments.job_ids(job_ids), tenant=self.tenant)
 
-    async def results(self, job_ids: Sequence[str]) -> list[Result | HortatorError | None]:
+    async def results(self, job_ids: Iterable[str]) -> list[Result | HortatorError | None]:
         """One call for many, without waiting: a result, the error that stands in its place, or None while not done."""
+        ids = arguments.job_ids(job_ids)
         return [
             await self.unknown(self.job(job_id)) if status is None else outcome_of(status)
-            for job_id, status in zip(job_ids, await self.statuses(job_ids), strict=True)
+            for job_id, status in zip(ids, await self.statuses(ids), strict=True)
         ]
 
     async def queues(self) -> list[QueueInfo]:
@@ -196,8 +188,8 @@ class AsyncClient:
     ) -> AsyncIterator[AsyncJobHandle]:
         """Each handle once, as its job ends (however it ends): `result()` of it does not wait.  All are watched by one
         call at a time, and several handles on one job are all given.  Raises TimeoutError when the time is up."""
-        waiting = Awaited(handles)
-        pace, patience = Pace(timeout_s), Patience(self._patience_s)
+        waiting = Awaited(handles, AsyncJobHandle)
+        pace, patience = Pace(timeout_s), self._patience()
         while waiting:
             pace.asking()
             ends: dict[Key, End] = {}
@@ -214,7 +206,7 @@ class AsyncClient:
     async def stream(self, handle: AsyncJobHandle, *, after: int, timeout_s: float | None) -> AsyncIterator[Chunk]:
         """What AsyncJobHandle.stream says."""
         reader = Follower(handle.id, after)
-        pace, patience = Pace(timeout_s), Patience(self._patience_s)
+        pace, patience = Pace(timeout_s), self._patience()
         while True:
             pace.asking()
             status, chunks = None, []
@@ -232,6 +224,9 @@ class AsyncClient:
                     yield chunk
                 return
             await self._wait(pace, patience, news=len(chunks), waiting_for=f"job {handle.id}")
+
+    def _accepted(self, job: Job, receipt: Receipt) -> AsyncJobHandle:
+        return AsyncJobHandle(self, receipt.job_id, tenant=job.tenant, duplicate=receipt.duplicate)
 
     async def unknown(self, handle: AsyncJobHandle) -> UnknownJob:
         """UnknownJob, telling gone from never issued."""

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 from itertools import islice
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
+from .arguments import several
 from .errors import UnknownJob
-from .schema import Status
+from .job import result_of
+from .schema import Result, Status
 
 MAX_NAMED = 3
 
@@ -13,13 +15,24 @@ Key = tuple[str, str]  # tenant, job id
 End = Status | UnknownJob
 
 
-class Handle(Protocol):
-    """What is awaited of a handle."""
+class Handle:
+    """One accepted job.  `duplicate`: the idempotency key was known, and this is the job that has it."""
 
-    id: str
-    tenant: str
+    def __init__(self, job_id: str, *, tenant: str, duplicate: bool = False) -> None:
+        self.id = job_id
+        self.tenant = tenant
+        self.duplicate = duplicate
+        self.end: End | None = None  # how the job ended, which never changes
 
-    def finish(self, end: End) -> None: ...
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.id!r})"
+
+    def known_result(self) -> Result:
+        """Of a job that has ended; raises what stands in the result's place."""
+        assert self.end is not None
+        if isinstance(self.end, UnknownJob):
+            raise self.end
+        return result_of(self.end)
 
 
 H = TypeVar("H", bound=Handle)
@@ -28,9 +41,9 @@ H = TypeVar("H", bound=Handle)
 class Awaited(Generic[H]):
     """Several handles may be on one job, and one id may be asked for by two tenants."""
 
-    def __init__(self, handles: Iterable[H]) -> None:
+    def __init__(self, handles: Iterable[H], kind: type[H]) -> None:
         self._handles: dict[Key, list[H]] = {}
-        for handle in dict.fromkeys(handles):
+        for handle in dict.fromkeys(several("handles", handles, kind, f"a handle ({kind.__name__}, as of `job(ID)`)")):
             self._handles.setdefault((handle.tenant, handle.id), []).append(handle)
 
     def __len__(self) -> int:
@@ -56,6 +69,6 @@ class Awaited(Generic[H]):
         ended: list[H] = []
         for key, end in ends.items():
             for handle in self._handles.pop(key):
-                handle.finish(end)
+                handle.end = end
                 ended.append(handle)
         return ended

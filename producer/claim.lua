@@ -19,15 +19,15 @@
 -- | letters                      | stream | messages that can never run                              |
 -- | celery-task-meta-{id}        | string | STARTED; the failure of a refused foreign message with an id |
 --
--- args: model owner token seen limit lease_ms idle version surplus room_counts_ms
+-- args: model owner token seen limit lease_ms idle version surplus room_counts_ms claim_jobs claim_bytes
 -- `token` names this reply; `seen` is the token of the last reply that arrived: if it is not the last one that was sent,
 -- that one was lost on the way and is sent again.
--- reply: mode, full_run_alone, now, token, then each job as {id attempt message tenant enqueued deadline journal}
+-- reply: mode, full_run_alone, more, now, token, then each job as {id attempt message tenant enqueued deadline journal}
 local model, owner, token, seen = arg(1), arg(2), arg(3), arg(4)
 local limit, lease_ms, idle = tonumber(arg(5)), tonumber(arg(6)), arg(7) == '1'
 local version, surplus, ROOM_COUNTS_MS = tonumber(arg(8)), tonumber(arg(9)), tonumber(arg(10))
+local CLAIM_JOBS, CLAIM_BYTES = tonumber(arg(11)), tonumber(arg(12))
 local ROUND = {1, 2, 1, 3, 1, 2, 1, 4, 1, 2, 1, 3, 1, 2, 1} -- eight, four, two and one turn for the four steps
-local MAX_ENVELOPE_BYTES = 65536
 local MAX_ESCAPES = 100000
 local FEW = 8 -- suspects that the group which tries them gets through in a second or two, without another one's help
 local REMEMBER_MS = 15000 -- a reply that was lost in an outage is told again after it
@@ -36,7 +36,7 @@ local MAX_REFUSED = 256 -- bad, dead or duplicate messages thrown out in one cal
 even_when_full()
 local leases, claimed_key = own .. 'leases:' .. model, own .. 'claimed:' .. owner
 local suspects, alone_key = own .. 'suspects:' .. model, own .. 'alone:' .. model
-local jobs, leased, rows = {}, {}, 0
+local jobs, leased, rows, bytes = {}, {}, 0, 0
 local group = owner:gsub('#%x+$', '')
 -- What a plain Celery client sees of a running job.  No PUBLISH: whoever waits, waits for the end.
 local started = '{"status": "STARTED", "result": {"hostname": ' .. cjson.encode(group)
@@ -73,10 +73,14 @@ end
 
 local function tell(id, attempt, message, job, journal)
   jobs[#jobs + 1] = {id, attempt, message, job.tenant, job.enqueued, job.deadline or '', journal}
+  bytes = bytes + #message
+  for _, chunk in ipairs(journal) do bytes = bytes + #chunk end
 end
 
+local function is_cut() return #jobs >= CLAIM_JOBS or bytes >= CLAIM_BYTES end
+
 local function reply(mode, full, name)
-  return {mode, full and 1 or 0, now, name, unpack(jobs)}
+  return {mode, full and 1 or 0, is_cut() and 1 or 0, now, name, unpack(jobs)}
 end
 
 local function lost_reply()
@@ -105,7 +109,7 @@ local function lease(id, job, message, journal, step, alone)
   redis.call('SET', namespace .. 'celery-task-meta-' .. id, started .. id .. '"}')
   insist('ZADD', leases, now + lease_ms, id)
   leased[#leased + 1] = id .. ' ' .. attempt
-  rows = rows + (job.rows or 1)
+  rows = rows + job.rows
   tell(id, attempt, message, job, journal)
 end
 
@@ -171,7 +175,7 @@ local function is_object(value) return type(value) == 'table' and value[1] == ni
 
 -- The message without what stands between the quotes of its body, so that only the envelope is decoded.
 local function without_body(raw)
-  local _, start = raw:sub(1, MAX_ENVELOPE_BYTES):find('"body"%s*:%s*"')
+  local _, start = raw:sub(1, ENVELOPE_BYTES):find('"body"%s*:%s*"')
   if not start then return raw end
   local stop = start
   for _ = 1, MAX_ESCAPES do -- none in base64, but others may send a body as it is
@@ -188,8 +192,12 @@ end
 -- was written with it.
 local function look(raw)
   local json = without_body(raw)
-  if #json > MAX_ENVELOPE_BYTES then return nil, 'its envelope is larger than ' .. MAX_ENVELOPE_BYTES .. ' bytes' end
+  if #json > ENVELOPE_BYTES then return nil, 'its envelope is larger than ' .. ENVELOPE_BYTES .. ' bytes' end
   local ok, m = pcall(cjson.decode, json)
+  local no_text = not ok and json:find('\\u[dD][89a-fA-F]')
+  if no_text then -- its job is told of it, if that is all that is wrong
+    ok, m = pcall(cjson.decode, (json:gsub('\\u[dD][89a-fA-F]%x%x', '\\ufffd')))
+  end
   if not ok or not is_object(m) or raw:match('^%s*(.)') ~= '{' then return nil, 'not a JSON object' end
   local headers = m['headers']
   if not is_object(headers) then return nil, 'no headers: not a Celery protocol 2 message' end
@@ -197,6 +205,7 @@ local function look(raw)
   if type(id) ~= 'string' or #id > 128 or not id:match('^[A-Za-z0-9][A-Za-z0-9._:-]*$') then
     return nil, 'no usable id in its headers'
   end
+  if no_text then return id, 'its envelope has half of a surrogate pair, which is no text' end
   if m['content-type'] ~= 'application/json' then return id, 'its content type is not application/json' end
   if type(m['body']) ~= 'string' then return id, 'no body' end
   if not is_object(m['properties']) then return id, 'no properties: not a Celery protocol 2 message' end
@@ -252,10 +261,10 @@ local function take(raw, step)
   end
   if not job then
     job = {state = 'queued', model = model, tenant = 'default', attempt = 0, tokens = 0, suspicion = 0, enqueued = now,
-      deadline = set_deadline(id, DEFAULT_DEADLINE_MS)}
+      deadline = set_deadline(id, DEFAULT_DEADLINE_MS), rows = rows_of(raw)}
     forget(id)
     redis.call('HSET', own .. 'job:' .. id, 'state', 'queued', 'model', model, 'tenant', 'default', 'attempt', 0,
-      'enqueued', now, 'deadline', job.deadline)
+      'enqueued', now, 'deadline', job.deadline, 'rows', job.rows)
     count_queued(model, 'default', 1) -- for a moment
   elseif is_terminal(job.state) then
     drop_message(model, id)
@@ -324,7 +333,8 @@ local most = share(total)
 local mode = most < math.min(limit, total) and 'shared' or 'together'
 local turn_key = own .. 'turn:' .. model
 local turn, examined = math.max(0, whole(insist('GET', turn_key))), 0
-while total > 0 and rows < most and examined < limit + MAX_REFUSED do
+local most_examined = math.min(limit, CLAIM_JOBS) + MAX_REFUSED
+while total > 0 and rows < most and not is_cut() and examined < most_examined do
   local class = ROUND[turn % #ROUND + 1]
   turn = turn + 1
   if left[class] > 0 then

@@ -2,15 +2,16 @@
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
-from typing import Any, Self
+from typing import Self, Unpack
 
-from pydantic import ValidationError
-
-from .awaited import Awaited, End, Key
-from .errors import ConfigError, HortatorError, StoreUnavailable, UnknownJob
+from . import arguments
+from .awaited import Awaited, End, Handle, Key
+from .batches import Batches
+from .caller import Caller, OnOutage, settings_for
+from .errors import HortatorError, StoreUnavailable, UnknownJob
 from .job import (
     Follower,
+    JobFields,
     Pace,
     Patience,
     new_job,
@@ -18,27 +19,18 @@ from .job import (
     result_of,
     unknown,
 )
-from .problems import listed
 from .redis_store import RedisStore
-from .schema import Chunk, Job, Priority, Result, Sampling, State, Status
+from .schema import Chunk, Job, Result, State, Status
 from .settings import StoreSettings
-from .store import QueueInfo, Store
-
-MANY = 1000  # jobs taken off an iterable at a time
+from .store import QueueInfo, Receipt, Store
 
 
-class JobHandle:
+class JobHandle(Handle):
     """One accepted job.  `duplicate`: the idempotency key was known, and this is the job that has it."""
 
     def __init__(self, client: "Client", job_id: str, *, tenant: str, duplicate: bool = False) -> None:
-        self.id = job_id
-        self.tenant = tenant
-        self.duplicate = duplicate
+        super().__init__(job_id, tenant=tenant, duplicate=duplicate)
         self._client = client
-        self._end: Status | UnknownJob | None = None
-
-    def __repr__(self) -> str:
-        return f"JobHandle({self.id!r})"
 
     def status(self) -> Status:
         """Where the job stands now.  Raises UnknownJob if its record has expired."""
@@ -49,13 +41,10 @@ class JobHandle:
 
     def result(self, *, timeout_s: float | None = None) -> Result:
         """Wait for the result.  Raises JobFailed (JobCancelled, JobExpired), UnknownJob, or TimeoutError."""
-        if self._end is None:
+        if self.end is None:
             for _ in self._client.as_completed([self], timeout_s=timeout_s):
                 pass
-        if isinstance(self._end, UnknownJob):
-            raise self._end
-        assert self._end is not None
-        return result_of(self._end)
+        return self.known_result()
 
     def stream(self, *, after: int = 0, timeout_s: float | None = None) -> Iterator[Chunk]:
         """Chunks from token `after` on, as they are accepted, until the job ends; then raises as `result` does unless
@@ -69,16 +58,14 @@ class JobHandle:
             raise self._client.unknown(self)
         return state
 
-    def finish(self, end: Status | UnknownJob) -> None:
-        """Remember how the job ended, which never changes."""
-        self._end = end
 
-
-class Client:
+class Client(Caller[Store]):
     """Talks to one store.  Threads may share it.
 
     `where` is a Redis URL, a store (MemoryStore in tests), or None for the environment (HORTATOR_REDIS_URL ...).
-    `tenant` owns the jobs that name none.  Waiting calls bear with an unavailable store for `patience_s`.
+    `tenant` owns the jobs that name none.  Waiting calls bear with an unavailable store for `patience_s`,
+    and tell `on_outage` once, as soon as each finds that it is away (and again if it comes back and goes away again);
+    what that raises ends the wait.
     """
 
     def __init__(
@@ -90,95 +77,77 @@ class Client:
         require_known_model: bool | None = None,
         timeout_s: float | None = None,
         patience_s: float = 30.0,
+        on_outage: OnOutage | None = None,
     ) -> None:
-        self.tenant = tenant
-        self._patience_s = patience_s
         if where is None or isinstance(where, str):
-            self.store: Store = RedisStore.from_settings(settings_for(where, namespace, require_known_model, timeout_s))
-        else:
-            self.store = where
+            where = RedisStore.from_settings(settings_for(where, namespace, require_known_model, timeout_s))
+        super().__init__(
+            arguments.store(where, for_asyncio=False), tenant=tenant, patience_s=patience_s, on_outage=on_outage
+        )
 
     @classmethod
-    def from_settings(cls, settings: StoreSettings, *, tenant: str = "default", patience_s: float = 30.0) -> Self:
+    def from_settings(
+        cls,
+        settings: StoreSettings,
+        *,
+        tenant: str = "default",
+        patience_s: float = 30.0,
+        on_outage: OnOutage | None = None,
+    ) -> Self:
         """A client of the store that the settings describe."""
-        return cls(RedisStore.from_settings(settings), tenant=tenant, patience_s=patience_s)
+        store = RedisStore.from_settings(settings)
+        return cls(store, tenant=tenant, patience_s=patience_s, on_outage=on_outage)
 
     def __enter__(self) -> Self:
+        self._check()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Close the connections."""
-        if isinstance(self.store, RedisStore):
-            self.store.close()
+        """Close the connections.  Every later call raises ClientUnusable."""
+        self._closed = True
+        if isinstance(self._store, RedisStore):
+            self._store.close()
 
-    def enqueue(
-        self,
-        prompt: str | None = None,
-        *,
-        model: str,
-        messages: Sequence[Any] | None = None,
-        token_ids: Sequence[int] | None = None,
-        sampling: Sampling | None = None,
-        priority: Priority | str = Priority.STANDARD,
-        deadline_s: float | None = None,
-        idempotency_key: str | None = None,
-        tenant: str | None = None,
-        metadata: dict[str, str] | None = None,
-    ) -> JobHandle:
-        """Accept one job: exactly one of prompt, messages, token_ids.
+    def enqueue(self, prompt: str | None = None, *, model: str, **fields: Unpack[JobFields]) -> JobHandle:
+        """Accept one job: exactly one of prompt, messages, token_ids; and, as you like, sampling, priority, deadline_s,
+        idempotency_key, tenant, metadata.
 
         Raises BadRequest, UnknownModel, QueueFull, IdempotencyConflict, StoreUnavailable.
         """
-        job = new_job(
-            prompt,
-            model=model,
-            messages=messages,
-            token_ids=token_ids,
-            sampling=sampling,
-            priority=priority,
-            deadline_s=deadline_s,
-            idempotency_key=idempotency_key,
-            tenant=tenant or self.tenant,
-            metadata=metadata,
-        )
+        job = new_job(prompt, model=model, tenant=self.tenant, fields=fields)
         return self.enqueue_many([job])[0]
 
     def enqueue_many(self, jobs: Iterable[Job]) -> list[JobHandle]:
-        """Accept many jobs, one round trip per few hundred.  An error's `accepted` names those that are in already,
-        its `index` the one that was refused."""
-        handles: list[JobHandle] = []
-        remaining = iter(jobs)
-        while some := list(islice(remaining, MANY)):
-            try:
-                receipts = self.store.enqueue(some)
-            except HortatorError as error:
-                error.accepted = (*(handle.id for handle in handles), *error.accepted)
-                error.index = None if error.index is None else error.index + len(handles)
-                raise
-            handles += [
-                JobHandle(self, receipt.job_id, tenant=job.tenant, duplicate=receipt.duplicate)
-                for job, receipt in zip(some, receipts, strict=True)
-            ]
-        return handles
+        """Accept many jobs, one round trip per few hundred.
+
+        Raises as `enqueue` does, and IterableFailed; the error's `accepted` are the handles of the first jobs, which
+        are in already, its `index` is the place of the one that was refused."""
+        store = self.store
+        batches = Batches(jobs, self._accepted)
+        for some in batches:
+            with batches.accepting(some) as receipts:
+                receipts.extend(store.enqueue(some))
+        return batches.handles
 
     def job(self, job_id: str, *, tenant: str | None = None) -> JobHandle:
         """A handle on a job that was enqueued earlier or elsewhere; nothing is asked yet."""
-        return JobHandle(self, job_id, tenant=tenant or self.tenant)
+        self._check()
+        tenant = self.tenant if tenant is None else arguments.tenant(tenant)
+        return JobHandle(self, arguments.text("job_id", job_id), tenant=tenant)
 
-    def statuses(self, job_ids: Sequence[str]) -> list[Status | None]:
+    def statuses(self, job_ids: Iterable[str]) -> list[Status | None]:
         """One call for many; None where there is no such job of this tenant."""
-        return self.store.statuses(job_ids, tenant=self.tenant)
+        return self.store.statuses(arguments.job_ids(job_ids), tenant=self.tenant)
 
-    def results(self, job_ids: Sequence[str]) -> list[Result | HortatorError | None]:
+    def results(self, job_ids: Iterable[str]) -> list[Result | HortatorError | None]:
         """One call for many, without waiting: a result, the error that stands in its place, or None while not done."""
+        ids = arguments.job_ids(job_ids)
         return [
-            unknown(job_id, gone=self.store.issued(job_id, tenant=self.tenant))
-            if status is None
-            else outcome_of(status)
-            for job_id, status in zip(job_ids, self.statuses(job_ids), strict=True)
+            self.unknown(self.job(job_id)) if status is None else outcome_of(status)
+            for job_id, status in zip(ids, self.statuses(ids), strict=True)
         ]
 
     def queues(self) -> list[QueueInfo]:
@@ -188,8 +157,8 @@ class Client:
     def as_completed(self, handles: Iterable[JobHandle], *, timeout_s: float | None = None) -> Iterator[JobHandle]:
         """Each handle once, as its job ends (however it ends): `result()` of it does not wait.  All are watched by one
         call at a time, and several handles on one job are all given.  Raises TimeoutError when the time is up."""
-        waiting = Awaited(handles)
-        pace, patience = Pace(timeout_s), Patience(self._patience_s)
+        waiting = Awaited(handles, JobHandle)
+        pace, patience = Pace(timeout_s), self._patience()
         while waiting:
             pace.asking()
             ends: dict[Key, End] = {}
@@ -205,7 +174,7 @@ class Client:
     def stream(self, handle: JobHandle, *, after: int, timeout_s: float | None) -> Iterator[Chunk]:
         """What JobHandle.stream says."""
         reader = Follower(handle.id, after)
-        pace, patience = Pace(timeout_s), Patience(self._patience_s)
+        pace, patience = Pace(timeout_s), self._patience()
         while True:
             pace.asking()
             status, chunks = None, []
@@ -221,6 +190,9 @@ class Client:
                 yield from reader.rest(result_of(status))
                 return
             self._wait(pace, patience, news=len(chunks), waiting_for=f"job {handle.id}")
+
+    def _accepted(self, job: Job, receipt: Receipt) -> JobHandle:
+        return JobHandle(self, receipt.job_id, tenant=job.tenant, duplicate=receipt.duplicate)
 
     def unknown(self, handle: JobHandle) -> UnknownJob:
         """UnknownJob, telling gone from never issued."""
@@ -242,19 +214,3 @@ class Client:
         if delay is None:
             raise patience.too_late(waiting_for)
         time.sleep(delay)
-
-
-def settings_for(
-    url: str | None, namespace: str | None, require_known_model: bool | None, timeout_s: float | None
-) -> StoreSettings:
-    """The environment's settings with what the caller said on top.  Raises ConfigError."""
-    given = {
-        "redis_url": url,
-        "namespace": namespace,
-        "require_known_model": require_known_model,
-        "timeout_s": timeout_s,
-    }
-    try:
-        return StoreSettings.model_validate({name: value for name, value in given.items() if value is not None})
-    except ValidationError as error:  # its text holds the values, and one is a URL with a password
-        raise ConfigError(listed(error.errors(include_url=False))) from None

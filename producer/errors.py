@@ -1,12 +1,14 @@
 """Everything that can go wrong, as one tree.
 
     HortatorError
-    ├── BadRequest                  the job can never run: fix it and send it again
+    ├── BadRequest                  the job can never run, or an argument is of no use: mend it and call again
     │   ├── PromptTooLong
     │   └── IdempotencyConflict     same key, other body
+    ├── IterableFailed              what `enqueue_many` was to iterate over raised
     ├── UnknownModel                no group serves this model, nor did lately
     ├── UnknownJob                  never issued, of another tenant, or expired (`gone` tells)
     ├── QueueFull                   try again after `retry_after_s`
+    ├── ClientUnusable              the client is closed, or belongs to another event loop
     ├── StoreUnavailable            Redis is away, full or slow; nothing was written
     │   └── StoreForbidden          it refuses our credentials (a ConfigError, too)
     ├── StoreUnsuitable             Redis is too old, or set to evict: refused at start
@@ -19,7 +21,7 @@
 Each carries a stable `code` (what clients may match on) and, where there is one, the `job_id` that it concerns.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class HortatorError(Exception):
@@ -32,11 +34,11 @@ class HortatorError(Exception):
         self.message = message
         self.job_id = job_id
         self.index: int | None = None  # of the refused job among those of one enqueue; a job that is not in has no id
-        self.accepted: tuple[str, ...] = ()  # of a long enqueue: ids of the round trips before the refused one
+        self.accepted: tuple[Any, ...] = ()  # of a long enqueue: what it would have returned for the jobs that are in
 
 
 class BadRequest(HortatorError):
-    """The job can never run as it is."""
+    """The job can never run as it is; or an argument of a client's call is of no use."""
 
     code = "bad_request"
 
@@ -51,6 +53,12 @@ class IdempotencyConflict(BadRequest):
     """The idempotency key was used with another body."""
 
     code = "idempotency_conflict"
+
+
+class IterableFailed(HortatorError):
+    """The iterable that `enqueue_many` was given raised (that is the cause): the jobs before are `accepted`."""
+
+    code = "iterable_failed"
 
 
 class UnknownModel(HortatorError):
@@ -77,6 +85,12 @@ class QueueFull(HortatorError):
     def __init__(self, message: str, *, retry_after_s: float, job_id: str | None = None) -> None:
         super().__init__(message, job_id=job_id)
         self.retry_after_s = retry_after_s
+
+
+class ClientUnusable(HortatorError):
+    """The client was closed; or it is an AsyncClient that another event loop has used."""
+
+    code = "client_unusable"
 
 
 class StoreUnavailable(HortatorError):

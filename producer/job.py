@@ -1,18 +1,19 @@
 """From what a caller says to a job, and from a status to what a caller gets; shared by both clients."""
 
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypedDict
 
 from pydantic import ValidationError
 
+from .arguments import count, got_type, seconds
 from .errors import (
     BadRequest,
     ConfigError,
-    HortatorError,
     JobCancelled,
     JobExpired,
     JobFailed,
+    StoreUnavailable,
     UnknownJob,
 )
 from .problems import listed
@@ -23,38 +24,31 @@ MAX_POLL_S = 0.25
 POLL_PER_JOB_S = 0.0002  # who watches many jobs hears of one every few milliseconds anyway
 FEW, LITTLE_NEWS = 16, 2.5  # news of less than a sixteenth of the jobs: the wait grows, to so many times the shortest
 POLL_SHARE = 0.05  # at most this share of the time goes into asking
+MAX_SHARE_S = 1.0  # but a question that took long because something stood still is not waited for so many times again
 
 
-def new_job(
-    prompt: str | None,
-    *,
-    model: str,
-    messages: Sequence[Any] | None = None,
-    token_ids: Sequence[int] | None = None,
-    sampling: Sampling | None = None,
-    priority: Priority | str = Priority.STANDARD,
-    deadline_s: float | None = None,
-    idempotency_key: str | None = None,
-    tenant: str = "default",
-    metadata: dict[str, str] | None = None,
-) -> Job:
+class JobFields(TypedDict, total=False):
+    """What `enqueue` takes beside prompt and model.  None is as good as left out."""
+
+    messages: Sequence[Any] | None
+    token_ids: Sequence[int] | None
+    sampling: Sampling | dict[str, Any] | None
+    priority: Priority | str | None
+    deadline_s: float | None
+    idempotency_key: str | None
+    tenant: str | None
+    metadata: dict[str, str] | None
+
+
+def new_job(prompt: str | None, *, model: str, tenant: str, fields: JobFields) -> Job:
     """The job, or BadRequest naming every wrong field (and never repeating the prompt)."""
-    fields: dict[str, Any] = {
-        "model": model,
-        "prompt": prompt,
-        "messages": messages,
-        "token_ids": token_ids,
-        "sampling": sampling or Sampling(),
-        "priority": priority,
-        "deadline_s": deadline_s,
-        "idempotency_key": idempotency_key,
-        "tenant": tenant,
-        "metadata": metadata or {},
-    }
+    if problem := misplaced(fields):
+        raise BadRequest(problem)
+    given = {name: value for name, value in fields.items() if value is not None}
     try:
-        return Job(**fields)
+        return Job(**({"tenant": tenant} | given | {"prompt": prompt, "model": model}))
     except ValidationError as error:
-        raise BadRequest(describe(error)) from None
+        raise BadRequest(listed(error.errors(include_url=False, include_context=False), got=got_type)) from None
 
 
 def describe(error: ValidationError) -> str:
@@ -114,7 +108,7 @@ class Pace:
     """How long to wait between two questions: short while things move, longer while nothing does."""
 
     def __init__(self, timeout_s: float | None = None) -> None:
-        self._give_up = None if timeout_s is None else time.monotonic() + timeout_s
+        self._give_up = None if timeout_s is None else time.monotonic() + seconds("timeout_s", timeout_s)
         self._delay = MIN_POLL_S
         self._asked = 0.0
 
@@ -130,7 +124,8 @@ class Pace:
         else:
             longest = min(LITTLE_NEWS * shortest, MAX_POLL_S) if news else MAX_POLL_S
             self._delay = min(max(shortest, 1.5 * self._delay), longest)
-        delay = max(self._delay, (now - self._asked) * (1 / POLL_SHARE - 1))
+        share = (now - self._asked) * (1 / POLL_SHARE - 1)
+        delay = max(self._delay, min(share, MAX_SHARE_S + jobs * POLL_PER_JOB_S))
         if self._give_up is None:
             return delay
         left = self._give_up - now
@@ -138,23 +133,28 @@ class Pace:
 
 
 class Patience:
-    """Store errors that a waiting call bears with: Redis restarts, and waiting goes on."""
+    """Store errors that a waiting call bears with: Redis restarts, and waiting goes on.  Each outage is told of once,
+    as it is found."""
 
-    def __init__(self, patience_s: float) -> None:
+    def __init__(self, patience_s: float, on_outage: Callable[[StoreUnavailable], None] | None = None) -> None:
         self._patience_s = patience_s
+        self._on_outage = on_outage
         self._since: float | None = None
-        self._problem: HortatorError | None = None
+        self._problem: StoreUnavailable | None = None
 
     def good(self) -> None:
         self._since = self._problem = None
 
-    def bear(self, error: HortatorError) -> None:
+    def bear(self, error: StoreUnavailable) -> None:
         """Raise the error if the store has been away for too long, or waiting cannot help."""
         now = time.monotonic()
+        begins = self._since is None
         self._since = now if self._since is None else self._since
         self._problem = error
         if isinstance(error, ConfigError) or now - self._since > self._patience_s:
             raise error
+        if begins and self._on_outage is not None:
+            self._on_outage(error)
 
     def too_late(self, waiting_for: object) -> TimeoutError:
         """What to raise when the time is up; if the store did not answer last, that is said, and the cause."""
@@ -169,7 +169,7 @@ class Follower:
 
     def __init__(self, job_id: str, after: int) -> None:
         self.job_id = job_id
-        self.after = after
+        self.after = count("after", after)
         self._from_start = after == 0
         self._read: dict[int, tuple[int, int]] = {}  # answer -> its tokens and characters so far
 

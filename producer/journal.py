@@ -6,9 +6,33 @@ the number of the answer to which the tokens belong.
 
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, NamedTuple
 
-from .schema import Chunk, TopLogprobs
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from .schema import MAX_N, Chunk
+
+MAX_CHUNK_BYTES = 64 * 2**20  # beyond what sixteen answers with all their log-probabilities gain in an outage
+MAX_TOKEN_ID = 2**31 - 1
+
+_Index = Annotated[int, Field(ge=0, lt=2**53)]
+_TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
+
+
+class _Entry(NamedTuple):
+    first: _Index
+    token_ids: tuple[_TokenId, ...]
+    text: str
+    logprobs: tuple[float, ...] | None
+    top_logprobs: tuple[tuple[tuple[_TokenId, float], ...], ...] | None = None
+    choice: Annotated[int, Field(ge=0, lt=MAX_N)] | None = None
+
+
+_entry = TypeAdapter(_Entry, config=ConfigDict(strict=True))
+
+
+class DamagedJournal(ValueError):
+    """What stands in a journal was not written by a leader, or is not all there."""
 
 
 def encode_chunk(chunk: Chunk) -> bytes:
@@ -20,20 +44,38 @@ def encode_chunk(chunk: Chunk) -> bytes:
     return json.dumps(parts, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def decode_chunk(raw: bytes) -> Chunk:
-    index, token_ids, text, logprobs, *more = json.loads(raw)
+def read_chunk(raw: bytes) -> Chunk:
+    """The chunk; DamagedJournal for what `encode_chunk` cannot have written."""
+    if len(raw) > MAX_CHUNK_BYTES:
+        raise DamagedJournal(f"an entry of {len(raw)} bytes")
+    try:
+        entry = _entry.validate_json(raw)
+    except ValidationError as error:
+        raise DamagedJournal("an entry that is no chunk of tokens") from error
+    lengths = {len(beside) for beside in (entry.logprobs, entry.top_logprobs) if beside is not None}
+    if lengths - {len(entry.token_ids)}:
+        raise DamagedJournal("an entry with more or fewer log-probabilities than tokens")
     return Chunk.model_construct(
-        index=index,
-        token_ids=tuple(token_ids),
-        text=text,
-        logprobs=None if logprobs is None else tuple(logprobs),
-        top_logprobs=_tops(more[0]) if more and more[0] is not None else None,
-        choice=more[1] if len(more) > 1 else None,
+        index=entry.first,
+        token_ids=entry.token_ids,
+        text=entry.text,
+        logprobs=entry.logprobs,
+        top_logprobs=entry.top_logprobs,
+        choice=entry.choice,
     )
 
 
-def _tops(places: list[list[list[Any]]]) -> TopLogprobs:
-    return tuple(tuple((token_id, logprob) for token_id, logprob in place) for place in places)
+def read_chunks(raws: Iterable[bytes], after: int = 0) -> list[Chunk]:
+    """Chunks that follow one another, the first of which holds token `after`."""
+    chunks: list[Chunk] = []
+    reached = after
+    for raw in raws:
+        chunk = read_chunk(raw)
+        if chunk.index > reached or (chunks and chunk.index < reached):
+            raise DamagedJournal(f"no entry goes on from token {reached}")
+        reached = chunk.index + len(chunk.token_ids)
+        chunks.append(chunk)
+    return chunks
 
 
 def from_token(chunks: Iterable[Chunk], after: int) -> list[Chunk]:

@@ -11,11 +11,12 @@ from typing import Any
 
 from .errors import BadRequest
 from .names import STEP_OF
-from .schema import JOB_ID, SCHEMA_VERSION, TASK_NAME, Job
+from .schema import JOB_ID, MAX_N, SCHEMA_VERSION, TASK_NAME, Job
 
 MAX_ENVELOPE_BYTES = 65_536
 _EMBED = '{"callbacks": null, "errbacks": null, "chain": null, "chord": null}'
 _REDACTED = '"(redacted)"'  # Celery's events, Flower and logs show the repr: the prompt must not be in it
+_ANSWERS = re.compile(rb'"n"\s*:\s*(\d{1,9})')
 _JOB_ID = re.compile(JOB_ID)
 
 
@@ -59,6 +60,20 @@ def checked(job: Job, job_id: str, *, max_bytes: int) -> bytes:
 def digest(job: Job) -> str:
     """What must be equal for two jobs under one idempotency key."""
     return hashlib.sha256(job.model_dump_json(exclude={"idempotency_key"}).encode()).hexdigest()[:32]
+
+
+def rows_of(raw: bytes) -> int:
+    """For how many answers a message asks, as record.lua finds it: 1 where that cannot be told."""
+    envelope = _json(raw)
+    body = envelope.get("body") if isinstance(envelope, dict) else None
+    if not isinstance(body, str):
+        return 1
+    try:
+        text = body.encode() if body.startswith("[") else base64.b64decode(body)
+    except ValueError:
+        return 1
+    found = [int(digits) for digits in _ANSWERS.findall(text)]
+    return max((n for n in found if 1 <= n <= MAX_N), default=1)
 
 
 @dataclass(frozen=True)
@@ -107,6 +122,14 @@ def _json(raw: bytes) -> Any:
         return None
 
 
+def _is_text(envelope: dict[str, Any]) -> bool:
+    try:
+        json.dumps(envelope, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _version_problem(version: Any) -> str | None:
     sound = version is None or (isinstance(version, int | float) and not isinstance(version, bool) and version >= 1)
     if sound and (version is None or version % 1 == 0):
@@ -115,6 +138,9 @@ def _version_problem(version: Any) -> str | None:
 
 
 def _problem(envelope: dict[str, Any]) -> str | None:
+    rest = envelope | {"body": ""} if isinstance(envelope.get("body"), str) else envelope
+    if not _is_text(rest):
+        return "its envelope has half of a surrogate pair, which is no text"
     if envelope.get("content-type") != "application/json":
         return "its content type is not application/json"
     if not isinstance(envelope.get("body"), str):

@@ -8,6 +8,7 @@ from typing import Any
 
 MAX_NAMED = 8
 MAX_NAME_CHARS = 64
+NO_TEXT = "half of a surrogate pair, which is no text"
 
 Problem = Mapping[str, Any]
 """pydantic_core.ErrorDetails, or what FastAPI has made of one."""
@@ -43,4 +44,6 @@ def field_name(location: Iterable[str | int]) -> str:
 
 def text_of(problem: Problem) -> str:
     """What is wrong, without pydantic's own word before our ValueErrors."""
+    if problem["type"] == "string_unicode":
+        return NO_TEXT
     return str(problem["msg"]).removeprefix("Value error, ")

@@ -98,6 +98,49 @@ end
 
 local function message_of(id) return peek('GET', own .. 'message:' .. id) or nil end
 
+local BASE64 = 'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/'
+local ENVELOPE_BYTES = 65536 -- the most that a message may have beside its body
+local MAX_ROWS = 16 -- schema.py's MAX_N
+local MAX_TRIES = 100
+
+local function from_base64(text)
+  local bytes = {}
+  for a, b, c, d in text:gmatch('(.)(.)(.)(.)') do
+    local bits = 0
+    for _, char in ipairs({a, b, c, d}) do bits = bits * 64 + (BASE64:find(char, 1, true) or 1) - 1 end
+    bytes[#bytes + 1] = string.char(math.floor(bits / 65536), math.floor(bits / 256) % 256, bits % 256)
+  end
+  return table.concat(bytes)
+end
+
+-- For how many answers a message asks, each of which takes a row of the engine: the key "n" of its job, which no text
+-- inside it can look like.  To decode a body of megabytes would stop Redis, so the key is looked for as base64 has it, by
+-- the place in a group of four letters where it may begin; what stands there is decoded.
+local function rows_of(message)
+  local _, before = message:sub(1, ENVELOPE_BYTES):find('"body"%s*:%s*"')
+  if not before then return 1 end
+  local rows = 1
+  local function count(n)
+    n = whole(n)
+    if n <= MAX_ROWS then rows = math.max(rows, n) end
+  end
+  if message:sub(before + 1, before + 1) == '[' then -- as it is, its quotes escaped
+    for n in message:gmatch('\\"n\\"%s*:%s*(%d+)') do count(n) end
+    return rows
+  end
+  for place, key in pairs({[0] = 'Im4i', [2] = 'JuI', [3] = 'ibiI'}) do
+    local at = message:find(key, before + 1, true)
+    for _ = 1, MAX_TRIES do
+      if not at then break end
+      if (at - before - 1) % 4 == place then
+        count(from_base64(message:sub(at - place, at - place + 31)):match('"n"%s*:%s*(%d+)'))
+      end
+      at = message:find(key, at + 1, true)
+    end
+  end
+  return rows
+end
+
 -- Every job has a deadline, so that it becomes terminal even if no worker ever comes.  Says when it is.
 local function set_deadline(id, ms)
   local deadline = now + ms

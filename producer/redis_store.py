@@ -13,13 +13,16 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError
 from redis.retry import Retry
 
-from .calls import Call, Calls, naming_jobs, refuse_unsuitable, script, translate
+from .calls import Calls
 from .errors import ConfigError
 from .ids import Mint, new_secret
 from .names import Names
 from .redis_url import checked_redis_url, is_unix
+from .refused import naming_jobs
 from .rules import Rules
 from .schema import Chunk, Job, State, Status
+from .script import Call, script
+from .server import refuse_unsuitable, translate
 from .settings import CONNECT_TIMEOUT_S, TIMEOUT_S, StoreSettings
 from .store import (
     Append,

@@ -20,13 +20,14 @@ for i = 1, num_args do
   if letters[i].kept ~= letters[i].size then return {'cut', arg(i), letters[i].kept, letters[i].size} end
 end
 
-local function clean_record(id, f)
+local function clean_record(id, f, message)
   local key, job = own .. 'job:' .. id, read(id)
   if job and not is_terminal(job.state) then return false end
   local attempt = job and job.attempt or 0
   redis.call('HDEL', key, 'claimed', 'first', 'finished', 'tokens', 'code', 'error', 'seal')
   redis.call('HSET', key, 'state', 'queued', 'model', f.model, 'tenant', job and job.tenant or f.tenant,
-    'attempt', attempt, 'free', attempt, 'enqueued', now, 'deadline', set_deadline(id, DEFAULT_DEADLINE_MS))
+    'attempt', attempt, 'free', attempt, 'enqueued', now, 'deadline', set_deadline(id, DEFAULT_DEADLINE_MS),
+    'rows', rows_of(message))
   redis.call('PERSIST', key)
   forget(id)
   count_queued(f.model, job and job.tenant or f.tenant, 1)
@@ -38,7 +39,7 @@ local ids = {}
 for i, f in ipairs(letters) do
   local message = letter_message(arg(i), f)
   drop_letter(arg(i), f)
-  if f.job == '' or clean_record(f.job, f) then
+  if f.job == '' or clean_record(f.job, f, message) then
     insist('HSETNX', own .. 'models', f.model, 0)
     redis.call('LPUSH', queue(f.model, f.step), message)
   end

@@ -6,6 +6,8 @@ from hortator.ceilings import MAX_BYTES, MAX_COUNT, MAX_LIFETIME_S, MAX_STRING_B
 
 from .errors import ConfigError
 
+CLAIM_JOBS = 1000  # of one reply, which is unpacked on a stack of 8000; a group with more rows asks again
+CLAIM_BYTES = 32 * 2**20  # likewise, of messages and journals; one job may be more
 ROOM_COUNTS_S = 3.0  # after a beat, how long others leave a group its share
 
 

@@ -31,6 +31,7 @@ class Claimed:
     enqueued_ms: int
     deadline_ms: int | None
     journal: tuple[Chunk, ...] = ()  # tokens accepted by earlier attempts, in order
+    damage: str | None = None  # why it can never run: end it with code `damaged`
 
 
 class ClaimMode(StrEnum):
@@ -50,6 +51,7 @@ class Claim:
     jobs: tuple[Claimed, ...]
     now_ms: int
     full_run_alone: bool = False  # with ALONE: the suspect was involved in two crashes and stays alone to its end
+    more: bool = False  # one reply holds no more than these: ask again at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +199,7 @@ class Store(Protocol):
 
     def chunks(self, job_id: str, *, after: int = 0) -> list[Chunk]:
         """Journal from token `after` on, without waiting.  A chunk that straddles `after` is cut to start there (its
-        text stays whole)."""
+        text stays whole).  JobFailed with reason `damaged` where the journal is."""
 
     # leaders
     def claim(self, model: str, *, owner: str, limit: int, lease_s: float, idle: bool, surplus: int = 0) -> Claim:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from hortator.producer.errors import StoreUnavailable
 from hortator.producer.store import Claim, ClaimMode, Lease, Store
@@ -16,8 +17,22 @@ EAGER_FOR_S, BUSY_FOR_S = 0.05, 2.0
 # How often a group without room asks whether it must make room for a suspect, and how long it goes on hoping that
 # another group takes the suspect, or that its own jobs end.
 LOOK_S, GIVE_WAY_S = 0.2, 0.4
-OVERCLAIM = 0.25  # rows beyond max_num_seqs that may wait inside the engine, so that a freed one is refilled at once
+OVERCLAIM = 0.25  # of max_num_seqs: the surplus
 SHARED_S = 1.5 * IDLE_POLL_S  # so long the others have to come for their share of the queue
+
+
+class Room(NamedTuple):
+    """For how many rows to claim."""
+
+    free: int  # nothing takes them yet
+    surplus: int  # whose jobs wait inside the engine, so that a row that is freed is refilled at once
+
+    @property
+    def limit(self) -> int:
+        return self.free + self.surplus
+
+
+NO_ROOM = Room(0, 0)
 
 
 @dataclass(slots=True)
@@ -49,37 +64,39 @@ class Claimer:
         """A suspect has waited long enough for what runs here to end."""
         return self._asked_at is not None and self._clock() - self._asked_at >= GIVE_WAY_S
 
-    def room(self, num_live: int, info: EngineInfo, stats: EngineStats | None) -> int:
-        """For how many rows to claim now; those beyond max_num_seqs wait inside the engine."""
-        if self._alone or (self._asked_at is not None and num_live):
-            return 0
+    def room(self, num_rows: int, info: EngineInfo, stats: EngineStats | None) -> Room:
+        """What to claim now beside the jobs that take, or will take, `num_rows`."""
+        if self._alone or (self._asked_at is not None and num_rows):
+            return NO_ROOM
         spare = max(1, int(info.max_num_seqs * OVERCLAIM))
         if stats and stats.waiting >= spare:
-            return 0  # rows are free, but not the KV blocks to fill them
-        free = info.max_num_seqs + spare - num_live
-        if free < (spare + 1) // 2:
-            return 0  # enough jobs wait in the engine: fewer, larger claims
-        return free
+            return NO_ROOM  # rows are free, but not the KV blocks to fill them
+        left = info.max_num_seqs + spare - num_rows
+        if left < (spare + 1) // 2:
+            return NO_ROOM  # enough jobs wait in the engine: fewer, larger claims
+        free = max(0, info.max_num_seqs - num_rows)
+        return Room(free, left - free)
 
-    def claim(self, room: int, *, surplus: int, idle: bool, crowded: bool) -> Claim | None:
-        """Jobs for up to `room` rows, `surplus` of which are taken yet; None if it is too early to ask, or Redis is
-        away.  `crowded`: better many than soon.
+    def claim(self, room: Room, *, idle: bool, crowded: bool) -> Claim | None:
+        """Jobs for that room; None if it is too early to ask, or Redis is away.  `crowded`: better many than soon.
 
         Without room it asks now and then all the same: a suspect may be waiting for room to be made."""
         now = self._clock()
-        if self._alone or now < (self.at if room > 0 else self._look_at):
+        if self._alone or now < (self.at if room.limit else self._look_at):
             return None
         self._look_at = now + LOOK_S
         try:
-            claim = self._ask(room, surplus=surplus, idle=idle)
+            claim = self._ask(room, idle=idle)
         except StoreUnavailable:
             self.at = now + IDLE_POLL_S
             return None
         if claim.jobs:
             self._last_job_at = now
-        if claim.mode is ClaimMode.SHARED:
+        if claim.more:
+            self.at = now
+        elif claim.mode is ClaimMode.SHARED:
             self.at = now + SHARED_S
-        elif len(claim.jobs) < room:
+        elif len(claim.jobs) < room.limit:
             self.at = now + self._pause_s(now - self._last_job_at, idle=idle, crowded=crowded)
         return claim
 
@@ -103,16 +120,16 @@ class Claimer:
         if self._alone and self._alone.lease == lease:
             self._alone = None
 
-    def _ask(self, room: int, *, surplus: int, idle: bool) -> Claim:
+    def _ask(self, room: Room, *, idle: bool) -> Claim:
         settings = self._settings
         claim = self._link.call(
             self._store.claim,
             settings.queue,
             owner=settings.group,
-            limit=room,
+            limit=room.limit,
             lease_s=settings.lease_s,
             idle=idle,
-            surplus=surplus,
+            surplus=room.surplus,
         )
         self._redis_minus_clock_ms = claim.now_ms - self._clock() * 1000
         self._asked_at = (self._asked_at or self._clock()) if claim.mode is ClaimMode.DRAIN else None

@@ -29,12 +29,12 @@ from hortator.producer.schema import Failure, FinishReason, Job, State
 from hortator.producer.store import Claimed, ClaimMode, GroupBeat, Lease, Outcome, ReleaseReason, Store, Verdict
 from hortator.producer.sweeper import Sweeper
 
-from .claimer import Claimer
+from .claimer import NO_ROOM, Claimer, Room
 from .engine.step import EngineInfo, EngineStats, Finish, Request
 from .envelope import Envelope, job_of, open_envelope
 from .gauges import Gauges
 from .group import Event, Group, Ready, Stepped
-from .intake import prepare
+from .intake import Damaged, prepare
 from .link import Link
 from .live import Live, Strand
 from .outbox import Delivery, Letter, Outbox
@@ -161,7 +161,7 @@ class Front:
             info=self.details()
             | {name: getattr(self._tenure.holder, name) for name in ("host", "pid", "born")}
             | {"grace_s": self._settings.grace_s},
-            room=min(self._free_rows, self.room()),
+            room=self.room().free,
         )
 
     # ---- from the store to the engine
@@ -174,10 +174,10 @@ class Front:
         """This Redis loses no job, and the group's name is ours."""
         return self._sound and self._tenure.held
 
-    def room(self) -> int:
+    def room(self) -> Room:
         """For how many rows to claim now."""
         if self._info is None or not self._may_claim():
-            return 0
+            return NO_ROOM
         return self._claimer.room(self._num_rows, self._info, self._stats)
 
     @property
@@ -185,18 +185,12 @@ class Front:
         """That jobs take, or will."""
         return len(self._by_handle) + len(self._taken)
 
-    @property
-    def _free_rows(self) -> int:
-        return max(0, self.capacity - self._num_rows)
-
     def take(self) -> Sequence[Claimed]:
         """Claim what there is room for, if it is time to ask."""
         if not self._may_claim():
             return ()
         before, idle = self._clock(), not self._live
-        room = self.room()
-        surplus = max(0, room - self._free_rows)
-        claim = self._claimer.claim(room, surplus=surplus, idle=idle, crowded=self._crowded)
+        claim = self._claimer.claim(self.room(), idle=idle, crowded=self._crowded)
         if claim is None:
             return ()
         if claim.mode is ClaimMode.DRAIN:
@@ -222,7 +216,11 @@ class Front:
             self.hand_back(reason="it makes room for a suspect")
 
     def open(self, claimed: Claimed) -> Envelope | None:
-        """The message's envelope; None if it is not one of ours, and then it is buried and its job has failed."""
+        """The message's envelope; None if it is not one of ours, and then it is buried and its job has failed, or if
+        what the store keeps of its job is damaged."""
+        if claimed.damage is not None:
+            self._fail(claimed, Damaged(claimed.damage))
+            return None
         try:
             return open_envelope(claimed.message)
         except BadRequest as error:
@@ -242,6 +240,9 @@ class Front:
             live, requests = self._prepare(claimed, envelope, self._info)
         except BadRequest as error:
             self._refuse(claimed, error)
+            return False
+        except Damaged as error:
+            self._fail(claimed, error)
             return False
         except Exception as error:
             # A fault of ours that one job brings out must not end the worker and all other jobs with it.
@@ -303,8 +304,12 @@ class Front:
         lease = claimed.lease
         if not isinstance(error, PromptTooLong):  # a sound message: another group may have room for it
             self._outbox.bury(Letter(claimed.message, error.message, lease.job_id))
-        self._refusals.note(lease.job_id, error.code)
-        self.end(lease.job_id, State.FAILED, Failure(code=error.code, message=error.message))
+        self._fail(claimed, error)
+
+    def _fail(self, claimed: Claimed, error: HortatorError) -> None:
+        job_id = claimed.lease.job_id
+        self._refusals.note(job_id, error.code)
+        self.end(job_id, State.FAILED, Failure(code=error.code, message=error.message))
 
     # ---- from the engine to the store
 
@@ -497,7 +502,7 @@ class Front:
             at = min(at, self._deliver_at)
         if self._deadlines:
             at = min(at, self._deadlines[0][0])
-        if self.room() > 0:
+        if self.room().limit:
             at = min(at, self._claimer.at)
         return max(at - now, self._ticked_at + self._shortest_sleep_s - now, 0.0)
 

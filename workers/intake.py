@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from hortator.producer import schema
-from hortator.producer.errors import BadRequest, PromptTooLong
+from hortator.producer.errors import BadRequest, HortatorError, PromptTooLong
 from hortator.producer.schema import Chunk, Job, Priority
 from hortator.producer.store import Claimed
 
@@ -20,12 +20,19 @@ from .text import Text
 _CLASSES = tuple(Priority)  # interactive first
 
 
+class Damaged(HortatorError):
+    """What the store keeps of the job cannot have come from an attempt at it."""
+
+    code = "damaged"
+
+
 def prepare(
     job: Job, claimed: Claimed, *, handles: Iterator[int], text: Text, info: EngineInfo, now: float
 ) -> tuple[Live, list[Request]]:
     """Tokens, limits and the state in which an earlier attempt left the job; the requests of the strands that go on.
-    Raises BadRequest, PromptTooLong."""
+    Raises BadRequest, PromptTooLong, Damaged."""
     _refuse_hopeless(job, text, info)
+    _check_journal(claimed.journal, job.sampling.n, info)
     prompt = _tokens(job, text)
     max_tokens = _fit(job, prompt, info)
     strands = tuple(
@@ -81,6 +88,13 @@ def _refuse_hopeless(job: Job, text: Text, info: EngineInfo) -> None:
             f"the prompt has {num_chars} characters, too many for any number of tokens up to the limit;"
             f" the limit is {info.max_model_len - 1} (max_model_len {info.max_model_len}, and one to generate)"
         )
+
+
+def _check_journal(journal: Sequence[Chunk], n: int, info: EngineInfo) -> None:
+    """Tokens that no engine of this model can have given would take the group down."""
+    for chunk in journal:
+        if max(chunk.token_ids, default=0) >= info.vocab_size or (chunk.choice or 0) >= n:
+            raise Damaged("its journal in Redis has tokens that are not of its model or answers; send the job anew")
 
 
 def _tokens(job: Job, text: Text) -> tuple[int, ...]:

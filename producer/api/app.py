@@ -17,6 +17,7 @@ from hortator.producer.errors import HortatorError, StoreUnavailable
 from .body import BodyLimit
 from .failures import BadField, describe, error_response, refusal
 from .fleet import FleetRoutes
+from .framing import Framing
 from .jobs import JobRoutes
 from .keys import KeyGate
 from .metrics import CLIENT_LEFT, Meter, Metrics
@@ -64,6 +65,7 @@ def create_app(store: AsyncStore, *, api_settings: ApiSettings) -> FastAPI:
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_bytes=api_settings.max_body_bytes, timeout_s=api_settings.body_timeout_s)
     app.add_middleware(KeyGate, ring=api_settings.key_ring(), open_paths=api_settings.open_paths)
+    app.add_middleware(Framing)
     app.add_middleware(Meter, metrics=metrics)
     return app
 

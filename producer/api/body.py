@@ -3,11 +3,14 @@
 import asyncio
 import json
 import re
+from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any, NoReturn
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from hortator.producer.problems import NO_TEXT, field_name
 
 from .failures import BodyTooLarge, BodyTooSlow, Malformed, refusal
 
@@ -15,6 +18,7 @@ from .failures import BodyTooLarge, BodyTooSlow, Malformed, refusal
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _NOT_BRACKETS = bytes(sorted(set(range(256)) - set(b"[]{}")))
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 LINGER_BYTES = 64 * 2**20
 LINGER_S = 2.0
 
@@ -87,7 +91,8 @@ async def linger(receive: Receive) -> None:
 
 def parse_object(body: bytes, *, max_depth: int, max_containers: int) -> dict[str, Any]:
     """The JSON object in a body.  Raises Malformed for anything that two readers might understand differently
-    (duplicate keys, NaN, invalid UTF-8) or that costs more to read than it can be worth (nesting)."""
+    (duplicate keys, NaN, invalid UTF-8, half of a surrogate pair) or that costs more to read than it can be worth
+    (nesting)."""
     check_shape(body, max_depth=max_depth, max_containers=max_containers)
     try:
         parsed = json.loads(body.decode(), object_pairs_hook=unique_keys, parse_constant=no_constant)
@@ -99,6 +104,8 @@ def parse_object(body: bytes, *, max_depth: int, max_containers: int) -> dict[st
         raise Malformed("the body is not JSON: a number has too many digits") from None
     if not isinstance(parsed, dict):
         raise Malformed("the body must be a JSON object")
+    if _SURROGATE.search(body) and (where := next(no_text(parsed), None)):
+        raise Malformed(f"{field_name(where)}: {NO_TEXT}")
     return parsed
 
 
@@ -110,6 +117,27 @@ def check_shape(body: bytes, *, max_depth: int, max_containers: int) -> None:
     depth = max(accumulate((_STEP[bracket] for bracket in brackets), initial=0))
     if depth > max_depth:
         raise Malformed(f"the body is nested {depth} deep, the limit is {max_depth}")
+
+
+def no_text(value: Any, *path: str | int) -> Iterator[tuple[str | int, ...]]:
+    """Where there are strings, keys among them, that no UTF-8 can hold."""
+    if isinstance(value, str):
+        if not is_text(value):
+            yield path
+        return
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(key, str) and not is_text(key):
+            yield (*path, key)
+        if isinstance(inner, str | dict | list):
+            yield from no_text(inner, *path, key)
+
+
+def is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 """What a connection may cost before it has asked anything: one of the places that descriptors suffice for, and that for
-a while only.
+a while only.  And what it is told if what it sends is no HTTP.
 
 uvicorn keeps a connection that stays silent, or sends its headers a byte at a time, for ever; and when descriptors run
 out asyncio serves nobody and logs every try.
@@ -7,17 +7,37 @@ out asyncio serves nobody and logs every try.
 
 import asyncio
 import resource
+import sys
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from .failures import error_body
+from .framing import REPEATED, repeats_length
 
 HEADERS_TIMEOUT_S = 10.0
 MAX_DESCRIPTORS = 65_536
+TOO_LARGE_HINT = 431  # of h11
 _RESERVE = 32  # descriptors: Redis, the loop, what libraries open
-_FULL = b'{"error": {"code": "too_many_connections", "message": "too many connections at a time; try again"}}'
-_REFUSAL = (
-    b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 1\r\n"
-    b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(_FULL), _FULL)
+
+
+def whole_answer(status: bytes, body: bytes, *more_headers: bytes) -> bytes:
+    """For a connection that is closed behind it."""
+    headers = (
+        b"connection: close",
+        b"content-type: application/json",
+        b"content-length: %d" % len(body),
+        *more_headers,
+    )
+    return b"\r\n".join((b"HTTP/1.1 " + status, *headers, b"", body))
+
+
+_FULL = whole_answer(
+    b"503 Service Unavailable",
+    error_body("too_many_connections", "too many connections at a time; try again"),
+    b"retry-after: 1",
 )
+_ANSWERABLE = (h11.IDLE, h11.SEND_RESPONSE)
 
 
 class Connection(H11Protocol):
@@ -28,7 +48,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > max_connections():
-            transport.write(_REFUSAL)
+            transport.write(_FULL)
             transport.close()
         else:
             self._look()
@@ -36,6 +56,29 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._look()
+
+    def handle_events(self) -> None:
+        if self.conn.their_state is h11.IDLE and repeats_length(self.conn.trailing_data[0]):
+            self._refuse(b"400 Bad Request", REPEATED)
+        else:
+            super().handle_events()
+
+    def send_400_response(self, msg: str) -> None:
+        """uvicorn calls it while it handles h11's error."""
+        problem = sys.exception()
+        if isinstance(problem, h11.RemoteProtocolError) and problem.error_status_hint == TOO_LARGE_HINT:
+            self._refuse(b"431 Request Header Fields Too Large", "the headers are longer than 16 KiB")
+        else:
+            self._refuse(b"400 Bad Request", "this is no HTTP/1.1 request, or its headers or chunks are malformed")
+
+    def _refuse(self, status: bytes, message: str) -> None:
+        """The last word on this connection; where an answer has begun it is only closed."""
+        if self.conn.our_state in _ANSWERABLE:
+            self.transport.write(whole_answer(status, error_body("malformed", message)))
+        if self.cycle is not None:
+            self.cycle.disconnected = True  # what is still computed for it must not be written behind this
+            self.cycle.message_event.set()
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._rest()

@@ -3,6 +3,7 @@
 HortatorError
 └── ApiError                only over HTTP
     ├── Malformed           the bytes are not an acceptable JSON body or parameter
+    │   └── BadFraming      nor an HTTP request of which everybody sees the same end
     ├── BadField            the JSON is fine, a field's value is not
     ├── NotJson             another Content-Type
     ├── BodyTooLarge, BodyTooSlow
@@ -39,6 +40,10 @@ class ApiError(HortatorError):
 
 class Malformed(ApiError):
     code = "malformed"
+
+
+class BadFraming(Malformed):
+    headers: ClassVar[Mapping[str, str]] = {"connection": "close"}
 
 
 class BadField(ApiError):
@@ -94,9 +99,14 @@ STATUS: Mapping[type[HortatorError], int] = {
 def error_response(
     status: int, code: str, message: str, *, job_id: str | None = None, headers: Mapping[str, str] | None = None
 ) -> Response:
+    """The shape itself as a response."""
+    return Response(error_body(code, message, job_id=job_id), status, headers, media_type="application/json")
+
+
+def error_body(code: str, message: str, *, job_id: str | None = None) -> bytes:
     """The shape itself.  Escaped to ASCII, so that nothing a client sent can break the encoding."""
     error = {"code": code, "message": message} | ({"job_id": job_id} if job_id is not None else {})
-    return Response(json.dumps({"error": error}), status, headers, media_type="application/json")
+    return json.dumps({"error": error}).encode()
 
 
 def refusal(error: HortatorError) -> Response:

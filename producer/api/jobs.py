@@ -97,6 +97,7 @@ class JobRoutes:
 
         wait_s is cut to the server's longest wait; the answer then shows the state of that moment, ask again.
         """
+        await thrown_away(request)
         status = await self._known(request, job_id)
         timeout_s = min(wait_s, self._settings.max_wait_s)
         if timeout_s == 0 or status.state.terminal:
@@ -121,15 +122,25 @@ class JobRoutes:
     ) -> Response:
         """The job's tokens as server-sent events, from token `after` on (or after the `Last-Event-ID`).
 
-        Each event is a Chunk, its id the number of tokens so far.  The last event is `done` with the Status.
+        Each event is a Chunk, its id the number of tokens so far.  The last event is `done` with the Status; or
+        `interrupted` with the reason, and whoever comes back with the last id gets the rest.
         """
+        await thrown_away(request)
         start = position(last_event_id, after)
         status = await self._known(request, job_id)
         if start is None:
             return Response(status_code=204)  # tells a browser not to come back
         watch = self._watcher.watch(status)
-        events = token_events(self._store, self._watcher, watch, after=start, keep_alive_s=self._settings.keep_alive_s)
-        return EventStream(events, watch, send_timeout_s=self._settings.send_timeout_s)
+        limits = self._settings
+        events = token_events(
+            self._store,
+            self._watcher,
+            watch,
+            after=start,
+            keep_alive_s=limits.keep_alive_s,
+            outage_s=limits.outage_s,
+        )
+        return EventStream(events, watch, send_timeout_s=limits.send_timeout_s)
 
     async def cancel(self, request: Request, job_id: JobIdPath) -> Response:
         """Ask that the job ends.  A queued job is cancelled at once, a running one within moments; a terminal one stays
@@ -213,6 +224,12 @@ def unknown_fields(parsed: dict[str, Any]) -> tuple[str, ...]:
 def check_id(job_id: str) -> None:
     if not is_job_id(job_id):
         raise Malformed("this is no job id: letters, digits and . _ : - only, at most 128")
+
+
+async def thrown_away(request: Request) -> None:
+    """The body that a GET may have.  Whoever waits beside it must not hear of its being too large or too slow."""
+    async for _ in request.stream():
+        pass
 
 
 def caller_of(request: Request) -> Caller:

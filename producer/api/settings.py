@@ -55,6 +55,9 @@ class ApiSettings(BaseSettings):
     max_waiters: Count = Field(default=1000, ge=1, description="long polls and streams at a time")
     poll_s: Timeout = Field(default=0.02, gt=0, description="how often awaited jobs are looked at")
     keep_alive_s: Timeout = Field(default=10.0, gt=0, description="a silent stream gets a comment after this")
+    outage_s: Patience = Field(
+        default=60.0, gt=0, description="streams end, to be resumed, when Redis is away for longer"
+    )
     sweep_s: Timeout = Field(default=1.0, gt=0, description="how often jobs past their deadline are ended")
     drain_s: Patience = Field(default=10.0, gt=0, description="SIGTERM: time for answers under way")
 

@@ -13,7 +13,7 @@ from contextlib import aclosing
 from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from hortator.producer.errors import StoreUnavailable, UnknownJob
+from hortator.producer.errors import JobFailed, StoreUnavailable, UnknownJob
 from hortator.producer.job import Follower
 from hortator.producer.schema import Chunk, Status
 
@@ -39,9 +39,9 @@ def position(last_event_id: str | None, after: int) -> int | None:
 
 
 async def token_events(
-    store: AsyncStore, watcher: Watcher, watch: Watch, *, after: int, keep_alive_s: float
+    store: AsyncStore, watcher: Watcher, watch: Watch, *, after: int, keep_alive_s: float, outage_s: float
 ) -> AsyncGenerator[bytes, None]:
-    """Chunks from token `after` on, then the final status.  Ends early, to be resumed, when the process drains."""
+    """Chunks from token `after` on, then the final status.  What must end before that says so, to be resumed."""
     yield f"retry: {RETRY_MS}\n\n".encode()
     reader = Follower(watch.status.id, after)
     while not watcher.draining:
@@ -49,9 +49,13 @@ async def token_events(
         try:
             chunks = await store.chunks(reader.job_id, after=reader.after) if reader.behind(status) else []
         except StoreUnavailable:
+            if watcher.away_s > outage_s:
+                break
             await asyncio.sleep(STORE_RETRY_S)
             yield comment("the store is away")
             continue
+        except JobFailed:  # the journal is damaged
+            chunks = []
         for chunk in chunks:
             reader.take([chunk])
             yield chunk_event(chunk)
@@ -60,12 +64,35 @@ async def token_events(
                 yield chunk_event(chunk)
             yield done(status)
             return
+        if reader.behind(status):
+            yield interrupted("damaged", f"the journal of job {status.id} is damaged, its end will have all tokens")
+            return
         try:
             if not await watch.changed(keep_alive_s):
+                if watcher.away_s > outage_s:
+                    break
                 yield comment("still here")
         except UnknownJob as gone:  # the record expired under the reader
-            yield event(json.dumps({"error": {"code": gone.code, "message": gone.message}}), kind="error")
+            yield error_event("error", gone.code, gone.message)
             return
+    yield stopping() if watcher.draining else away(outage_s)
+
+
+def stopping() -> bytes:
+    return interrupted("server_stopping", "this server stops")
+
+
+def away(outage_s: float) -> bytes:
+    return interrupted(StoreUnavailable.code, f"Redis has been away for more than {outage_s:g} s")
+
+
+def interrupted(code: str, why: str) -> bytes:
+    """The job goes on, this stream does not.  Without an id, so that the client's last one stands."""
+    return error_event("interrupted", code, f"{why}; come back with the last id as Last-Event-ID")
+
+
+def error_event(kind: str, code: str, message: str) -> bytes:
+    return event(json.dumps({"error": {"code": code, "message": message}}), kind=kind)
 
 
 def unread(reader: Follower, status: Status) -> list[Chunk]:

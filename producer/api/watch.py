@@ -76,7 +76,12 @@ class Watcher:
         self._count = 0
         self._somebody = asyncio.Event()
         self.draining = False
-        self.store_away = False  # as of the last poll
+        self._away_since: float | None = None  # on the loop's clock, as of the last poll
+
+    @property
+    def away_s(self) -> float:
+        """For how long no poll was answered; 0 if the last one was."""
+        return 0.0 if self._away_since is None else asyncio.get_running_loop().time() - self._away_since
 
     @property
     def waiters(self) -> int:
@@ -105,6 +110,7 @@ class Watcher:
             del self._watches[watch.status.id]
         if not self._watches:
             self._somebody.clear()
+            self._away_since = None  # nobody looks from now on
 
     async def terminal(self, status: Status, *, timeout_s: float) -> Status:
         """The job's status as soon as it is terminal, else the newest one when the time is up.
@@ -117,7 +123,7 @@ class Watcher:
                 left_s = deadline - asyncio.get_running_loop().time()
                 if left_s <= 0 or not await watch.changed(left_s):
                     break
-            if self.store_away and not watch.status.state.terminal:
+            if self.away_s and not watch.status.state.terminal:
                 raise StoreUnavailable("Redis is away, the job's state is not known now")
             return watch.status
 
@@ -134,9 +140,9 @@ class Watcher:
             began = loop.time()
             try:
                 await self._poll()
-                self.store_away = False
+                self._away_since = None
             except StoreUnavailable:
-                self.store_away = True
+                self._away_since = self._away_since or began
             except Exception:
                 log.exception("cannot read the awaited jobs")
             await asyncio.sleep(max(self._poll_s, IDLE_SHARE * (loop.time() - began)))

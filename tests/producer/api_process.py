@@ -15,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from hortator.producer.api import ApiSettings, create_app
+from hortator.producer.api.connection import Connection
 from hortator.producer.api.server import Server, address_of, listen
 from hortator.producer.embedded import EmbeddedRedis
 from hortator.producer.redis_store import AsyncRedisStore, RedisStore
@@ -135,7 +136,7 @@ def served(redis_url: str, **settings: Any) -> Iterator[Api]:
     async def serve() -> None:
         store = AsyncRedisStore(redis_url, timeout_s=2.0, connect_timeout_s=2.0)  # as `hortator serve` has it
         app = create_app(store, api_settings=chosen)
-        server = Server(uvicorn.Config(app, http="h11", ws="none", lifespan="on", log_level="warning"))
+        server = Server(uvicorn.Config(app, http=Connection, ws="none", lifespan="on", log_level="warning"))
         running.append((server, app, asyncio.get_running_loop()))
         ready.set()
         try:

@@ -66,7 +66,14 @@ def connected(api: Api) -> socket.socket:
         (job(version=2), "version"),
         (job(idempotency_key=""), "idempotency_key"),
         (job(idempotency_key="a\x00b"), "idempotency_key"),
-        (job("x" * 300, metadata={"\ud800": "x"}), ""),
+        (job("\ud800"), "prompt: half of a surrogate pair"),
+        (job("\ude00\ud83d"), "prompt: half of a surrogate pair"),
+        (job("x" * 300, metadata={"\ud800": "x"}), r"metadata.\ud800: half of a surrogate pair"),
+        (job(metadata={"k": "a\udfffb"}), "metadata.k: half of a surrogate pair"),
+        (job(sampling={"stop": ["a", "\ud800"]}), "sampling.stop.1: half of a surrogate pair"),
+        ({"model": "demo", "messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content: half of"),
+        (job(tenant="\ud800"), "tenant: half of a surrogate pair"),
+        (job(no_such_field="\ud800"), "no_such_field: half of a surrogate pair"),
     ],
 )
 def test_a_wrong_field_is_named(api: Api, body: dict[str, Any], field: str) -> None:
@@ -153,6 +160,11 @@ def test_a_large_prompt_within_the_limits_is_accepted(newest_redis_url: str) -> 
 
 def test_a_prompt_may_hold_any_character_even_nul(api: Api) -> None:
     assert api.http.post("/v1/jobs", json=job("a\x00b\x1b[31m\u2028😀")).status_code == 202
+
+
+def test_whole_surrogate_pairs_and_words_that_look_like_halves_are_text(api: Api) -> None:
+    raw = rb'{"model": "demo", "prompt": "\ud83d\ude00 and \\ud83d"}'
+    assert api.http.post("/v1/jobs", content=raw, headers=JSON).status_code == 202
 
 
 def test_a_body_that_never_comes_is_given_up(api: Api) -> None:

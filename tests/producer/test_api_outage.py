@@ -112,6 +112,25 @@ def test_a_stream_outlives_a_restart_of_redis(redis: EmbeddedRedis, api: Api) ->
     assert "message" in found
 
 
+def test_a_stream_whose_outage_is_too_long_says_so_and_goes_on_later(redis: EmbeddedRedis) -> None:
+    with served(redis.url, keep_alive_s=0.2, outage_s=0.5) as api:
+        job_id = api.submit()
+        [claimed] = api.worker.claim()
+        api.worker.say(claimed, 0, ["a"])
+        with api.http.stream("GET", f"/v1/jobs/{job_id}/tokens") as answer:
+            found = events(answer.iter_lines())
+            assert next(found).id == "1"
+            redis.kill()
+            [last] = found
+        assert (last.kind, last.id, last.json["error"]["code"]) == ("interrupted", None, "store_unavailable")
+        redis.restart()
+        wait_for("readyz", lambda: api.http.get("/readyz").status_code == 200)
+        with api.http.stream("GET", f"/v1/jobs/{job_id}/tokens", headers={"last-event-id": "1"}) as answer:
+            api.worker.say(claimed, 1, ["b"])
+            api.worker.succeed(claimed, ["a", "b"])
+            assert [event.kind for event in events(answer.iter_lines())] == ["message", "done"]
+
+
 def test_a_redis_that_evicts_is_not_ready_and_says_why(redis: EmbeddedRedis, api: Api) -> None:
     api.redis.config_set("maxmemory-policy", "allkeys-lru")
     answer = api.http.get("/readyz")

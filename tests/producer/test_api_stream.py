@@ -223,6 +223,60 @@ def test_a_stopping_server_answers_long_polls_and_ends_streams_to_be_resumed(new
         assert time.monotonic() - began < 2
     assert "running" in answers
     [found] = [answer for answer in answers if isinstance(answer, list)]
-    assert [(event.kind, event.id) for event in found] == [("message", "1")], (
-        "no done event: the client resumes after 1"
+    assert [(event.kind, event.id) for event in found] == [("message", "1"), ("interrupted", None)], (
+        "no done event, and no id: the client resumes after 1"
     )
+    assert found[-1].json["error"]["code"] == "server_stopping"
+    assert "Last-Event-ID" in found[-1].json["error"]["message"]
+
+
+def test_a_stream_that_was_interrupted_goes_on_at_another_server(newest_redis_url: str) -> None:
+    """The client that docs/06-polling-api.md describes: whatever ends without `done`, come back with the last id."""
+    with served(newest_redis_url) as other:
+        with served(newest_redis_url) as first:
+            job_id = first.submit()
+            [claimed] = first.worker.claim()
+            first.worker.say(claimed, 0, ["a", "b"])
+            found: list[Event] = []
+            reader = threading.Thread(target=lambda: found.extend(read(first, job_id)))
+            reader.start()
+            wait_for("the reader", lambda: first.app.state.watcher.waiters == 1)
+            first.server.should_exit = True
+            reader.join(20)
+        last = [event.id for event in found if event.id][-1]
+        other.worker.say(claimed, 2, ["c"])
+        other.worker.succeed(claimed, ["a", "b", "c"])
+        found += read(other, job_id, last_id=last)
+    assert [event.kind for event in found] == ["message", "message", "interrupted", "message", "done"]
+    assert text(found) == "abc"
+
+
+def damage_journal(api: Api, job_id: str, how: str) -> None:
+    """Behind the second of its tokens."""
+    key = f"hortator:journal:{job_id}"
+    api.redis.xdel(key, "3-0")
+    if how == "garbage":
+        api.redis.xadd(key, {"c": "{"}, id="4-1")
+    elif how == "no chunk":
+        api.redis.xadd(key, {"c": '["x", 3, 4]'}, id="4-1")
+    elif how == "a gap":
+        api.redis.xadd(key, {"c": '[3,[3],"d",null]'}, id="4-1")
+    elif how == "another type":
+        api.redis.delete(key)
+        api.redis.set(key, "x")
+
+
+@pytest.mark.parametrize("how", ["garbage", "no chunk", "a gap", "nothing", "another type"])
+def test_the_stream_of_a_damaged_journal_says_so_and_later_gives_the_whole(api: Api, how: str) -> None:
+    job_id = api.submit()
+    [claimed] = api.worker.claim()
+    api.worker.say(claimed, 0, ["a", "b", "c"])
+    damage_journal(api, job_id, how)
+    readable = "ab" if how == "nothing" else ""
+    found = read(api, job_id)
+    assert (text(found), found[-1].kind, found[-1].json["error"]["code"]) == (readable, "interrupted", "damaged")
+    assert job_id in found[-1].json["error"]["message"]
+    if how != "another type":  # that job fails when its next token comes
+        api.worker.succeed(claimed, ["a", "b", "c"])
+        assert text(read(api, job_id)) == "abc", "the result has what the journal lacks"
+        assert [event.kind for event in read(api, job_id, last_id="2")] == ["done"]

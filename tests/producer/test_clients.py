@@ -1,6 +1,7 @@
 """Both clients: enqueue, wait, stream, cancel, many at once."""
 
 import asyncio
+import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -18,7 +19,6 @@ from hortator.producer import (
     JobExpired,
     JobFailed,
     Priority,
-    QueueFull,
     Sampling,
     State,
     StoreUnavailable,
@@ -343,15 +343,6 @@ def test_a_duplicate_is_marked_on_its_handle(client: Client) -> None:
     assert (again.id, first.duplicate, again.duplicate) == (first.id, False, True)
 
 
-def test_a_refusal_in_the_middle_names_what_is_in(rig: Rig) -> None:
-    rig.rule(max_queued_per_model=2500)
-    client = Client(rig.store)
-    with pytest.raises(QueueFull) as caught:
-        client.enqueue_many(job() for _ in range(4000))
-    assert len(caught.value.accepted) == rig.depth()
-    assert (2000 <= rig.depth() <= 2500, caught.value.index) == (True, 2500)
-
-
 @pytest.mark.usefixtures("working")
 def test_the_asyncio_client_does_the_same(rig: Rig) -> None:
     async def scenario(client: AsyncClient) -> None:
@@ -436,6 +427,87 @@ def test_waiting_bears_with_a_restart_of_redis() -> None:
         waiting.join()
         streaming.join()
         assert got == ["done", "done"]
+
+
+PATIENT: Any = {"require_known_model": False, "timeout_s": 20.0}  # a busy machine is no outage
+
+
+def patient(server: EmbeddedRedis, **more: Any) -> Client:
+    return Client(server.url, **PATIENT, **more)
+
+
+def commit_one(client: Client) -> None:
+    """A worker's part: the oldest job is done."""
+    lease = client.store.claim(MODEL, owner="a", limit=1, lease_s=60, idle=True).jobs[0].lease
+    client.store.commit([done(lease)])
+
+
+def test_a_wait_tells_of_each_outage_once_and_at_once() -> None:
+    told: queue.Queue[StoreUnavailable] = queue.Queue()
+    with EmbeddedRedis() as server, patient(server, on_outage=told.put) as client:
+        ended: queue.Queue[str] = queue.Queue()
+        handles = client.enqueue_many(job() for _ in range(2))
+
+        def wait() -> None:
+            for handle in client.as_completed(handles):
+                ended.put(handle.id)
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        for handle in handles:
+            server.kill()
+            assert str(told.get(timeout=20)).startswith("Redis at")
+            time.sleep(1)  # it is asked again some times
+            server.restart()
+            commit_one(client)
+            assert ended.get(timeout=20) == handle.id
+        waiting.join()
+        assert told.empty()
+
+
+def test_a_result_and_a_stream_that_begin_without_redis_tell_so() -> None:
+    told: list[StoreUnavailable] = []
+    with Client("redis://127.0.0.1:1", on_outage=told.append) as client:
+        with pytest.raises(TimeoutError):
+            client.job("x").result(timeout_s=0.5)
+        assert len(told) == 1
+        with pytest.raises(TimeoutError):
+            list(client.job("x").stream(timeout_s=0.5))
+        assert len(told) == 2
+
+
+def test_what_on_outage_raises_ends_the_wait() -> None:
+    class NoMore(Exception):
+        pass
+
+    def give_up(_: StoreUnavailable) -> None:
+        raise NoMore
+
+    with Client("redis://127.0.0.1:1", on_outage=give_up) as client, pytest.raises(NoMore):
+        client.job("x").result()
+
+
+def test_waits_of_the_asyncio_client_tell_of_each_outage_once() -> None:
+    async def main() -> None:
+        told: asyncio.Queue[StoreUnavailable] = asyncio.Queue()
+        with EmbeddedRedis() as server, patient(server) as worker:
+            async with AsyncClient(server.url, **PATIENT, on_outage=told.put_nowait) as client:
+                waiting = client.as_completed(await client.enqueue_many([job(), job()]))
+                for _ in range(2):
+                    server.kill()
+                    next_one = asyncio.ensure_future(anext(waiting))
+                    assert "does not answer" in str(await asyncio.wait_for(told.get(), 20))
+                    await asyncio.sleep(1)
+                    server.restart()
+                    commit_one(worker)
+                    await asyncio.wait_for(next_one, 20)
+                assert told.empty()
+                server.kill()
+                with pytest.raises(TimeoutError):
+                    [_ async for _ in client.job("x").stream(timeout_s=0.5)]
+                assert told.qsize() == 1
+
+    asyncio.run(main())
 
 
 def test_waiting_gives_up_on_a_redis_that_stays_away() -> None:

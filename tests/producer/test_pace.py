@@ -1,7 +1,10 @@
 """How long those who wait leave Redis alone."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from hortator.producer import job
 from hortator.producer.job import MAX_POLL_S, MIN_POLL_S, Pace
 
 
@@ -33,3 +36,24 @@ def test_many_jobs_of_which_few_end_are_asked_about_at_most_so_much_less() -> No
 
 def test_ever_more_jobs_are_not_asked_about_ever_less() -> None:
     assert delays(*[1] * 12, jobs=100_000)[-1] == pytest.approx(MAX_POLL_S, rel=0.1)
+
+
+def delay_after(asking_s: float, monkeypatch: pytest.MonkeyPatch, *, jobs: int = 1) -> float:
+    """The wait after a question that took so long."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(job, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    pace = Pace()
+    pace.asking()
+    clock.now += asking_s
+    delay = pace.delay(news=0, jobs=jobs)
+    assert delay is not None
+    return delay
+
+
+def test_asking_takes_a_twentieth_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert delay_after(0.04, monkeypatch) == pytest.approx(19 * 0.04)
+    assert delay_after(1.0, monkeypatch, jobs=100_000) == pytest.approx(19)
+
+
+def test_a_question_that_was_held_up_is_soon_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert delay_after(8.0, monkeypatch) < 1.1

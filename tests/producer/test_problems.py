@@ -25,6 +25,7 @@ def problems_of(**fields: object) -> str:
         ({"token_ids": []}, "token_ids: Tuple should have at least 1 item after validation, not 0"),
         ({"sampling": {"top_logprobs": 2}}, "sampling: top_logprobs needs logprobs: true"),
         ({"metadata": {"k" * 99: "v"}}, f"metadata.{'k' * 64}.[key]: String should have at most 64 characters"),
+        ({"prompt": "SECRET\ud800"}, "prompt: half of a surrogate pair, which is no text"),
         ({"metadata": {"ä": 1}}, "metadata.\\xe4: Input should be a valid string"),
     ],
 )

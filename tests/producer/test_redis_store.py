@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import redis
 
-from hortator.producer.calls import refuse_unsuitable, script
 from hortator.producer.embedded import EmbeddedRedis
 from hortator.producer.errors import ConfigError, StoreForbidden, StoreUnavailable, StoreUnsuitable
 from hortator.producer.names import TABLE
 from hortator.producer.redis_store import AsyncRedisStore, RedisStore
 from hortator.producer.rules import Rules
 from hortator.producer.schema import State
+from hortator.producer.script import script
+from hortator.producer.server import refuse_unsuitable
 from hortator.producer.store import GroupBeat, Holder, Lease, Receipt, ReleaseReason, Signals, Verdict
 from tests.conftest import REDIS_EXECUTABLES
 from tests.producer.rig import MODEL, NAMESPACE, RedisRig, done, foreign, job, prompts_of, tokens

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from hortator.producer.journal import decode_chunk, encode_chunk, from_token
+from hortator.producer.journal import encode_chunk, from_token, read_chunk
 from hortator.producer.schema import MAX_STRUCTURE_CHARS, Chunk, Job, Message, Regex, Sampling
 
 EVERYTHING: dict[str, Any] = {
@@ -94,7 +94,7 @@ def test_a_journal_entry_is_as_before_unless_the_likeliest_tokens_were_asked_for
     assert encode_chunk(plain) == b'[3,[1,2],"ab",[-0.5,-1.0]]'
     asked = plain.model_copy(update={"top_logprobs": (((1, -0.5), (9, -2.0)), ())})
     for chunk in (plain, asked):
-        assert decode_chunk(encode_chunk(chunk)) == chunk
+        assert read_chunk(encode_chunk(chunk)) == chunk
     assert from_token([asked], 4)[0].top_logprobs == ((),)
 
 

@@ -4,6 +4,8 @@ import time
 
 import pytest
 
+from hortator.producer import journal
+from hortator.producer.errors import JobFailed
 from hortator.producer.redis_store import RedisStore
 from hortator.producer.schema import State, Status
 from hortator.producer.store import ClaimMode, GroupBeat, Lease, ReleaseReason, Signals, Store, Verdict
@@ -13,7 +15,7 @@ from tests.producer.rig import MODEL, MemoryRig, RedisRig, Rig, done, foreign, j
 
 def drop_message(rig: Rig, job_id: str) -> None:
     if isinstance(rig, MemoryRig):
-        rig.memory._records[job_id].message = None
+        rig.memory._records.by_id[job_id].message = None
     elif isinstance(rig, RedisRig):
         rig.redis.delete(rig.names.message(job_id))
 
@@ -65,23 +67,103 @@ def test_a_job_whose_journal_is_damaged_fails_when_it_is_claimed_again(redis_rig
     redis_rig.store.append([tokens(lease, 0, 1, 2) for lease in leases])
     redis_rig.store.append([tokens(lease, 2, 3) for lease in leases])
     redis_rig.store.release(leases, reason=ReleaseReason.DRAINED)
-    journal, raw = redis_rig.names.journal(ids[0]), redis_rig.redis
+    key, raw = redis_rig.names.journal(ids[0]), redis_rig.redis
     if damage == "a gap":
-        raw.xdel(journal, "2-0")
+        raw.xdel(key, "2-0")
     elif damage == "a strange entry":
-        raw.xadd(journal, {"c": "x"}, id="4-0")
+        raw.xadd(key, {"c": "x"}, id="4-0")
     elif damage == "half an entry":
-        raw.xadd(journal, {"c": "[3,[4]]"}, id="4-0")
+        raw.xadd(key, {"c": "[3,[4]]"}, id="4-0")
         raw.hset(redis_rig.names.job(ids[0]), "tokens", 4)
     else:
-        raw.delete(journal)
+        raw.delete(key)
         if damage == "of another type":
-            raw.set(journal, "x")
+            raw.set(key, "x")
     claim = redis_rig.claim()
     assert prompts_of(claim) == ["b"]
     assert [chunk.token_ids for chunk in claim.jobs[0].journal] == [(1, 2), (3,)]
     assert_damaged(redis_rig.status(ids[0]), "journal")
     assert redis_rig.depth() == 0
+
+
+ODD_CHUNKS = {
+    "no JSON": "x",
+    "not UTF-8": b'[0,[1,2],"\xff",null]',
+    "no list": '{"index": 0}',
+    "too few parts": '[0,[1,2],"ab"]',
+    "too many parts": '[0,[1,2],"ab",null,null,1,1]',
+    "token ids that are text": '[0,["1","2"],"ab",null]',
+    "token ids that are true": '[0,[true,1],"ab",null]',
+    "negative token ids": '[0,[1,-2],"ab",null]',
+    "token ids out of range": '[0,[1,2147483648],"ab",null]',
+    "huge token ids": f'[0,[1,{"9" * 5000}],"ab",null]',
+    "a text that is none": "[0,[1,2],7,null]",
+    "fewer log-probabilities than tokens": '[0,[1,2],"ab",[-0.5]]',
+    "log-probabilities that are text": '[0,[1,2],"ab",["-0.5",null]]',
+    "alternatives that are no pairs": '[0,[1,2],"ab",null,[[[1]],[]]]',
+    "an answer beyond all": '[0,[1,2],"ab",null,null,16]',
+    "deep nesting": f'[0,[1,2],"ab",null,{"[" * 50_000}]',
+}
+
+
+def with_odd_chunk(rig: RedisRig, odd: str | bytes) -> list[str]:
+    """Two queued jobs with two tokens each, the first of which has a damaged journal."""
+    ids = rig.enqueue("a", "b")
+    leases = [one.lease for one in rig.claim().jobs]
+    rig.store.append([tokens(lease, 0, 1, 2) for lease in leases])
+    rig.store.release(leases, reason=ReleaseReason.DRAINED)
+    rig.redis.delete(rig.names.journal(ids[0]))
+    rig.redis.xadd(rig.names.journal(ids[0]), {"c": odd}, id="2-0")
+    return ids
+
+
+@pytest.mark.parametrize("odd", ODD_CHUNKS.values(), ids=ODD_CHUNKS)
+def test_a_claim_names_the_damage_of_a_journal_that_no_leader_wrote(redis_rig: RedisRig, odd: str | bytes) -> None:
+    ids = with_odd_chunk(redis_rig, odd)
+    claims = {claimed.lease.job_id: claimed for claimed in redis_rig.claim().jobs}
+    assert (claims[ids[1]].damage, len(claims[ids[1]].journal)) == (None, 1)
+    if ids[0] in claims:
+        assert claims[ids[0]].journal == ()
+        assert "journal in Redis was damaged" in str(claims[ids[0]].damage)
+    else:  # the script has seen it already
+        assert_damaged(redis_rig.status(ids[0]), "journal")
+
+
+@pytest.mark.parametrize("odd", ODD_CHUNKS.values(), ids=ODD_CHUNKS)
+def test_whoever_reads_a_damaged_journal_hears_whose_it_is(redis_rig: RedisRig, odd: str | bytes) -> None:
+    ids = with_odd_chunk(redis_rig, odd)
+    with pytest.raises(JobFailed, match=f"job {ids[0]}: its journal in Redis was damaged") as failure:
+        redis_rig.store.chunks(ids[0])
+    assert (failure.value.job_id, failure.value.reason) == (ids[0], "damaged")
+    assert [chunk.token_ids for chunk in redis_rig.store.chunks(ids[1])] == [(1, 2)]
+
+
+@pytest.mark.parametrize("damage", ["of another type", "a strange field", "a gap", "a lost beginning", "twice"])
+def test_a_journal_that_does_not_go_on_where_its_reader_stands_is_damaged(redis_rig: RedisRig, damage: str) -> None:
+    redis_rig.enqueue("a")
+    lease = redis_rig.claim_one()
+    redis_rig.store.append([tokens(lease, index, index) for index in range(4)])
+    key, raw = redis_rig.names.journal(lease.job_id), redis_rig.redis
+    match damage:
+        case "of another type":
+            raw.set(key, "x")
+        case "a strange field":
+            raw.xadd(key, {"d": "x"}, id="9-0")
+        case "a gap":
+            raw.xdel(key, "3-0")
+        case "a lost beginning":
+            raw.xdel(key, "2-0")
+        case _:
+            raw.xadd(key, {"c": '[3,[3],"<3>",null]'}, id="4-1")
+    with pytest.raises(JobFailed, match="was damaged"):
+        redis_rig.store.chunks(lease.job_id, after=1)
+
+
+def test_an_entry_longer_than_any_chunk_is_not_even_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "MAX_CHUNK_BYTES", 30)
+    assert journal.read_chunk(b'[0,[1,2],"ab",null]').token_ids == (1, 2)
+    with pytest.raises(journal.DamagedJournal, match="an entry of 39 bytes"):
+        journal.read_chunk(b'[0,[1,2],"ab",null]' + b" " * 20)
 
 
 # ---- calls for many jobs

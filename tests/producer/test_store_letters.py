@@ -73,6 +73,8 @@ WITH_ID = [
     foreign("bad-1", body={"prompt": "x"}),
     foreign("bad-1", properties=[1]),
     foreign("bad-1", properties=None),
+    foreign("bad-1", headers={"id": "bad-1", "shadow": "\ud83d"}),
+    foreign("bad-1", properties={"reply_to": {"\udc00": "\ud83d\ude00"}}),
 ]
 
 

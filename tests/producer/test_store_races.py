@@ -159,4 +159,4 @@ def test_jobs_that_wander_between_leaders_are_all_finished_once(rig: Rig) -> Non
     assert set(finished.values()) == {1}
     assert rig.depth() == 0
     if isinstance(rig, MemoryRig):
-        assert rig.memory._queues[MODEL].queued.total() == 0
+        assert rig.memory._records.queues[MODEL].queued.total() == 0

@@ -1,10 +1,13 @@
 """Several groups of one model share what is queued, by the rows that each has free."""
 
+import base64
+import json
+
 import pytest
 
-from hortator.producer import calls, memory
+from hortator.producer import calls, memory_claims
 from hortator.producer.store import Claim, ClaimMode, GroupBeat, ReleaseReason
-from tests.producer.rig import MODEL, Rig
+from tests.producer.rig import MODEL, Rig, foreign, job
 
 
 def say(rig: Rig, group: str, room: int, *, state: str = "ready") -> None:
@@ -71,7 +74,7 @@ def test_who_takes_no_jobs_has_no_share(rig: Rig, state: str) -> None:
 
 def test_a_silent_group_has_no_share_for_long(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "ROOM_COUNTS_S", 0.2)
-    monkeypatch.setattr(memory, "ROOM_COUNTS_S", 0.2)
+    monkeypatch.setattr(memory_claims, "ROOM_COUNTS_S", 0.2)
     say(rig, "b", 64)
     enqueue(rig, 10)
     assert taken(rig.claim(64, owner="a")) == (ClaimMode.SHARED, 5)
@@ -86,3 +89,79 @@ def test_a_job_takes_a_row_for_each_of_its_answers(rig: Rig) -> None:
     assert len(rig.claim(1).jobs) == 1
     rig.store.release([one.lease for one in first.jobs], reason=ReleaseReason.DRAINED)
     assert len(rig.claim(17).jobs) == 2, "it is not forgotten when a job goes back"
+
+
+@pytest.fixture
+def short_replies(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (calls, memory_claims):
+        monkeypatch.setattr(module, "CLAIM_JOBS", 10)
+        monkeypatch.setattr(module, "CLAIM_BYTES", 100_000)
+
+
+def test_a_group_with_more_rows_than_a_reply_holds_jobs_has_its_share_of_all_of_them(
+    rig: Rig, short_replies: None
+) -> None:
+    say(rig, "a", 40)
+    say(rig, "b", 40)
+    enqueue(rig, 50)
+    asked = [(50, "a"), (50, "b"), (40, "a"), (30, "a")]
+    claims = [rig.claim(limit, owner=owner, surplus=10) for limit, owner in asked]
+    assert [(len(one.jobs), one.more) for one in claims] == [(10, True), (10, True), (10, True), (8, False)]
+    assert claims[-1].mode is ClaimMode.SHARED, "the other 12 are left to b, which has 30 of 50 free rows"
+
+
+def test_a_group_alone_with_many_rows_is_told_that_there_is_more(rig: Rig, short_replies: None) -> None:
+    enqueue(rig, 25)
+    claims = [rig.claim(100) for _ in range(3)]
+    assert [(len(one.jobs), one.more) for one in claims] == [(10, True), (10, True), (5, False)]
+
+
+def test_a_reply_is_cut_at_its_bytes_too(rig: Rig, short_replies: None) -> None:
+    rig.enqueue(*("x" * 50_000 for _ in range(4)))
+    claims = [rig.claim(100) for _ in range(3)]
+    assert [(len(one.jobs), one.more) for one in claims] == [(2, True), (2, True), (0, False)]
+
+
+def test_two_groups_of_thousands_of_rows_empty_a_queue_of_thousands(rig: Rig) -> None:
+    rows, spare, count = 4096, 1024, 2500
+    say(rig, "a", rows)
+    say(rig, "b", rows)
+    rig.store.enqueue([job() for _ in range(count)])
+    free = {"a": rows, "b": rows}
+    for owner in "ab" * 20:
+        claim = rig.claim(free[owner] + spare, owner=owner, surplus=spare)
+        free[owner] -= len(claim.jobs)
+    assert 2 * rows - sum(free.values()) == count
+
+
+def asking(job_id: str, kwargs: dict[str, object], *, plain: bool = False) -> bytes:
+    """A plain Celery client's message; `plain`: its body is not in base64."""
+    body = json.dumps([[], kwargs, {}])
+    return foreign(job_id, body=body if plain else base64.b64encode(body.encode()).decode())
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("padding", range(3))
+@pytest.mark.parametrize("kwargs", [{"n": 16}, {"sampling": {"temperature": 1.0, "n": 16}}])
+def test_a_plain_clients_job_takes_a_row_for_each_of_its_answers(
+    rig: Rig, kwargs: dict[str, object], padding: int, plain: bool
+) -> None:
+    for number in range(5):
+        prompt = "x" * padding + ' a prompt that says "n": 2'
+        rig.push(asking(f"foreign-{number}", {"prompt": prompt} | kwargs, plain=plain))
+    assert len(rig.claim(40).jobs) == 3
+
+
+@pytest.mark.parametrize("n", [0, 17, "16", 1e99, None])
+def test_what_asks_for_an_impossible_number_of_answers_counts_for_one(rig: Rig, n: object) -> None:
+    for number in range(5):
+        rig.push(asking(f"foreign-{number}", {"prompt": 'the text "n": 16', "n": n}))
+    assert len(rig.claim(4).jobs) == 4
+
+
+def test_a_replayed_letter_takes_a_row_for_each_of_its_answers(rig: Rig) -> None:
+    rig.rule(max_attempts=1)
+    enqueue(rig, 3, sampling={"n": 16, "temperature": 1.0})
+    rig.store.release([one.lease for one in rig.claim(48).jobs], reason=ReleaseReason.CRASHED)
+    rig.store.replay([letter.letter_id for letter in rig.store.dead_letters()])
+    assert len(rig.claim(32).jobs) == 2

@@ -59,10 +59,12 @@ class Twins(RuleBasedStateMachine):
         tenant=st.sampled_from(["t1", "t2"]),
         key=st.sampled_from([None, None, "k1", "k2"]),
         prompt=st.sampled_from(["p", "q"]),
+        n=st.sampled_from([1, 1, 3]),
     )
-    def enqueue(self, count: int, priority: str, tenant: str, key: str | None, prompt: str) -> None:
+    def enqueue(self, count: int, priority: str, tenant: str, key: str | None, prompt: str, n: int) -> None:
         ids = [f"job-{len(self.ids) + i}" for i in range(count)]
-        jobs = [job(prompt, priority=priority, tenant=tenant, idempotency_key=key) for _ in ids]
+        sampling = {"temperature": 1.0, "n": n}
+        jobs = [job(prompt, priority=priority, tenant=tenant, idempotency_key=key, sampling=sampling) for _ in ids]
         self.both(lambda rig: rig.store.enqueue(jobs, job_ids=ids))
         self.ids += ids
 

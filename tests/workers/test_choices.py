@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from hortator.producer.job import Follower
-from hortator.producer.journal import decode_chunk, encode_chunk
+from hortator.producer.journal import encode_chunk, read_chunk
 from hortator.producer.schema import Chunk, FinishReason, Result, State
 from hortator.workers.engine.step import Finish, Request
 from tests.workers.leader import EOS, Leader
@@ -211,4 +211,4 @@ def test_the_answers_number_survives_the_journal() -> None:
     changes: list[dict[str, Any]] = [{}, {"top_logprobs": (((1, -0.5),),)}]
     for more in changes:
         chunk = Chunk(index=3, token_ids=(1,), text="a", choice=2, **more)
-        assert decode_chunk(encode_chunk(chunk)) == chunk
+        assert read_chunk(encode_chunk(chunk)) == chunk

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from hortator.producer import memory_claims
 from hortator.producer.errors import HortatorError, StoreForbidden, StoreUnavailable, StoreUnsuitable
-from hortator.producer.schema import FinishReason, Job, State
-from hortator.producer.store import Holder, Lease, Outcome, ReleaseReason, Verdict
+from hortator.producer.schema import Chunk, FinishReason, Job, State
+from hortator.producer.store import Claim, Holder, Lease, Outcome, ReleaseReason, Verdict
 from hortator.workers.engine.step import EngineStats, Finish, StepOutput, Structure, StructureKind, Token
 from hortator.workers.front import MIN_DEADLINES
 from hortator.workers.group import Ready
@@ -332,6 +333,18 @@ def test_no_more_is_claimed_than_the_engine_takes_and_a_little_beyond() -> None:
         leader.enqueue(job_id=f"id-{number}")
     leader.turn(after_s=0.1)
     assert leader.front.num_live == 10
+
+
+def test_a_claim_that_could_not_hold_more_is_followed_by_the_next_one_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_claims, "CLAIM_JOBS", 3)
+    leader = Leader(max_num_seqs=32)
+    for number in range(9):
+        leader.enqueue(job_id=f"id-{number}")
+    leader.turn(after_s=0.1)
+    for num_live in (6, 9):
+        assert leader.front.wake_in() <= 0.001
+        leader.turn()
+        assert leader.front.num_live == num_live
 
 
 def test_nothing_more_is_claimed_while_jobs_wait_in_the_engine_for_kv_blocks() -> None:
@@ -1070,3 +1083,44 @@ def test_a_suspect_that_cannot_be_opened_for_whatever_reason_fails_and_the_next_
     assert "ZeroDivisionError" in failure.message
     leader.turn(after_s=0.1)
     assert leader.status("good").state is State.RUNNING
+
+
+def claimed_again_with(leader: Leader, monkeypatch: pytest.MonkeyPatch, **damage: Any) -> None:
+    """The job of an earlier attempt, as a claim tells it when its keys are damaged."""
+    leader.run(job_id="bad")
+    leader.step("a", of=leader.group.admitted[-1].handle)
+    leader.front.hand_back()
+    leader.turn()
+    leader.enqueue(job_id="good")
+    real = leader.store.claim
+
+    def claim(*args: Any, **kwargs: Any) -> Claim:
+        found = real(*args, **kwargs)
+        jobs = (dataclasses.replace(one, **damage) if one.lease.job_id == "bad" else one for one in found.jobs)
+        return dataclasses.replace(found, jobs=tuple(jobs))
+
+    monkeypatch.setattr(leader.store, "claim", claim)
+    leader.turn(after_s=0.1)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"journal": (), "damage": "its journal in Redis was damaged"},
+        {"journal": (Chunk(index=0, token_ids=(256,), text="a"),)},
+        {"journal": (Chunk(index=0, token_ids=(97,), text="a", choice=1),)},
+    ],
+    ids=["as the store tells", "a token that the model lacks", "an answer that nobody asked for"],
+)
+def test_a_job_whose_journal_is_damaged_fails_and_others_run(
+    monkeypatch: pytest.MonkeyPatch, damage: dict[str, Any]
+) -> None:
+    leader = Leader()
+    claimed_again_with(leader, monkeypatch, **damage)
+    failure = leader.status("bad").failure
+    assert failure is not None
+    assert (leader.status("bad").state, failure.code) == (State.FAILED, "damaged")
+    assert "journal in Redis" in failure.message
+    assert leader.store.count_dead_letters() == 0, "its message is sound"
+    assert leader.status("good").state is State.RUNNING
+    assert leader.front.num_live == 1

@@ -8,6 +8,7 @@ from celery.worker import state as worker_state
 
 from hortator.producer.schema import State
 from hortator.workers import commands
+from hortator.workers.claimer import NO_ROOM
 from hortator.workers.engine.step import Finish
 from hortator.workers.pool import EnginePool
 from hortator.workers.request import PromptRequest
@@ -164,7 +165,7 @@ def test_without_a_consumer_nothing_is_claimed(leader: Leader, pool: Pool) -> No
 def test_who_left_the_queue_says_so_while_what_runs_goes_on(leader: Leader, pool: Pool) -> None:
     send(leader, pool)
     pool.left_queue(lambda: None)
-    assert (leader.front.state, leader.front.room()) == ("draining", 0)
+    assert (leader.front.state, leader.front.room()) == ("draining", NO_ROOM)
     leader.step("a", finish=Finish.LENGTH)
     assert leader.status().state is State.SUCCEEDED
     pool.joined_queue()
