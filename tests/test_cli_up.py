@@ -113,7 +113,10 @@ def test_a_fleet_comes_up_takes_new_settings_and_goes_down(sh: Shell) -> None:
     assert sh.rows() == "8"
     before = sh.state.look("echo-0").pid
     sh.write(max_num_seqs=12)
+    again = f"`hortator restart --fleet {sh.directory / 'f.toml'} --dir {sh.directory / 'state'} echo-0` takes them"
+    assert f"f.toml has other settings for it now: {again}" in sh("up")
     assert "echo-0 is ready" in sh("restart")
+    assert "other settings" not in sh("up")
     assert sh.rows() == "12"
     pid = sh.state.look("echo-0").pid
     assert pid not in (None, before)
@@ -143,6 +146,17 @@ def test_up_waits_for_a_group_that_still_stops_and_starts_it_anew(sh: Shell, mon
         assert "echo-0 is ready" in said
         assert down.wait(60) == 0
     assert sh.state.look("echo-0").pid not in (None, before), "what was started since is not ended by the former down"
+
+
+def test_a_group_that_could_not_be_started_again_is_not_stopped(sh: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    sh("up")
+    pid = sh.state.look("echo-0").pid
+    with monkeypatch.context() as full:
+        full.setattr("hortator.cli_hosts.FleetOnHosts.obstacles", lambda *_: {"127.0.0.1": "no space"})
+        said = sh("restart", code=1)
+    assert said == "error: echo-0 was left as it is, for 127.0.0.1 could not start it again: no space\n"
+    assert sh.state.look("echo-0").pid == pid
+    assert sh.shown() == "ready"
 
 
 def test_who_is_told_to_stop_while_he_starts_anew_does_not_come_back(sh: Shell) -> None:

@@ -209,6 +209,22 @@ class FleetOnHosts:
                 typer.echo(printable(f"{name} {said}: {run[name]}, {found.log}"))
         return run
 
+    def obstacles(self, hosts: Iterable[str]) -> dict[str, str]:
+        """Why no leader could be recorded on these hosts, by host."""
+        answers = self.ask((host, host, {"do": "check"}) for host in hosts)
+        return {answer.host: answer.problem.removeprefix("error: ") for answer in answers if not answer.ok}
+
+    def differs(self, group: "PlannedGroup", found: FoundLeader, launcher: str) -> bool:
+        """Whether it would be started with other settings today."""
+        from hortator.topology.errors import CannotStart
+        from hortator.topology.orders import leader_order
+
+        try:
+            order = leader_order(self.fleet, group, python=self.python, launcher=launcher)
+        except CannotStart:
+            return True
+        return found.leader.settings not in ("", order.settings)
+
     def end(self, leaders: Sequence[FoundLeader]) -> "Iterator[Answer]":
         """End leaders that Redis did not reach; one answer for each, named by its group."""
         specs = {spec.name: spec for spec in self.fleet.models}
@@ -271,5 +287,9 @@ def over_redis(fleet: "Fleet", command: str, *groups: str) -> str:
 
 
 def end_with(fleet: FleetOnHosts, *groups: str) -> str:
-    command = f"hortator down --fleet {shlex.quote(str(fleet.file))}{fleet.options} {' '.join(groups)}"
-    return f"`{command}` ends {'it' if len(groups) == 1 else 'them'}"
+    return f"`{command_of(fleet, 'down', *groups)}` ends {'it' if len(groups) == 1 else 'them'}"
+
+
+def command_of(fleet: FleetOnHosts, command: str, *groups: str) -> str:
+    """As one types it for these groups of this fleet."""
+    return f"hortator {command} --fleet {shlex.quote(str(fleet.file))}{fleet.options} {' '.join(groups)}"

@@ -31,6 +31,9 @@ def leader() -> int:
     match order["do"]:
         case "start":
             print_json(state.start(Order.model_validate(order["order"])).model_dump(mode="json"))
+        case "check":
+            state.check()
+            print_json({})
         case "list":
             print_json({"leaders": [found.model_dump(mode="json") for found in state.leaders()]})
         case "stop":

@@ -14,7 +14,7 @@ from hortator.cli_waiting import wait_ready
 
 if TYPE_CHECKING:
     from hortator.producer.store import GroupBeat
-    from hortator.topology.plan import Plan
+    from hortator.topology.plan import Plan, PlannedGroup
 
 
 def restart_fleet(fleet: FleetOnHosts, names: Sequence[str], *, launcher: str) -> int:
@@ -32,25 +32,47 @@ def restart_each(fleet: FleetOnHosts, chosen: Sequence[str], launcher: str) -> i
     if tell_unreached(inventory):
         return fail_line("nothing was restarted: each host must answer first", EXIT_FAILED)
     for name in chosen:
-        beat = fleet.alive().get(name)
-        plan = plan_again(fleet, name, inventory)
-        if beat is not None and name not in inventory.living:
-            return fail_line(stranger(fleet, name, beat, plan), EXIT_FAILED)
-        [group] = [one for one in plan.groups if one.name == name]
-        if others := taken(group, inventory):  # its own former place is no hindrance
-            return fail_line(f"{name}: {', '.join(others)} would be in its way: it was left as it is", EXIT_FAILED)
-        if beat is not None:
-            with fleet_control(fleet.fleet.redis_url, fleet.fleet.namespace) as control:
-                control.stop([name], on_done=lambda group: typer.echo(f"{group} is down"))
-        for answer in fleet.end([inventory.living[name]] if name in inventory.living else []):
-            if not answer.ok:
-                return fail_line(f"{name}: {answer.problem}; the other groups were left as they are", EXIT_FAILED)
-        started = fleet.start([group], launcher)
-        if not (started and wait_ready(fleet, started)):
-            tell_what_runs(fleet, started, dict.fromkeys(one.host for one in started.values()))
+        if not restart_one(fleet, name, inventory, launcher):
+            if rest := chosen[chosen.index(name) + 1 :]:
+                typer.echo(f"note: {', '.join(rest)} {'was' if len(rest) == 1 else 'were'} left as before", err=True)
             return EXIT_FAILED
         inventory = fleet.inventory()
     return EXIT_OK
+
+
+def restart_one(fleet: FleetOnHosts, name: str, inventory: Inventory, launcher: str) -> bool:
+    """Nothing is stopped that could not be started again."""
+    beat, plan = fleet.alive().get(name), plan_again(fleet, name, inventory)
+    [group] = [one for one in plan.groups if one.name == name]
+    if problem := hindrance(fleet, group, beat, inventory, plan):
+        return not fail_line(problem, EXIT_FAILED)
+    if beat is not None:
+        with fleet_control(fleet.fleet.redis_url, fleet.fleet.namespace) as control:
+            control.stop([name], on_done=lambda group: typer.echo(f"{group} is down"))
+    for answer in fleet.end([inventory.living[name]] if name in inventory.living else []):
+        if not answer.ok:
+            return not fail_line(f"{name}: {answer.problem}", EXIT_FAILED)
+    started = fleet.start([group], launcher)
+    if not started:
+        typer.echo(f"note: {name} is down, and was not started again: mend that, then hortator up", err=True)
+    elif not wait_ready(fleet, started):
+        tell_what_runs(fleet, started, [one.host for one in started.values()])
+        return False
+    return bool(started)
+
+
+def hindrance(
+    fleet: FleetOnHosts, group: "PlannedGroup", beat: "GroupBeat | None", inventory: Inventory, plan: "Plan"
+) -> str | None:
+    """Why the group cannot be started anew; its own former place is none."""
+    name, host = group.name, group.hosts[0].host
+    if beat is not None and name not in inventory.living:
+        return stranger(fleet, name, beat, plan)
+    if others := taken(group, inventory):
+        return f"{name}: {', '.join(others)} would be in its way: it was left as it is"
+    if problem := fleet.obstacles([host]).get(host):
+        return f"{name} was left as it is, for {host} could not start it again: {problem}"
+    return None
 
 
 def plan_again(fleet: FleetOnHosts, name: str, inventory: Inventory) -> "Plan":

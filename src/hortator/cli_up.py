@@ -15,6 +15,7 @@ from hortator.cli_hosts import (
     FoundLeader,
     Inventory,
     SshProgram,
+    command_of,
     end_with,
     leftovers,
 )
@@ -176,7 +177,11 @@ def run_groups(
     living = inventory.living
     for group in groups:
         if group.name in living:
-            typer.echo(f"{group.name} runs already: {living[group.name]}, {living[group.name].leader.log}")
+            found = living[group.name]
+            typer.echo(f"{group.name} runs already: {found}, {found.leader.log}")
+            if fleet.differs(group, found, launcher):
+                with_them = command_of(fleet, "restart", group.name)
+                typer.echo(f"note: {fleet.file} has other settings for it now: `{with_them}` takes them", err=True)
     started = fleet.start([group for group in groups if group.name not in living], launcher)
     return {
         group.name: living.get(group.name) or started[group.name]
@@ -208,5 +213,5 @@ def stranger(fleet: FleetOnHosts, name: str, beat: "GroupBeat", plan: "Plan") ->
     return (
         f"{name} is alive ({where(beat)}), but {fleet.directory} on {planned}, where the plan has it, knows nothing of"
         " it: it was started with another --dir, by somebody else (by hand, systemd, Slurm, Kubernetes), or on a host"
-        f" that these options leave out; {end_with(fleet, name)}"
+        f" that these options leave out, or that directory was removed; {end_with(fleet, name)}"
     )

@@ -1,5 +1,6 @@
 """Leaders on their host: started detached, found again, ended.  Any command will do for a leader here."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -58,6 +59,29 @@ def test_one_that_ends_at_once_is_an_error_with_its_last_words(state: StateDirec
     with pytest.raises(CannotStart, match="ended at once with 78: hortator: model_path is not set"):
         state.start(order("import sys; print('hortator: model_path is not set'); sys.exit(78)"))
     assert state.look("g").pid is None
+
+
+def test_a_full_disk_is_told_before_anything_starts_and_nothing_of_the_try_is_left(
+    state: StateDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: Path, _: str) -> None:
+        file.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as filled:
+        filled.setattr(Path, "write_text", full)
+        with pytest.raises(CannotStart, match="cannot be written: No space left on device"):
+            state.check()
+    assert list(state.directory.iterdir()) == []
+    state.check()
+    assert [file.name for file in state.directory.iterdir()] == ["fleet"]
+
+
+def test_orders_are_alike_whatever_the_password_of_redis() -> None:
+    one, two, three = (
+        order("x", HORTATOR_REDIS_URL=url, A=a).settings for url, a in (("u", "1"), ("v", "1"), ("u", "2"))
+    )
+    assert one == two != three
 
 
 def test_a_later_process_of_the_same_number_is_not_taken_for_the_leader(state: StateDirectory) -> None:
