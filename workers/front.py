@@ -352,7 +352,7 @@ class Front:
         """A suspect that got beyond the point where its group died is cleared, and others may join it."""
         lease = self._claimer.suspect()
         live = self._live.get(lease.job_id) if lease else None
-        if live and live.num_tokens - live.num_inherited >= self._settings.probation_tokens:
+        if live and live.passed(self._settings.probation_tokens):
             self._outbox.clear(live.lease)
             self._claimer.let_join(live.lease)
             live.cleared = True

@@ -9,6 +9,7 @@ import time
 import pytest
 import redis as redis_py
 
+from hortator.producer import Sampling
 from hortator.producer.errors import UnknownJob
 from hortator.producer.schema import State
 from tests.together.fleet import ECHO, Fleet, assert_all_right, wait_for
@@ -51,6 +52,21 @@ def test_a_poison_prompt_ends_after_two_crashes_and_harms_nobody(fleet: Fleet) -
     assert any(letter.job_id == poison for letter in fleet.store.dead_letters())
     leader.ready(after_epoch=first_epoch + 1)
     assert leader.epoch() == first_epoch + 2, "exactly two groups died"
+
+
+def test_a_prompt_that_kills_a_full_group_after_some_tokens_is_not_cleared_on_its_way_there(fleet: Fleet) -> None:
+    leader = fleet.worker(
+        "one", engine="tests.together.engines:late_poison", tensor_parallel_size=1, max_num_seqs=4, probation_tokens=2
+    )
+    first_epoch = leader.ready().epoch()
+    innocents = dict(zip(fleet.enqueue(FIVE[:2], max_tokens=2000), FIVE, strict=False))
+    fleet.progressed(list(innocents))
+    [poison] = fleet.enqueue(["!late021!"], sampling=Sampling(max_tokens=500, n=2))
+    failure = fleet.finished([poison])[poison].failure
+    assert failure is not None
+    assert failure.code == "poison"
+    assert leader.ready(after_epoch=first_epoch + 1).epoch() == first_epoch + 2, "exactly two groups died"
+    assert_all_right(fleet.finished(list(innocents)), innocents, 2000)
 
 
 def test_a_prompt_that_hangs_a_rank_ends_like_poison(fleet: Fleet) -> None:
