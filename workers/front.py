@@ -191,7 +191,7 @@ class Front:
         before, idle = self._clock(), not self._live
         room = self.room()
         surplus = max(0, room - self._free_rows)
-        claim = self._claimer.claim(room, surplus=surplus, idle=idle, crowded=self._crowded)
+        claim = self._claimer.claim(room, surplus=surplus, idle=idle and self._group_empty, crowded=self._crowded)
         if claim is None:
             return ()
         if claim.mode is ClaimMode.DRAIN:
@@ -203,6 +203,11 @@ class Front:
         self._claimed_at = before
         self._taken.update((claimed.lease.job_id, claimed) for claimed in claim.jobs)
         return claim.jobs
+
+    @property
+    def _group_empty(self) -> bool:
+        """Also of what has ended or left here: a suspect that runs alone is convicted if the group dies."""
+        return self._group.empty and not self._cancels
 
     def _step_aside(self) -> None:
         """The next suspect waits for an empty group: those that have just been cleared go on after it, not before.

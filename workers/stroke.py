@@ -85,7 +85,8 @@ class Leader:
             if self._pipe.unsent:
                 self._pipe.flush()
             return
-        self._pipe.send(report(plan.step, self._untold, self._engine.stats(), idle=idle))
+        taken = self._inbox.num_taken
+        self._pipe.send(report(plan.step, self._untold, self._engine.stats(), taken=taken, idle=idle))
         self._untold, self._told_at, self._told_step = _NOTHING, time.monotonic(), plan.step
 
     def _can_wait(self, plan: StepPlan, output: StepOutput) -> bool:

@@ -3,6 +3,7 @@
 import base64
 import json
 import pickle
+import signal
 import threading
 import time
 
@@ -12,6 +13,7 @@ import redis as redis_py
 from hortator.producer import Sampling
 from hortator.producer.errors import UnknownJob
 from hortator.producer.schema import State
+from hortator.producer.store import ReleaseReason
 from tests.together.fleet import ECHO, Fleet, assert_all_right, wait_for
 
 FIVE = ["alpha;", "beta;", "gamma;", "delta;", "epsilon;"]
@@ -80,6 +82,21 @@ def test_a_prompt_that_hangs_a_rank_ends_like_poison(fleet: Fleet) -> None:
     assert failure.code == "poison"
     assert_all_right({i: done[i] for i in innocents}, innocents, 60)
     assert leader.ready(after_epoch=first_epoch + 1).epoch() == first_epoch + 2
+
+
+def test_an_innocent_suspect_is_not_convicted_for_a_hang_whose_client_cancelled_it(fleet: Fleet) -> None:
+    leader = fleet.worker("one", stall_timeout_s=4).ready()
+    [hang] = fleet.enqueue(["please !hang! here"])
+    wait_for("a rank that hangs", leader.running)
+    leader.signal(signal.SIGSTOP)  # for a moment, else it claims the suspect itself
+    [suspect] = fleet.enqueue(["innocent;"], max_tokens=20)
+    [claimed] = fleet.store.claim(ECHO, owner="another", limit=1, lease_s=30, idle=True).jobs
+    fleet.store.release([claimed.lease], reason=ReleaseReason.CRASHED)
+    leader.signal(signal.SIGCONT)
+    assert fleet.client.job(hang).cancel() is State.RUNNING
+    done = fleet.finished([hang, suspect])
+    assert done[hang].state is State.CANCELLED
+    assert_all_right({suspect: done[suspect]}, {suspect: "innocent;"}, 20)
 
 
 CANARY: list[str] = []

@@ -720,6 +720,21 @@ def test_a_busy_group_is_left_alone_when_another_takes_the_suspect() -> None:
     assert leader.status("next").state is State.RUNNING
 
 
+def test_a_suspect_waits_until_the_engine_has_let_go_of_what_was_cancelled() -> None:
+    leader = Leader()
+    leader.run()
+    suspect_elsewhere(leader)
+    leader.group.empty = False
+    leader.store.cancel(["id-1"])
+    for _ in range(20):
+        leader.turn(after_s=0.1)
+    assert leader.front.num_live == 0
+    assert leader.status("suspect").state is State.QUEUED
+    leader.group.empty = True
+    leader.turn(after_s=0.1)
+    assert leader.status("suspect").state is State.RUNNING
+
+
 def test_a_refused_suspect_does_not_keep_the_group_waiting() -> None:
     leader = Leader(probation_tokens=100)
     crashed_batch(leader, jobs=1)
