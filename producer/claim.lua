@@ -152,10 +152,11 @@ local function suspect_first()
       redis.call('SET', alone_key, owner, 'PX', lease_ms)
       return reply('drain', false, token)
     end
-    local id = redis.call('RPOP', suspects)
+    local id = redis.call('LINDEX', suspects, -1)
     local job = read(id)
-    if job and job.state == 'queued' then
-      redis.call('RPUSH', suspects, id) -- one that ends here leaves as any other does
+    if not job or job.state ~= 'queued' then
+      redis.call('LREM', suspects, -1, id)
+    else -- one that ends here leaves as any other does
       if overdue(job) then
         expired(id, job)
       else

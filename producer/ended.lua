@@ -14,13 +14,13 @@ for i = 2, num_args do
   local v = peek('HMGET', jobs .. id, 'state', 'tenant', 'deadline') or {}
   if not v[1] or is_terminal(v[1]) or (tenant ~= '' and v[2] ~= tenant) then
     ended[#ended + 1] = i - 2
-  elseif v[3] and now >= whole(v[3]) then
+  elseif STATES[v[1]] == nil or v[3] and now >= whole(v[3]) then
     local job = read(id)
     if job and overdue(job) then
       even_when_full()
       expired(id, job)
-      ended[#ended + 1] = i - 2
     end
+    if job and is_terminal(job.state) then ended[#ended + 1] = i - 2 end
   end
 end
 return ended

@@ -157,13 +157,13 @@ class MemoryStore:
     def renew(self, leases: Sequence[Lease], *, owner: str, lease_s: float) -> Signals:
         with self._lock:
             ends = self._records.now() + round(lease_s * 1000)
-            ours = {lease.job_id: self._records.ours(lease) for lease in leases}
-            for record in ours.values():
+            ours = [(lease.job_id, self._records.ours(lease)) for lease in leases]
+            for _, record in ours:
                 if record is not None:
                     record.lease_ends = ends
             return Signals(
-                frozenset(job_id for job_id, record in ours.items() if record is not None and record.cancel),
-                frozenset(job_id for job_id, record in ours.items() if record is None),
+                frozenset(job_id for job_id, record in ours if record is not None and record.cancel),
+                frozenset(job_id for job_id, record in ours if record is None),
             )
 
     def commit(self, outcomes: Sequence[Outcome]) -> list[Verdict]:

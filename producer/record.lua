@@ -84,16 +84,35 @@ local function whole(value)
   return n > -2 ^ 53 and n < 2 ^ 53 and math.floor(n) or 0
 end
 
+-- Of each state whether it is terminal.
+local STATES = {queued = false, running = false, succeeded = true, failed = true, cancelled = true, expired = true}
+local function is_terminal(state) return STATES[state] == true end
+
+local damaged -- below
+
+-- Nobody can tell how a job in an unknown state goes on, so it ends here.  Where it was is seen elsewhere.
+local function end_unknown(id, job)
+  note(own .. 'job:' .. id, 'unknown state')
+  if redis.call('HEXISTS', own .. 'job:' .. id, 'finished') == 1 then
+    job.state = 'new'
+  else
+    job.state = peek('ZSCORE', own .. 'leases:' .. job.model, id) and 'running' or 'queued'
+  end
+  damaged(id, job, 'its record')
+end
+
 -- Nil for what cannot be worked with: none, of another type, or without its model.
 local function read(id)
   local v = peek('HMGET', own .. 'job:' .. id, 'state', 'model', 'tenant', 'attempt', 'free', 'tokens',
     'suspicion', 'alone', 'cancel', 'deadline', 'step', 'enqueued', 'rows')
   if not v or not v[1] or not v[2] then return nil end
   local enqueued = whole(v[12])
-  return {state = v[1], model = v[2], tenant = v[3] or 'default', attempt = whole(v[4]), free = whole(v[5]),
+  local job = {state = v[1], model = v[2], tenant = v[3] or 'default', attempt = whole(v[4]), free = whole(v[5]),
     tokens = whole(v[6]), suspicion = whole(v[7]), alone = v[8] == '1', cancel = v[9] == '1',
     deadline = v[10] and whole(v[10]), step = v[11] or '0', enqueued = enqueued > 0 and enqueued or now,
     rows = math.max(1, whole(v[13]))}
+  if STATES[job.state] == nil then end_unknown(id, job) end
+  return job
 end
 
 local function message_of(id) return peek('GET', own .. 'message:' .. id) or nil end
@@ -147,8 +166,6 @@ local function set_deadline(id, ms)
   insist('ZADD', own .. 'deadlines', deadline, id)
   return deadline
 end
-
-local function is_terminal(state) return state ~= 'queued' and state ~= 'running' end
 
 local function count_queued(model, tenant, by)
   local key = own .. 'depth:' .. model
@@ -284,7 +301,7 @@ local function finish(id, job, state, code, text, result, seal)
 end
 
 -- What the job needs is gone, so it can never run; `what` says which part of it.
-local function damaged(id, job, what)
+function damaged(id, job, what)
   finish(id, job, 'failed', 'damaged', what .. ' in Redis is gone or was damaged; send the job anew')
 end
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from . import journal
 from .errors import BadRequest, JobFailed, UnknownJob
@@ -29,6 +29,8 @@ from .store import (
 )
 
 T = TypeVar("T")
+
+_labels = TypeAdapter(dict[str, str], config=ConfigDict(strict=True))
 
 CLAIM_TOKEN = 4  # where the name of a claim's reply stands in it
 
@@ -111,7 +113,11 @@ def verdicts(reply: list[int]) -> list[Verdict]:
 
 
 def status(job_id: str, row: list[Any]) -> Status:
-    state = State(row[0].decode())
+    state, failure = State.FAILED, None
+    try:
+        state, metadata = State(_text(row[0])), _labels.validate_json(row[10]) if row[10] else {}
+    except ValueError:
+        metadata, failure = {}, Failure(code="damaged", message="its record in Redis was damaged; send the job anew")
     fields: dict[str, Any] = {
         "id": job_id,
         "model": _text(row[1]),
@@ -122,11 +128,12 @@ def status(job_id: str, row: list[Any]) -> Status:
         "timings": Timings(
             enqueued_ms=_int(row[5]), claimed_ms=_int(row[6]), first_token_ms=_int(row[7]), finished_ms=_int(row[8])
         ),
-        "metadata": json.loads(row[10]) if row[10] else {},
+        "metadata": metadata,
+        "failure": failure,
     }
     if state is State.SUCCEEDED:
         fields["result"], fields["failure"] = _result(row[14] if len(row) > 14 else None)
-    elif state.terminal:
+    elif state.terminal and failure is None:
         fields["failure"] = Failure(code=_text(row[11]), message=_text(row[12]))
     return Status.model_construct(**fields)
 

@@ -21,13 +21,13 @@ for i = 2, num_args do
   if not v[1] or (arg(1) ~= '' and v[3] ~= arg(1)) then
     found[#found + 1] = ''
   else
-    if v[14] and not is_terminal(v[1]) then
+    if STATES[v[1]] == nil or v[14] and not is_terminal(v[1]) then
       local job = read(id)
       if job and overdue(job) then
         even_when_full()
         expired(id, job)
-        v = record()
       end
+      if job and job.state ~= v[1] then v = record() end
     end
     if v[1] == 'succeeded' then v[15] = peek('GET', namespace .. 'celery-task-meta-' .. id) end
     found[#found + 1] = v

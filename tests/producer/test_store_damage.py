@@ -411,6 +411,68 @@ def test_a_foreign_message_runs_although_its_record_s_key_holds_something_else(r
     assert redis_rig.claim_one() == Lease("foreign-1", 1)
 
 
+# ---- records in a state that there is not
+
+
+STATES = ["zombie", b"\xff"]
+
+
+def with_odd_state(rig: RedisRig, state: str | bytes, phase: str) -> list[str]:
+    """Two jobs, the first of which is in no known state; both are queued, suspects, running or have ended."""
+    ids = rig.enqueue("a", "b")
+    if phase != "queued":
+        leases = [one.lease for one in rig.claim().jobs]
+        if phase == "suspect":
+            rig.store.release(leases, reason=ReleaseReason.CRASHED)
+        if phase == "ended":
+            rig.store.commit([done(lease) for lease in leases])
+    rig.redis.hset(rig.names.job(ids[0]), "state", state)
+    return ids
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("phase", ["queued", "suspect", "running", "ended"])
+@pytest.mark.parametrize("look", ["status", "cancel", "ended", "claim", "sweep"])
+def test_a_job_in_a_state_that_there_is_not_has_failed_for_whoever_looks(
+    redis_rig: RedisRig, look: str, phase: str, state: str | bytes
+) -> None:
+    ids = with_odd_state(redis_rig, state, phase)
+    match look:
+        case "status":
+            assert_damaged(redis_rig.status(ids[0]), "record")
+        case "cancel":
+            assert redis_rig.store.cancel(ids[:1]) == [State.FAILED]
+        case "ended":
+            assert ids[0] in redis_rig.store.ended(ids)
+        case "claim":
+            assert [one.lease.job_id for one in redis_rig.claim().jobs] == ids[1:] * (phase in ("queued", "suspect"))
+        case _:
+            redis_rig.redis.zadd(redis_rig.names.deadlines, {ids[0]: 1})
+            redis_rig.store.sweep()
+    assert_damaged(redis_rig.status(ids[0]), "record")
+    assert redis_rig.redis.ttl(redis_rig.names.job(ids[0])) > 0, "it goes as any other"
+    assert redis_rig.state(ids[1]) in (State.QUEUED, State.RUNNING, State.SUCCEEDED)
+    redis_rig.claim()
+    redis_rig.claim()
+    assert (redis_rig.depth(), redis_rig.redis.exists(redis_rig.names.depth(MODEL))) == (0, 0)
+
+
+METADATA = ["x", "[]", "7", '{"a": 1}', '{"a": null}', b'{"a": "\xff"}', "[" * 50_000, '{"a": {}}']
+
+
+@pytest.mark.parametrize("metadata", METADATA, ids=lambda said: str(said[:10]))
+def test_a_job_whose_metadata_cannot_be_read_has_failed_and_others_have_not(
+    redis_rig: RedisRig, metadata: str | bytes
+) -> None:
+    ids = redis_rig.enqueue("a", "b", metadata={"k": "v"})
+    redis_rig.redis.hset(redis_rig.names.job(ids[0]), "metadata", metadata)
+    statuses = redis_rig.store.statuses(ids)
+    assert statuses[0] is not None
+    assert statuses[1] is not None
+    assert_damaged(statuses[0], "record")
+    assert (statuses[1].state, statuses[1].metadata) == (State.QUEUED, {"k": "v"})
+
+
 # ---- records that are gone
 
 
