@@ -1,10 +1,13 @@
--- sweep: take leases that ran out for crashes, end jobs past their deadline, forget models that nobody serves.
+-- sweep: take leases that ran out for crashes, end jobs past their deadline, forget models that nobody serves, and take
+-- messages of ended jobs out of the queues.
 --
 -- | key                                 | type | here                                   |
 -- |-------------------------------------|------|----------------------------------------|
 -- | models                              | hash | read: whose leases to look at; one that is empty and silent for as long as results live is dropped |
--- | {model}, {model}\6\22{step}, suspects:{model} | list | lengths                     |
--- | depth:{model}, pace:{model}, turn:{model} | hash, string | dropped with the model  |
+-- | {model}, {model}\6\22{step}          | list | lengths; the oldest messages, if some are of ended jobs |
+-- | suspects:{model}                    | list | length                                 |
+-- | depth:{model}                       | hash | kept in step; dropped with the model   |
+-- | pace:{model}, turn:{model}          | hash, string | dropped with the model         |
 -- | leases:{model}                      | zset | read: which ran out                    |
 -- | deadlines                           | zset | read: which have passed                |
 -- | groups                              | hash | groups silent for an hour are dropped; read: whose models to keep |
@@ -73,6 +76,8 @@ end
 
 local deadlines = own .. 'deadlines'
 each(deadlines, insist('ZRANGEBYSCORE', deadlines, '-inf', now, 'WITHSCORES', 'LIMIT', 0, limit), passed_deadline)
+
+for _, model in ipairs(redis.call('HKEYS', own .. 'models')) do drop_dead(model) end
 
 -- A key of another type under a queue's name may be somebody's: nothing is dropped then.
 local function is_empty(model)
