@@ -10,6 +10,7 @@
 -- | pace:{model}, turn:{model}          | hash, string | dropped with the model         |
 -- | leases:{model}                      | zset | read: which ran out                    |
 -- | deadlines                           | zset | read: which have passed                |
+-- | rooms:{model}                       | hash | what silent groups said is dropped     |
 -- | groups                              | hash | groups silent for an hour are dropped; read: whose models to keep |
 -- | all of record.lua's crashed, finish |      |                                        |
 --
@@ -19,6 +20,7 @@
 -- reply: now, requeued ids, expired ids, poisoned ids, 'key: what was wrong with it' of what was passed by
 local limit = tonumber(arg(1))
 local before = arg(2) == '' and now or math.min(now, tonumber(arg(2)))
+local ROOMS_KEPT_MS = 10000
 local convict_before = before - tonumber(arg(3))
 local requeued, ended, poisoned = {}, {}, {}
 even_when_full()
@@ -77,7 +79,18 @@ end
 local deadlines = own .. 'deadlines'
 each(deadlines, insist('ZRANGEBYSCORE', deadlines, '-inf', now, 'WITHSCORES', 'LIMIT', 0, limit), passed_deadline)
 
-for _, model in ipairs(redis.call('HKEYS', own .. 'models')) do drop_dead(model) end
+-- Of a group that was killed nothing stays where others go on beating; claims have not counted it for long.
+local function forget_rooms(model)
+  local said = insist('HGETALL', own .. 'rooms:' .. model)
+  for i = 1, #said, 2 do
+    if now - whole(said[i + 1]:match('^%d+')) > ROOMS_KEPT_MS then redis.call('HDEL', own .. 'rooms:' .. model, said[i]) end
+  end
+end
+
+for _, model in ipairs(redis.call('HKEYS', own .. 'models')) do
+  drop_dead(model)
+  forget_rooms(model)
+end
 
 -- A key of another type under a queue's name may be somebody's: nothing is dropped then.
 local function is_empty(model)
