@@ -324,9 +324,7 @@ for i, step in ipairs(STEPS) do
   total = total + left[i]
 end
 if total == 0 then
-  for _, field in ipairs(insist('HKEYS', own .. 'depth:' .. model)) do
-    if field:sub(1, 1) == '!' then redis.call('HDEL', own .. 'depth:' .. model, field) end -- no message is left
-  end
+  forget_left(model)
   return reply('together', false, token)
 end
 

@@ -234,6 +234,8 @@ class MemoryStore:
                 fate = self._records.crashed(job_id, record)
                 requeued += [job_id] if fate == "suspect" else []
                 poisoned += [job_id] if fate == "poison" else []
+            for queue in self._records.queues.values():
+                self._records.drop_dead(queue)
             self._forget_models(now)
             return SweepReport(tuple(requeued), tuple(expired), tuple(poisoned), now)
 

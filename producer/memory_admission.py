@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from . import message
 from .errors import BadRequest
-from .memory_records import Record, Records
+from .memory_records import Queue, Record, Records
 from .names import STEP_OF
 from .refused import idempotency_conflict, queue_full, unknown_model
 from .schema import Job
@@ -29,6 +29,7 @@ class Admission:
         new_keys: dict[tuple[str, str], tuple[str, str]] = {}
         new_models: Counter[str] = Counter()
         new_tenants: Counter[tuple[str, str]] = Counter()
+        tidy: set[str] = set()
         for job, job_id in zip(jobs, ids, strict=True):
             message.checked(job, job_id, max_bytes=rules.max_message_bytes)
             queue = queues.get(job.model)
@@ -40,15 +41,27 @@ class Admission:
                 continue
             new_models[job.model] += 1
             new_tenants[job.model, job.tenant] += 1
-            depth, queued = (queue.depth, queue.queued[job.tenant]) if queue else (0, 0)
-            if depth + new_models[job.model] > rules.max_queued_per_model:
+            counts = new_models[job.model], new_tenants[job.model, job.tenant]
+            if queue and job.model not in tidy and any(self._excess(queue, job, counts)):
+                self._records.drop_dead(queue)
+                tidy.add(job.model)
+            of_model, of_tenant = self._excess(queue or Queue(), job, counts)
+            if of_model:
                 raise queue_full(f"model {job.model!r}", rules.max_queued_per_model, RETRY_AFTER_S, job_id)
-            if queued + new_tenants[job.model, job.tenant] > rules.max_queued_per_tenant:
+            if of_tenant:
                 raise queue_full(f"tenant {job.tenant!r}", rules.max_queued_per_tenant, RETRY_AFTER_S, job_id)
             new_ids[job_id] = job.tenant
             if job.idempotency_key is not None:
                 new_keys[job.tenant, job.idempotency_key] = (message.digest(job), job_id)
         return plan
+
+    def _excess(self, queue: Queue, job: Job, new: tuple[int, int]) -> tuple[bool, bool]:
+        """Whether so many new ones are too many for the model, for the tenant."""
+        rules = self._records.rules
+        return (
+            queue.num_messages + new[0] > rules.max_queued_per_model,
+            queue.num_messages_of(job.tenant) + new[1] > rules.max_queued_per_tenant,
+        )
 
     def _first_id(
         self,
@@ -61,7 +74,8 @@ class Admission:
         if job.idempotency_key is not None:
             key = (job.tenant, job.idempotency_key)
             old = self._idempotency.get(key)
-            seen = new_keys.get(key) or (old[:2] if old and old[2] > now else None)
+            known = old and old[2] > now and self._records.get(old[1]) is not None
+            seen = new_keys.get(key) or (old[:2] if old and known else None)
             if seen is not None:
                 if seen[0] != message.digest(job):
                     raise idempotency_conflict(job_id)

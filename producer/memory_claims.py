@@ -77,7 +77,6 @@ class Claims:
     def _take_many(self, model: str, queue: Queue, limit: int, lease_ends: int) -> list[Claimed]:
         left = {step: len(queue.lists[step]) for step in STEPS}
         if not any(left.values()):
-            queue.dead = 0
             queue.left.clear()
         jobs: list[Claimed] = []
         rows = examined = num_bytes = 0

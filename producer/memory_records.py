@@ -1,5 +1,6 @@
 """What the memory twin keeps of jobs and queues, and how a job ends, goes back or is handed on: as record.lua does."""
 
+import re
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -10,6 +11,9 @@ from .names import STEPS
 from .rules import Rules
 from .schema import Chunk, Failure, Result, State
 from .store import Lease, Outcome
+
+LOOKED_AT, LOOKED_PAST, LOOKED_BYTES = 1000, 32, 4 * 2**20  # as in record.lua
+_ID = re.compile(rb'\{"body": "[A-Za-z0-9+/=]*", .*?"headers": \{.*?"id": "([\w.:-]+)"', re.DOTALL | re.ASCII)
 
 
 @dataclass
@@ -53,8 +57,7 @@ class Queue:
     lists: dict[int, deque[bytes]] = field(default_factory=lambda: {step: deque() for step in STEPS})
     suspects: deque[str] = field(default_factory=deque)
     queued: Counter[str] = field(default_factory=Counter)  # by tenant; foreign messages belong to none yet
-    dead: int = 0  # messages of jobs that ended while they were queued
-    left: set[str] = field(default_factory=set)  # the ids of these
+    left: dict[str, str] = field(default_factory=dict)  # id and tenant of jobs that ended queued: their messages stay
     turn: int = 0
     holder: tuple[str, int] | None = None  # who makes room for suspects, or tries the last few; until when
     rooms: dict[str, tuple[int, int]] = field(default_factory=dict)  # group -> when it said so, rows that are free
@@ -65,13 +68,21 @@ class Queue:
         return self.beaten > 0
 
     @property
+    def num_messages(self) -> int:
+        """With those of ended jobs; suspects among them."""
+        return sum(map(len, self.lists.values())) + len(self.suspects)
+
+    @property
     def depth(self) -> int:
-        return sum(map(len, self.lists.values())) + len(self.suspects) - self.dead
+        return self.num_messages - len(self.left)
+
+    def num_messages_of(self, tenant: str) -> int:
+        """Of foreign clients none is, until it is read."""
+        return self.queued[tenant] + sum(whose == tenant for whose in self.left.values())
 
     def drop_message(self, job_id: str) -> None:
         """The message of a job that had ended while it was queued was met."""
-        self.dead = max(0, self.dead - 1)
-        self.left.discard(job_id)
+        self.left.pop(job_id, None)
 
 
 class Records:
@@ -118,6 +129,24 @@ class Records:
     def default_deadline(self, now: int) -> int:
         return now + round(self.rules.default_deadline_s * 1000)
 
+    def drop_dead(self, queue: Queue) -> None:
+        """As record.lua does."""
+        looked = num_bytes = 0
+        for step in STEPS if queue.left else ():
+            waiting, past = queue.lists[step], 0
+            while looked < LOOKED_AT and num_bytes < LOOKED_BYTES and past <= LOOKED_PAST and past < len(waiting):
+                raw = waiting[-1 - past]
+                looked, num_bytes = looked + 1, num_bytes + len(raw)
+                found = _ID.match(raw)
+                job_id = found[1].decode() if found else ""
+                if job_id in queue.left and ((record := self.get(job_id)) is None or record.state.terminal):
+                    del waiting[-1 - past]
+                    queue.drop_message(job_id)
+                else:
+                    past += 1
+        if not any(queue.lists.values()):
+            queue.left.clear()
+
     def end(
         self, job_id: str, record: Record, state: State, failure: Failure | None, result: Result | None = None
     ) -> None:
@@ -127,8 +156,7 @@ class Records:
             if job_id in queue.suspects:
                 queue.suspects.remove(job_id)
             else:
-                queue.dead += 1
-                queue.left.add(job_id)
+                queue.left[job_id] = record.tenant
         record.state, record.failure, record.result = state, failure, result
         record.message, record.alone, record.cancel, record.suspicion = None, False, False, 0
         record.finished = self.now()

@@ -64,7 +64,7 @@ TABLE: tuple[Key, ...] = (
     Key(
         "hortator:depth:{model}",
         "hash",
-        "tenant -> queued jobs; !dead -> messages of jobs that ended queued, !:{id} -> each",
+        "tenant -> queued jobs; !dead, !dead:{tenant} -> messages of jobs that ended queued, !:{id} -> each",
         "never",
     ),
     Key("hortator:pace:{model}", "hash", "since count rate: claims per second lately, for retry_after_s", "never"),

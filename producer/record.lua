@@ -179,18 +179,61 @@ end
 
 -- A job that ends while it is queued leaves its message in the list until that is popped, which may be after its record
 -- has expired.  Its id is kept until then, so that it is told from a job whose record was lost.
-local function leave_message(model, id)
+local function leave_message(model, id, tenant)
   count_queued(model, '!dead', 1)
-  redis.call('HSET', own .. 'depth:' .. model, '!:' .. id, 1)
-end
-
-local function drop_message(model, id)
-  count_queued(model, '!dead', -1)
-  return redis.call('HDEL', own .. 'depth:' .. model, '!:' .. id)
+  count_queued(model, '!dead:' .. tenant, 1)
+  redis.call('HSET', own .. 'depth:' .. model, '!:' .. id, tenant)
 end
 
 local function has_left_message(model, id)
   return insist('HEXISTS', own .. 'depth:' .. model, '!:' .. id) == 1
+end
+
+local function drop_message(model, id)
+  local key = own .. 'depth:' .. model
+  local tenant = insist('HGET', key, '!:' .. id)
+  if not tenant then return end
+  redis.call('HDEL', key, '!:' .. id)
+  count_queued(model, '!dead', -1)
+  count_queued(model, '!dead:' .. tenant, -1)
+end
+
+-- No message is left.
+local function forget_left(model)
+  local key = own .. 'depth:' .. model
+  for _, field in ipairs(insist('HKEYS', key)) do
+    if field:sub(1, 1) == '!' then redis.call('HDEL', key, field) end
+  end
+end
+
+-- The id in a message as kombu and we write it: with the body first, in base64.  Others wait for the claim that reads them.
+local function id_of(raw) return raw:match('^{"body": "[%w+/=]*", .-"headers": {.-"id": "([%w._:-]+)"') end
+
+-- Takes messages of ended jobs out of the lists: of those that are served next, and past a few that are not such.
+local LOOKED_AT, LOOKED_PAST, LOOKED_BYTES = 1000, 32, 4194304
+local function drop_dead(model)
+  if whole(peek('HGET', own .. 'depth:' .. model, '!dead')) <= 0 then return end
+  local looked, bytes = 0, 0
+  for _, step in ipairs(STEPS) do
+    local key, past = queue(model, step), 0
+    while looked < LOOKED_AT and bytes < LOOKED_BYTES and past <= LOOKED_PAST do
+      local raw = peek('LINDEX', key, -1 - past)
+      if not raw then break end
+      looked, bytes = looked + 1, bytes + #raw
+      local id = id_of(raw)
+      local job = id and read(id)
+      if id and has_left_message(model, id) and (not job or is_terminal(job.state)) then
+        if past == 0 then redis.call('RPOP', key) else redis.call('LREM', key, -1, raw) end
+        drop_message(model, id)
+      else
+        past = past + 1
+      end
+    end
+  end
+  for _, step in ipairs(STEPS) do
+    if peek('LLEN', queue(model, step)) ~= 0 then return end
+  end
+  forget_left(model)
 end
 
 local function letter_fields(entry)
@@ -282,7 +325,7 @@ local function finish(id, job, state, code, text, result, seal)
   elseif job.state == 'queued' then
     count_queued(job.model, job.tenant, -1)
     if insist('LREM', own .. 'suspects:' .. job.model, 1, id) == 0 then
-      leave_message(job.model, id)
+      leave_message(job.model, id, job.tenant)
     end
   end
   if job.deadline then insist('ZREM', own .. 'deadlines', id) end

@@ -1,12 +1,16 @@
--- sweep: take leases that ran out for crashes, end jobs past their deadline, forget models that nobody serves.
+-- sweep: take leases that ran out for crashes, end jobs past their deadline, forget models that nobody serves, and take
+-- messages of ended jobs out of the queues.
 --
 -- | key                                 | type | here                                   |
 -- |-------------------------------------|------|----------------------------------------|
 -- | models                              | hash | read: whose leases to look at; one that is empty and silent for as long as results live is dropped |
--- | {model}, {model}\6\22{step}, suspects:{model} | list | lengths                     |
--- | depth:{model}, pace:{model}, turn:{model} | hash, string | dropped with the model  |
+-- | {model}, {model}\6\22{step}          | list | lengths; the oldest messages, if some are of ended jobs |
+-- | suspects:{model}                    | list | length                                 |
+-- | depth:{model}                       | hash | kept in step; dropped with the model   |
+-- | pace:{model}, turn:{model}          | hash, string | dropped with the model         |
 -- | leases:{model}                      | zset | read: which ran out                    |
 -- | deadlines                           | zset | read: which have passed                |
+-- | rooms:{model}                       | hash | what silent groups said is dropped     |
 -- | groups                              | hash | groups silent for an hour are dropped; read: whose models to keep |
 -- | all of record.lua's crashed, finish |      |                                        |
 --
@@ -16,6 +20,7 @@
 -- reply: now, requeued ids, expired ids, poisoned ids, 'key: what was wrong with it' of what was passed by
 local limit = tonumber(arg(1))
 local before = arg(2) == '' and now or math.min(now, tonumber(arg(2)))
+local ROOMS_KEPT_MS = 10000
 local convict_before = before - tonumber(arg(3))
 local requeued, ended, poisoned = {}, {}, {}
 even_when_full()
@@ -73,6 +78,19 @@ end
 
 local deadlines = own .. 'deadlines'
 each(deadlines, insist('ZRANGEBYSCORE', deadlines, '-inf', now, 'WITHSCORES', 'LIMIT', 0, limit), passed_deadline)
+
+-- Of a group that was killed nothing stays where others go on beating; claims have not counted it for long.
+local function forget_rooms(model)
+  local said = insist('HGETALL', own .. 'rooms:' .. model)
+  for i = 1, #said, 2 do
+    if now - whole(said[i + 1]:match('^%d+')) > ROOMS_KEPT_MS then redis.call('HDEL', own .. 'rooms:' .. model, said[i]) end
+  end
+end
+
+for _, model in ipairs(redis.call('HKEYS', own .. 'models')) do
+  drop_dead(model)
+  forget_rooms(model)
+end
 
 -- A key of another type under a queue's name may be somebody's: nothing is dropped then.
 local function is_empty(model)

@@ -6,7 +6,7 @@ import pytest
 
 from hortator.producer.errors import BadRequest, IdempotencyConflict, QueueFull, UnknownModel
 from hortator.producer.schema import Job, Priority, State
-from tests.producer.rig import MODEL, Rig, done, foreign, job, prompts_of
+from tests.producer.rig import MODEL, MemoryRig, RedisRig, Rig, done, foreign, job, prompts_of
 
 
 def test_an_accepted_job_is_queued_with_its_own_id(rig: Rig) -> None:
@@ -118,6 +118,77 @@ def test_jobs_that_end_while_queued_make_room(rig: Rig) -> None:
     assert rig.depth() == 0
     rig.enqueue("3", "4")
     assert prompts_of(rig.claim()) == ["3", "4"]
+
+
+def num_messages(rig: Rig) -> int:
+    """In the lists, whether their jobs live or not."""
+    if isinstance(rig, RedisRig):
+        return sum(rig.redis.llen(name) for name in rig.names.queues(MODEL))
+    assert isinstance(rig, MemoryRig)
+    return sum(map(len, rig.memory._records.queue(MODEL).lists.values()))
+
+
+@pytest.mark.parametrize("limit", ["max_queued_per_model", "max_queued_per_tenant"])
+def test_jobs_that_are_cancelled_again_and_again_leave_no_more_messages_than_the_limit(rig: Rig, limit: str) -> None:
+    rig.rule(**{limit: 10})
+    for turn in range(100):
+        ids = rig.enqueue(*map(str, range(10)), priority="batch" if turn % 2 else "standard")
+        assert num_messages(rig) <= 10
+        rig.store.cancel(ids)
+    assert rig.depth() == 0
+    last = rig.enqueue("last")
+    assert [one.lease.job_id for one in rig.claim().jobs] == last
+
+
+def test_messages_of_ended_jobs_behind_the_one_that_is_served_next_make_room_too(rig: Rig) -> None:
+    rig.rule(max_queued_per_model=4)
+    _, *others = rig.enqueue("1", "2", "3", "4")
+    rig.store.cancel(others)
+    rig.enqueue("5", "6", "7")
+    assert num_messages(rig) == 4
+    assert prompts_of(rig.claim()) == ["1", "5", "6", "7"]
+
+
+def test_messages_of_foreign_clients_count_for_the_limit(rig: Rig) -> None:
+    rig.rule(max_queued_per_model=3)
+    for n in range(3):
+        rig.push(foreign(f"f-{n}"))
+    with pytest.raises(QueueFull, match="limit of 3") as caught:
+        rig.enqueue("x")
+    assert caught.value.retry_after_s >= 1
+    rig.claim(1)
+    rig.enqueue("x")
+
+
+def test_a_tenants_ended_jobs_do_not_fill_the_queue_of_others(rig: Rig) -> None:
+    """One that lives, further on than anybody looks, keeps those behind it in the list."""
+    rig.rule(max_queued_per_tenant=50, max_queued_per_model=200)
+    rig.enqueue(*["live"] * 50, tenant="one")
+    ids = rig.enqueue(*["dead"] * 50, tenant="other")
+    rig.store.cancel(ids)
+    with pytest.raises(QueueFull, match="other"):
+        rig.enqueue("x", tenant="other")
+    rig.enqueue("x", tenant="third")
+
+
+def test_a_sweep_takes_messages_of_ended_jobs_out_of_the_queue(rig: Rig) -> None:
+    rig.store.cancel(rig.enqueue("1", "2", priority="batch") + rig.enqueue("3"))
+    rig.enqueue("4")
+    rig.store.sweep()
+    assert (num_messages(rig), rig.depth()) == (1, 1)
+    assert prompts_of(rig.claim()) == ["4"]
+
+
+def test_a_key_whose_job_is_forgotten_begins_a_new_one(rig: Rig) -> None:
+    rig.rule(result_ttl_s=1)
+    [first] = rig.enqueue("a", idempotency_key="k")
+    rig.store.cancel([first])
+    rig.wait(1.2)
+    assert rig.store.statuses([first]) == [None]
+    [again] = rig.store.enqueue([job("b", idempotency_key="k")])
+    assert (again.duplicate, again.job_id == first) == (False, False)
+    assert rig.state(again.job_id) is State.QUEUED
+    assert rig.store.enqueue([job("b", idempotency_key="k")])[0].job_id == again.job_id
 
 
 def test_the_same_idempotency_key_and_body_gives_the_same_job(rig: Rig) -> None:

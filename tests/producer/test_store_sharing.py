@@ -7,7 +7,7 @@ import pytest
 
 from hortator.producer import calls, memory_claims
 from hortator.producer.store import Claim, ClaimMode, GroupBeat, ReleaseReason
-from tests.producer.rig import MODEL, Rig, foreign, job
+from tests.producer.rig import MODEL, RedisRig, Rig, foreign, job
 
 
 def say(rig: Rig, group: str, room: int, *, state: str = "ready") -> None:
@@ -165,3 +165,12 @@ def test_a_replayed_letter_takes_a_row_for_each_of_its_answers(rig: Rig) -> None
     rig.store.release([one.lease for one in rig.claim(48).jobs], reason=ReleaseReason.CRASHED)
     rig.store.replay([letter.letter_id for letter in rig.store.dead_letters()])
     assert len(rig.claim(32).jobs) == 2
+
+
+def test_of_a_group_that_is_gone_nothing_stays_where_others_go_on(redis_rig: RedisRig) -> None:
+    rooms = redis_rig.names.own + f"rooms:{MODEL}"
+    redis_rig.redis.hset(rooms, "killed", "1000 8")
+    redis_rig.redis.hset(rooms, "garbage", "x")
+    redis_rig.store.beat(GroupBeat("alive", MODEL, 0, 8, 1, "ready", room=8))
+    redis_rig.store.sweep()
+    assert redis_rig.redis.hkeys(rooms) == [b"alive"]
