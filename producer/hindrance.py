@@ -1,8 +1,9 @@
 """Why a job of a queue waits.  Pure; from what the store knows of the queue and what its groups say of themselves."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
+from typing import Any
 
 from .store import GroupBeat, QueueInfo
 
@@ -47,6 +48,12 @@ def hindrance(queue: QueueInfo) -> Hindrance | None:
         rows = sum(beat.capacity for beat in ready)
         return Hindrance(Why.FULL, f"all {counted(rows, 'row')} of {counted(len(ready), 'group')} are taken")
     return None
+
+
+def queue_facts(queue: QueueInfo) -> dict[str, Any]:
+    """A queue as programs are shown it, over HTTP and by `status --json` alike."""
+    found = hindrance(queue)
+    return asdict(queue) | {"hindrance": asdict(found) if found else None}
 
 
 def counted(number: int, noun: str) -> str:

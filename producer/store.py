@@ -124,7 +124,7 @@ class GroupBeat:
     running: int
     capacity: int
     epoch: int
-    state: str  # starting | ready | draining | down; gone: the group takes its leave
+    state: str  # starting | ready | draining | stopping | restarting | down; gone: it takes its leave
     info: dict[str, Any] = field(default_factory=dict)
     room: int = 0  # rows that are free for jobs
 

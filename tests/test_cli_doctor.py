@@ -5,9 +5,11 @@ import time
 from pathlib import Path
 
 import pytest
+import redis
 
 from hortator.cli import run
 from hortator.cli_doctor import redis_of
+from hortator.producer.embedded import EmbeddedRedis
 from hortator.topology.fleet import parse_fleet
 from hortator.topology.probe import HostReport
 from tests.topology.reports import report
@@ -103,6 +105,30 @@ def test_this_host_needs_no_ssh(hosts: Hosts, capsys: pytest.CaptureFixture[str]
 def test_the_redis_that_a_fleet_file_does_not_name_is_asked_all_the_same() -> None:
     [address] = redis_of(parse_fleet('[[models]]\nname = "m"\nengine = "echo"\n'))
     assert (address.host, address.port) == ("127.0.0.1", 6379)
+
+
+def test_a_redis_that_refuses_the_fleets_password_or_would_lose_jobs_is_found_before_the_leaders_find_it(
+    hosts: Hosts, capsys: pytest.CaptureFixture[str], redis_servers: dict[str, EmbeddedRedis]
+) -> None:
+    hosts.file("127.0.0.1")
+    fleet = hosts.directory / "fleet.toml"
+
+    def found(url: str) -> tuple[int, str]:
+        fleet.write_text(f'redis_url = "{url}"\nhostfile = "hostfile"\n[[models]]\nname = "m"\nengine = "echo"\n')
+        code, lines = examined(capsys, hosts, str(fleet))
+        return code, next(line for line in lines if "redis itself:" in line)
+
+    with EmbeddedRedis(executable=list(redis_servers.values())[-1].executable) as server:
+        assert found(server.url) == (0, "ok   redis itself: lets us in, and loses no job")
+        with redis.Redis.from_url(server.url) as admin:
+            admin.config_set("maxmemory-policy", "allkeys-lru")
+            code, said = found(server.url)
+            assert (code, said[:18]) == (1, "FAIL redis itself:")
+            assert "maxmemory-policy" in said
+            admin.config_set("requirepass", "right")
+        code, said = found(server.url.replace("//", "//:s3kret@"))
+        assert (code, said[:18]) == (1, "FAIL redis itself:")
+        assert "s3kret" not in said
 
 
 @pytest.mark.parametrize(

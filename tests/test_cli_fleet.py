@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
-from hortator.cli_fleet import page, queue_json, watch_pages
+from hortator.cli_fleet import page, watch_pages
+from hortator.producer.api.shapes import Queue
 from hortator.producer.errors import StoreUnavailable
+from hortator.producer.hindrance import queue_facts
 from hortator.producer.store import GroupBeat, QueueInfo
 
 FIGURES = {
@@ -89,10 +91,13 @@ def test_groups_of_another_version_are_shown_without_the_figures_that_they_do_no
     ]
 
 
-def test_the_json_has_the_reason_too() -> None:
-    said = json.loads(json.dumps(queue_json(queue())))
+def test_the_json_has_the_reason_too_and_is_what_the_api_says() -> None:
+    said = json.loads(json.dumps(queue_facts(queue())))
     assert said["hindrance"]["why"] == "no_group"
-    assert queue_json(queue(beat("a", running=1)))["hindrance"] is None
+    idle = queue_facts(queue(beat("a", running=1)))
+    assert idle["hindrance"] is None
+    for one in (said, idle):
+        assert Queue.model_validate(one).model_dump(mode="json") == json.loads(json.dumps(one))
 
 
 def test_watching_outlives_a_redis_that_is_away(

@@ -16,7 +16,7 @@ from hortator.cli import run
         ["up", "--launcher", "external"],
         ["logs"],
         ["down", "--fleet"],
-        ["restart", "--all", "--fleet"],
+        ["restart", "--fleet"],
     ],
     ids=" ".join,
 )

@@ -2,9 +2,11 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -14,8 +16,10 @@ from hortator.cli import run
 from hortator.cli_hosts import FleetOnHosts, FoundLeader
 from hortator.cli_logs import merged
 from hortator.cli_waiting import Awaited
+from hortator.producer.client import Client
 from hortator.producer.store import GroupBeat
 from hortator.topology.leaders import Leader, StateDirectory, birth
+from tests.together.fleet import wait_for
 
 FLEET = """
 redis_url = "{redis}"
@@ -51,6 +55,41 @@ class Shell:
         assert ended == code, out + err
         return out + err
 
+    def over_redis(self, command: str, *, code: int = 0) -> str:
+        """Output of a command about the group that needs no fleet file."""
+        self._capture.readouterr()
+        ended = run([command, "echo-0", "--redis-url", self.redis])
+        out, err = self._capture.readouterr()
+        assert ended == code, out + err
+        return out + err
+
+    def busy(self, **settings: object) -> None:
+        """The group runs, with one job that takes a minute."""
+        with (self.directory / "f.toml").open("a") as file:
+            file.writelines(f"{name} = {value}\n" for name, value in {"echo_latency_s": 60, **settings}.items())
+        self("up")
+        with Client(self.redis) as client:
+            client.enqueue("a long one", model="echo")
+            wait_for("it runs", lambda: any(queue.running for queue in client.queues()))
+
+    @contextmanager
+    def beside(self, command: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+        """A command as a process of its own, of the fleet unless it has arguments; what it says is in its stdout."""
+        file = str(self.directory / "f.toml")
+        fleet = [*([file] if command == "up" else ["--fleet", file]), "--dir", str(self.directory / "state")]
+        argv = [sys.executable, "-m", "hortator", command, *(arguments or fleet)]
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.communicate()
+
+    def shown(self) -> str | None:
+        """The state that the group has in `status`."""
+        with Client(self.redis) as client:
+            return next((beat.state for queue in client.queues() for beat in queue.groups), None)
+
     def rows(self) -> str:
         """The capacity that the group shows, which tells its settings."""
         self._capture.readouterr()
@@ -74,7 +113,10 @@ def test_a_fleet_comes_up_takes_new_settings_and_goes_down(sh: Shell) -> None:
     assert sh.rows() == "8"
     before = sh.state.look("echo-0").pid
     sh.write(max_num_seqs=12)
-    assert "echo-0 is ready" in sh("restart", "--all")
+    again = f"`hortator restart --fleet {sh.directory / 'f.toml'} --dir {sh.directory / 'state'} echo-0` takes them"
+    assert f"f.toml has other settings for it now: {again}" in sh("up")
+    assert "echo-0 is ready" in sh("restart")
+    assert "other settings" not in sh("up")
     assert sh.rows() == "12"
     pid = sh.state.look("echo-0").pid
     assert pid not in (None, before)
@@ -85,7 +127,77 @@ def test_a_fleet_comes_up_takes_new_settings_and_goes_down(sh: Shell) -> None:
     assert sh("down", "echo-0") == "nothing of echo-0 was found running\n"
 
 
-@pytest.mark.parametrize("command", [("down",), ("restart", "--all"), ("up",)], ids=" ".join)
+def test_up_waits_for_a_group_that_still_stops_and_starts_it_anew(sh: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    sh.busy(grace_s=12)
+    before = sh.state.look("echo-0").pid
+    with sh.beside("down") as down:
+        wait_for("it stops", lambda: sh.shown() == "stopping")
+        with monkeypatch.context() as impatient:
+            impatient.setattr("hortator.cli_waiting.LAST_WORDS_S", -12.0)
+            said = sh("up", code=1)
+            assert f"error: echo-0 (pid {before} on 127.0.0.1) still stops after its grace: see" in said
+        assert (
+            "echo-0 was told to stop, and hears nothing more: `hortator up FLEET` starts it when it has ended"
+            in sh.over_redis("drain", code=1)
+        )
+        said = sh("up")
+        assert "echo-0 still stops, or starts anew: waiting for its end, at most 27 s" in said
+        assert "echo-0 starts: pid" in said
+        assert "echo-0 is ready" in said
+        assert down.wait(60) == 0
+    assert sh.state.look("echo-0").pid not in (None, before), "what was started since is not ended by the former down"
+
+
+def test_a_group_that_could_not_be_started_again_is_not_stopped(sh: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    sh("up")
+    pid = sh.state.look("echo-0").pid
+    with monkeypatch.context() as full:
+        full.setattr("hortator.cli_hosts.FleetOnHosts.obstacles", lambda *_: {"127.0.0.1": "no space"})
+        said = sh("restart", code=1)
+    assert said == "error: echo-0 was left as it is, for 127.0.0.1 could not start it again: no space\n"
+    assert sh.state.look("echo-0").pid == pid
+    assert sh.shown() == "ready"
+
+
+def test_who_is_told_to_stop_while_he_starts_anew_does_not_come_back(sh: Shell) -> None:
+    sh.busy(grace_s=6)
+    with sh.beside("restart", "echo-0", "--redis-url", sh.redis):
+        wait_for("it starts anew", lambda: sh.shown() == "restarting")
+        assert "echo-0 is down" in sh.over_redis("down")
+    assert wait_for("its process ends", lambda: sh.state.look("echo-0").pid is None)
+    assert sh.shown() is None
+
+
+@pytest.mark.parametrize("command", ["up", "down", "restart"])
+def test_ctrl_c_tells_what_goes_on_and_how_to_end_it(sh: Shell, command: str) -> None:
+    if command != "up":
+        sh.busy(grace_s=30)
+    with sh.beside(command) as process:
+        if command == "up":
+            wait_for("it was started", lambda: sh.state.look("echo-0").pid)
+        else:
+            wait_for("it stops", lambda: sh.shown() == "stopping")
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    file, pid, state = sh.directory / "f.toml", sh.state.look("echo-0").pid, sh.directory / "state"
+    assert re.search(
+        rf"note: these run: echo-0 \(pid {pid} on 127.0.0.1, {'.*' if command == 'up' else 'stopping'}\); ", said
+    )
+    assert f"`hortator down --fleet {file} --dir {state} echo-0` ends it" in said
+
+
+def test_a_group_that_is_drained_makes_up_fail_and_says_how_to_resume_it(sh: Shell) -> None:
+    sh("up")
+    assert sh.over_redis("drain") == "echo-0 is drained\n"
+    said = sh("up", code=1)
+    [back] = re.findall(r"error: echo-0 was told to drain and takes nothing: `hortator (resume .*)` lets it", said)
+    assert back == f"resume echo-0 --redis-url {sh.redis}"
+    assert sh.over_redis("resume") == "echo-0 takes jobs again\n"
+    assert "echo-0 is ready" in sh("up")
+
+
+@pytest.mark.parametrize("command", [("down",), ("restart",), ("up",)], ids=" ".join)
 def test_a_redis_of_the_shell_that_a_fleet_file_overrules_is_told(
     command: tuple[str, ...], sh: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,9 +291,17 @@ def test_nothing_is_started_before_every_leaders_host_has_answered(sh: Shell) ->
     ("arguments", "problem"),
     [
         (["up", "FILE", "--for", "slurm"], "--for slurm goes with --launcher external"),
-        (["restart", "--all", "--fleet", "FILE", "--namespace", "x:"], "--namespace and --fleet"),
+        (["restart", "--fleet", "FILE", "--namespace", "x:"], "--namespace and --fleet"),
+        (["restart", "--fleet", "FILE", "--all"], "--all and --fleet: its groups are meant, unless you name some"),
         (["down", "--fleet", "FILE", "--redis-url", "redis://a"], "--redis-url and --fleet"),
-        (["down", "--fleet", "FILE", "--all"], "--all is every group of a Redis"),
+        (["down", "--fleet", "FILE", "--all"], "--all and --fleet: its groups are meant, unless you name some"),
+        (
+            ["down", "FILE"],
+            "f.toml looks like a fleet file, and names of groups are wanted here: hortator down --fleet",
+        ),
+        (["restart", "FILE"], "wanted here: hortator restart --fleet"),
+        (["drain", "FILE"], "wanted here; hortator status lists those that live"),
+        (["down"], "which groups? Name them as `hortator status` does, or say --all, or give --fleet FILE"),
         (["down", "a", "--dir", "x"], "--dir goes with --fleet"),
         (["drain"], "which groups?"),
         (["drain", "a", "--all"], "and a was named too"),
@@ -200,7 +320,12 @@ def test_all_of_nothing_is_said_with_the_same_words_by_every_command(
     command: str, newest_redis_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run([command, "--all", "--redis-url", newest_redis_url]) == 1
-    assert capsys.readouterr().err == "error: no group is alive in this Redis and namespace: nothing to do\n"
+    place = newest_redis_url.removesuffix("/")
+    assert capsys.readouterr().err.startswith(f"error: no group is alive in {place}")
+    assert run([command, "a", "b", "--redis-url", newest_redis_url, "--namespace", "n:"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: no group a, b is alive in {place}")
+    assert ", namespace 'n:'; alive: none; `hortator up FLEET`" in said
 
 
 def test_only_the_leader_that_was_started_makes_its_group_ready(capsys: pytest.CaptureFixture[str]) -> None:

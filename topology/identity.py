@@ -11,7 +11,7 @@ from .fleet import Fleet
 
 def identity_of(fleet: Fleet) -> str:
     """Fit to be shown and stored: without user and password."""
-    return f"{_place(fleet.redis_url)} namespace={fleet.namespace or 'none'}"
+    return f"{redis_place(fleet.redis_url)} namespace={fleet.namespace or 'none'}"
 
 
 def state_name(stem: str, identity: str) -> str:
@@ -51,10 +51,11 @@ def check_redis_of_recipe(fleet: Fleet, hosts: Iterable[str], *, style: str) -> 
 
 def _said(fleet: Fleet) -> str:
     default = "" if "redis_url" in fleet.model_fields_set else " (the default: the fleet file has none)"
-    return f"redis_url {_place(fleet.redis_url)}{default}"
+    return f"redis_url {redis_place(fleet.redis_url)}{default}"
 
 
-def _place(url: str) -> str:
+def redis_place(url: str) -> str:
+    """Scheme, host, port and database of a URL: no user, no password."""
     parts = urlsplit(url)
     asked = parse_qs(parts.query)
     database = asked.get("db", ["0"])[0]

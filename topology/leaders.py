@@ -9,6 +9,8 @@ The environment of a leader holds the URL of Redis, so it is written nowhere.
 
 import contextlib
 import fcntl
+import hashlib
+import json
 import os
 import re
 import signal
@@ -32,6 +34,8 @@ OWNER = "fleet"
 GATE = Path(__file__).with_name("gate.py")
 RANK_MODULE = "hortator.workers.rank"
 TAIL_BYTES = 64 << 10
+RECORD_BYTES = 8 << 10
+"""There is room for a leader's record and the first lines of its log if there is for so much."""
 
 GroupName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
 
@@ -57,6 +61,12 @@ class Order(BaseModel):
     model: str = ""
     seats: tuple[Seat, ...] = ()
 
+    @property
+    def settings(self) -> str:
+        """Tells whether two orders are alike.  It will lie on a disk, so the URL of Redis is no part of it."""
+        said = {name: value for name, value in self.environment.items() if name != "HORTATOR_REDIS_URL"}
+        return hashlib.sha256(json.dumps([self.argv, said], sort_keys=True).encode()).hexdigest()[:16]
+
 
 class Leader(BaseModel):
     """What is known of one: `pid` None while none runs.  `born` tells a process from others of its number."""
@@ -72,6 +82,9 @@ class Leader(BaseModel):
     born: str = ""
     model: str = ""
     seats: tuple[Seat, ...] = ()
+    settings: str = ""
+    """Its order's; '' if an older version has started it."""
+
     started: float = 0.0
     """Seconds since 1970."""
 
@@ -104,6 +117,7 @@ class Record(BaseModel):
     born: str
     model: str = ""
     seats: tuple[Seat, ...] = ()
+    settings: str = ""
     started: float = 0.0
 
     @property
@@ -133,16 +147,23 @@ class StateDirectory:
 
     def _make(self) -> None:
         """The directory, and its owner in it: of two fleets that come at once one is refused."""
+        ours = self.directory / f"{OWNER}.{os.getpid()}"
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            ours = self.directory / f"{OWNER}.{os.getpid()}"
+            ours.write_text(self.fleet + " " * (RECORD_BYTES - len(self.fleet)))
             ours.write_text(self.fleet)
             with contextlib.suppress(FileExistsError):
                 os.link(ours, self.directory / OWNER)  # whole, or not at all
-            ours.unlink()
         except OSError as error:
-            raise CannotStart(f"the fleet's directory {self.directory} cannot be made: {error}") from None
+            raise CannotStart(f"the fleet's directory {self.directory} cannot be written: {error.strerror}") from None
+        finally:
+            with contextlib.suppress(OSError):
+                ours.unlink()
         self._check((self.directory / OWNER).read_text())
+
+    def check(self) -> None:
+        """Raises CannotStart if no leader could be recorded here."""
+        self._make()
 
     def start(self, order: Order) -> Leader:
         """Start it unless it runs.  Raises CannotStart with its last words if it ends at once."""
@@ -177,7 +198,12 @@ class StateDirectory:
                     pass_fds=(held,),
                 )
             record = Record(
-                pid=process.pid, born=birth(process.pid), model=order.model, seats=order.seats, started=time.time()
+                pid=process.pid,
+                born=birth(process.pid),
+                model=order.model,
+                seats=order.seats,
+                settings=order.settings,
+                started=time.time(),
             )
             try:
                 self._write(order.group, record)
@@ -221,11 +247,13 @@ class StateDirectory:
             last_words=self._last_line(group) if lives else self._last_words(group),
         )
 
-    def stop(self, group: str, *, patience_s: float) -> bool:
-        """End what still runs: SIGTERM, and SIGKILL when the patience is over.  True if there was anything to end."""
-        pid = self._living(group)
-        if pid is None:
+    def stop(self, group: str, *, patience_s: float, born: str = "") -> bool:
+        """End what still runs: SIGTERM, and SIGKILL when the patience is over.  True if there was anything to end.
+        `born`: only this very process, not one that somebody has started since."""
+        record = self._read(group)
+        if record is None or not record.lives or (born and born != record.born):
             return False
+        pid = record.pid
         for number, wait_s in ((signal.SIGTERM, patience_s), (signal.SIGKILL, 5.0)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)

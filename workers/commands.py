@@ -95,7 +95,7 @@ def restart(pool: EnginePool) -> None:
 
 
 def _end(pool: EnginePool) -> None:
-    pool.front.drain()
+    pool.front.stop(again=pool.again)
     if worker_state.should_stop is None:
         worker_state.should_stop = EX_OK
 

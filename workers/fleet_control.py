@@ -11,17 +11,15 @@ from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
 from hortator.producer.errors import GroupFailed, HortatorError, StoreUnavailable
+from hortator.producer.groups import ENDING, POLL_S, SILENCE_S, by_name, grace_s
 from hortator.producer.redis_url import kombu_url
 from hortator.producer.store import GroupBeat, Store
+from hortator.topology.identity import redis_place
 
 REPLY_TIMEOUT_S = 5.0
 """A leader answers between two turns; a call to a stalled Redis may hold it up for two seconds."""
 
 UP = "`hortator up FLEET` starts one that is not"
-POLL_S = 0.25
-SILENCE_S = 30.0
-"""A leader that starts again is seen within this; one that is not, or whose ranks stay down, has failed."""
-
 LAST_WORDS_S = 10.0
 """Beyond the grace: what a leader needs to tell the store, to end its ranks, and to be seen to be gone."""
 
@@ -58,33 +56,34 @@ class FleetControl:
         self._app = Celery("hortator-control", broker=kombu_url(redis_url), set_as_current=False)
         self._app.conf.update(broker_transport_options=options, accept_content=["json"])
         self._store = store
+        self._place = f"{redis_place(redis_url)}, {f'namespace {namespace!r}' if namespace else 'no namespace'}"
 
     def close(self) -> None:
         self._app.close()
 
-    def alive(self, *, patient_until: float = 0.0) -> dict[str, GroupBeat]:
-        """Groups by name, as they last said of themselves.  Who waits for them anyway waits for Redis, too."""
-        while True:
-            try:
-                return {beat.group: beat for queue in self._store.queues() for beat in queue.groups}
-            except StoreUnavailable:
-                if time.monotonic() > patient_until:
-                    raise
-                time.sleep(POLL_S)
+    def alive(self, *, patience_s: float = 0.0) -> dict[str, GroupBeat]:
+        """Groups by name, as they last said of themselves."""
+        return by_name(self._store.queues, patience_s=patience_s)
 
     def chosen(self, groups: Sequence[str], *, everything: bool = False) -> list[str]:
         """The groups that are meant, all alive.  Raises NoSuchGroup, also if everything is nothing."""
         alive = self.alive()
         if everything and not alive:
-            raise NoSuchGroup("no group is alive in this Redis and namespace: nothing to do")
+            raise NoSuchGroup(f"no group is alive in {self._place}: nothing to do")
         if unknown := [group for group in groups if group not in alive]:
             there = ", ".join(sorted(alive)) or "none"
-            raise NoSuchGroup(f"no group {unknown[0]} is alive; alive: {there}; {UP}")
+            raise NoSuchGroup(f"no group {', '.join(unknown)} is alive in {self._place}; alive: {there}; {UP}")
         return sorted(alive) if everything else list(dict.fromkeys(groups))
 
     def tell(self, command: str, groups: Sequence[str]) -> dict[str, Leader]:
         """Give a command (`drain`, `resume`, `stop`, `restart`, `look`) to these groups; all of them have answered, or
-        GroupFailed names those that have not."""
+        GroupFailed names those that have not, or that hear nothing because they stop."""
+        self._await_restarts(groups)
+        if gone := self._stopping(groups):
+            raise GroupFailed(
+                f"{', '.join(gone)} was told to stop, and hears nothing more: `hortator up FLEET` starts"
+                " it when it has ended"
+            )
         heard: dict[str, Leader] = {}
         until = time.monotonic() + REPLY_TIMEOUT_S
         while (missing := [group for group in groups if group not in heard]) and time.monotonic() < until:
@@ -121,8 +120,10 @@ class FleetControl:
 
     def stop(self, groups: Sequence[str], *, on_done: Callable[[str], None]) -> None:
         """Until all of them are gone."""
-        leaders = self.tell("stop", groups)
-        until = time.monotonic() + max(leader.grace_s for leader in leaders.values()) + LAST_WORDS_S
+        told = self._stopping(groups)
+        leaders = self.tell("stop", [group for group in groups if group not in told])
+        graces = [*(leader.grace_s for leader in leaders.values()), *map(grace_s, told.values())]
+        until = time.monotonic() + max(graces, default=0.0) + LAST_WORDS_S
         self._wait(groups, until, lambda group, alive: group not in alive, on_done, "is still there")
 
     def restart(self, group: str) -> float:
@@ -136,9 +137,9 @@ class FleetControl:
         well = drained_by  # when it was last seen on its way
         while time.monotonic() < min(drained_by + before.start_timeout_s, well + SILENCE_S):
             time.sleep(POLL_S)
-            now = self.alive(patient_until=well + SILENCE_S).get(group)
-            draining = now is not None and now.state == "draining" and time.monotonic() < drained_by
-            if now is not None and (draining or now.state == "starting"):
+            now = self.alive(patience_s=well + SILENCE_S - time.monotonic()).get(group)
+            ending = now is not None and now.state in (*ENDING, "draining") and time.monotonic() < drained_by
+            if now is not None and (ending or now.state == "starting"):
                 well = max(well, time.monotonic())
             elif now is not None:
                 after = self._try("look", group)
@@ -149,6 +150,18 @@ class FleetControl:
         now = self.alive().get(group)
         why = f"it is {now.state}: {now.info.get('last_failure')}" if now else "its leader is gone: see its log"
         raise GroupFailed(f"{group} did not come back within {time.monotonic() - began:.0f} s: {why}")
+
+    def _stopping(self, groups: Sequence[str]) -> dict[str, GroupBeat]:
+        return {group: beat for group, beat in self.alive().items() if group in groups and beat.state == "stopping"}
+
+    def _await_restarts(self, groups: Sequence[str]) -> None:
+        """Who starts anew is heard of again, and hears again, when it has done so."""
+        again = {g: beat for g, beat in self.alive().items() if g in groups and beat.state == "restarting"}
+        until = time.monotonic() + max(map(grace_s, again.values()), default=0.0) + LAST_WORDS_S + SILENCE_S
+        while again and time.monotonic() < until:
+            time.sleep(POLL_S)
+            alive = self.alive(patience_s=SILENCE_S)
+            again = {g: beat for g, beat in again.items() if g not in alive or alive[g].state == "restarting"}
 
     def _try(self, command: str, group: str) -> Leader | None:
         """The leader's answer, if one comes."""
@@ -171,7 +184,7 @@ class FleetControl:
     ) -> None:
         left = list(groups)
         while left:
-            alive = self.alive(patient_until=until)
+            alive = self.alive(patience_s=until - time.monotonic())
             for group in [group for group in left if done(group, alive)]:
                 left.remove(group)
                 on_done(group)

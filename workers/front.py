@@ -108,6 +108,7 @@ class Front:
         self._deadlines: list[tuple[float, int, Outcome]] = []  # (when, tie breaker, how it ends)
         self._sound = False  # this Redis loses no job
         self._draining = False
+        self._ending = ""  # stopping or restarting: nothing calls it back
         self._unwanted = False  # Celery was told to consume nothing
         self._journal_every_s = journal_every_s
         self._renew_every_s = min(settings.lease_s / 3, RENEW_EVERY_S)
@@ -118,6 +119,8 @@ class Front:
 
     @property
     def state(self) -> str:
+        if self._ending:
+            return self._ending
         if self._draining or self._unwanted:
             return "draining"
         if self._info is not None:
@@ -155,7 +158,9 @@ class Front:
             capacity=self.capacity,
             epoch=self._group.epoch,
             state=self.state,
-            info=self.details() | {name: getattr(self._tenure.holder, name) for name in ("host", "pid", "born")},
+            info=self.details()
+            | {name: getattr(self._tenure.holder, name) for name in ("host", "pid", "born")}
+            | {"grace_s": self._settings.grace_s},
             room=self.room().free,
         )
 
@@ -185,7 +190,7 @@ class Front:
         if not self._may_claim():
             return ()
         before, idle = self._clock(), not self._live
-        claim = self._claimer.claim(self.room(), idle=idle, crowded=self._crowded)
+        claim = self._claimer.claim(self.room(), idle=idle and self._group_empty, crowded=self._crowded)
         if claim is None:
             return ()
         if claim.mode is ClaimMode.DRAIN:
@@ -197,6 +202,11 @@ class Front:
         self._claimed_at = before
         self._taken.update((claimed.lease.job_id, claimed) for claimed in claim.jobs)
         return claim.jobs
+
+    @property
+    def _group_empty(self) -> bool:
+        """Also of what has ended or left here: a suspect that runs alone is convicted if the group dies."""
+        return self._group.empty and not self._cancels
 
     def _step_aside(self) -> None:
         """The next suspect waits for an empty group: those that have just been cleared go on after it, not before.
@@ -357,7 +367,7 @@ class Front:
         """A suspect that got beyond the point where its group died is cleared, and others may join it."""
         lease = self._claimer.suspect()
         live = self._live.get(lease.job_id) if lease else None
-        if live and live.num_tokens - live.num_inherited >= self._settings.probation_tokens:
+        if live and live.passed(self._settings.probation_tokens):
             self._outbox.clear(live.lease)
             self._claimer.let_join(live.lease)
             live.cleared = True
@@ -432,8 +442,13 @@ class Front:
         self._draining = True
         self._beat_at = self._clock()
 
+    def stop(self, *, again: bool = False) -> None:
+        """Claim nothing more, and say that the end is near; `again`: only of this life."""
+        self._ending = "restarting" if again else "stopping"
+        self.drain()
+
     def resume(self) -> None:
-        """Claim again after `drain`."""
+        """Claim again after `drain`; a group that stops goes on stopping."""
         self._draining = False
         self._beat_at = self._clock()
 

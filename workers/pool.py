@@ -108,7 +108,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
             worker_state.active_requests.add(request)
 
     def on_close(self) -> None:
-        self.front.drain()
+        self.front.stop(again=self.again)
 
     def on_stop(self) -> None:
         """Finish what runs within the grace, hand the rest back.  Celery's loop has ended, so this runs its own."""
@@ -117,7 +117,8 @@ class EnginePool(BasePool):  # type: ignore[misc]
             return
         self._stopping = True
         front = self.front
-        front.drain()
+        front.stop(again=self.again)
+        front.tick()  # says so even if nothing runs: ranks take a moment to end
         num_running = front.num_live
         if num_running:
             logger.info("draining: %d jobs run, up to %g s", num_running, self.settings.grace_s)
@@ -299,7 +300,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
             self._num_signals += 1
             self.again = self._hung_up = False
             if self.front is not None:
-                self.front.drain()
+                self.front.stop()
             if self._num_signals == 1 and number != signal.SIGQUIT and callable(celerys):
                 celerys(number, frame)
                 return

@@ -1,14 +1,13 @@
 """The routes of the fleet: queues, dead letters, health, metrics."""
 
 from contextlib import suppress
-from dataclasses import asdict
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import JSONResponse, Response
 
 from hortator.producer.errors import HortatorError, StoreUnavailable
-from hortator.producer.hindrance import hindrance
+from hortator.producer.hindrance import queue_facts
 from hortator.producer.store import DeadLetter, QueueInfo
 
 from .failures import Forbidden, refusal
@@ -16,7 +15,7 @@ from .jobs import caller_of, reply
 from .metrics import CONTENT_TYPE, Metrics
 from .seam import AsyncStore
 from .settings import ApiSettings
-from .shapes import Group, Hindrance, Letter, Letters, Queue, Queues, error_docs
+from .shapes import Letter, Letters, Queue, Queues, error_docs
 from .watch import Watcher
 
 
@@ -46,7 +45,7 @@ class FleetRoutes:
     async def queues(self) -> Response:
         """Every model's queue: what waits, what runs, which groups are alive."""
         queues = await self._store.queues()
-        return reply(Queues(queues=tuple(queue_shape(queue) for queue in queues)))
+        return reply(Queues(queues=tuple(Queue.model_validate(queue_facts(queue)) for queue in queues)))
 
     async def dead_letters(
         self,
@@ -85,19 +84,6 @@ class FleetRoutes:
             num_letters = await self._store.count_dead_letters()
         self._metrics.waiters.set(self._watcher.waiters)
         return Response(self._metrics.page(queues, num_letters), media_type=CONTENT_TYPE)
-
-
-def queue_shape(queue: QueueInfo) -> Queue:
-    groups = tuple(Group.model_validate(asdict(beat)) for beat in queue.groups)
-    return Queue(
-        model=queue.model,
-        depth=queue.depth,
-        oldest_age_s=queue.oldest_age_s,
-        running=queue.running,
-        suspects=queue.suspects,
-        groups=groups,
-        hindrance=Hindrance.model_validate(asdict(why)) if (why := hindrance(queue)) else None,
-    )
 
 
 def letter_shape(letter: DeadLetter) -> Letter:

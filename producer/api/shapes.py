@@ -47,11 +47,13 @@ class Group(Shape):
     """A model group that is alive, as it describes itself."""
 
     group: str
+    model: str
     running: int
     capacity: int
     epoch: int
-    state: str
+    state: str = Field(description="starting, ready, draining, stopping, restarting, down")
     info: dict[str, Any]
+    room: int = Field(default=0, description="rows that are free for jobs")
 
 
 class Hindrance(Shape):

@@ -4,7 +4,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +15,7 @@ import typer
 from hortator.cli_errors import EXIT_FAILED, EXIT_OK, printable
 from hortator.cli_fleet_file import checked_fleet
 from hortator.cli_plan import Exclude, Hostfile, Include, NumGpus, NumNodes, hosts_of, plan_of
-from hortator.cli_store import AsJson
+from hortator.cli_store import AsJson, operator
 
 if TYPE_CHECKING:
     from hortator.topology.doctor import Demand
@@ -76,7 +76,7 @@ def doctor(
     )
     began = time.monotonic()
     reports, problems, skews = ward.look(timeout_s)
-    findings = [*planned, *examine(ward.demand, reports, problems, skews)]
+    findings = [*planned, *examine(ward.demand, reports, problems, skews), *redis_itself(fleet)]
     environments = suggested_environment(reports.values())
     if links:
         whole = [on_devices(team, reports) for team in teams if reports.keys() >= set(team.hosts)]
@@ -269,6 +269,26 @@ def redis_of(fleet: "Fleet | None") -> tuple["Address", ...]:
         return ()
     parts = urlsplit(fleet.redis_url)
     return (Address(host=parts.hostname, port=parts.port or 6379),) if parts.hostname else ()
+
+
+def redis_itself(fleet: "Fleet | None") -> Iterator["Finding"]:
+    """From this host: whether it lets us in, and would lose no job, which leaders ask at their start."""
+    from hortator.producer.errors import HortatorError, StoreForbidden, StoreUnavailable
+    from hortator.topology.findings import doubtful, fine, wrong
+
+    if fleet is None:
+        return
+    try:
+        with operator(fleet.redis_url, fleet.namespace) as talk:
+            talk.store.check()
+    except StoreForbidden as error:
+        yield wrong("redis itself", error.message, "correct redis_url in the fleet file, or the user in Redis")
+    except StoreUnavailable as error:
+        yield doubtful("redis itself", error.message, "up, status and down need it here, too")
+    except HortatorError as error:
+        yield wrong("redis itself", error.message, "no leader starts with it as it is")
+    else:
+        yield fine("redis itself", "lets us in, and loses no job")
 
 
 def line(finding: "Finding") -> str:

@@ -5,12 +5,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hortator.cli_aftermath import goes_on
 from hortator.cli_errors import EXIT_OK, printable
 from hortator.cli_hosts import Directory, FleetOnHosts, SshProgram
 from hortator.cli_store import AsJson, Namespace, RedisUrl, operator, store_settings
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 WithFleetHostfile = Annotated[
     Path | None, typer.Option("--hostfile", "-H", help="with --fleet; default: the fleet file's")
 ]
+FLEET_SUFFIXES = (".toml", ".yaml", ".yml")
 MAX_FAILURE_CHARS = 160
 
 Groups = Annotated[list[str] | None, typer.Argument(metavar="[GROUP...]", help="as `hortator status` names them")]
@@ -45,8 +46,10 @@ def status(
     """Print queues, why their jobs wait, and the groups that are alive."""
     with operator(redis_url, namespace) as talk:
         if as_json:
+            from hortator.producer.hindrance import queue_facts
+
             for queue in talk.queues():
-                typer.echo(json.dumps(queue_json(queue)))
+                typer.echo(json.dumps(queue_facts(queue)))
             if num_letters := talk.store.count_dead_letters():
                 typer.echo(json.dumps({"dead_letters": num_letters}))
         elif watch:
@@ -63,9 +66,10 @@ def drain(
     namespace: Namespace = None,
 ) -> int:
     """Let groups finish what they run and take nothing more.  They stay up, idle, until resume, restart or down."""
-    check_choice(groups, everything)
-    with fleet_control(redis_url, namespace) as control:
-        chosen = control.chosen(groups or (), everything=everything)
+    with (
+        steered(groups, everything, redis_url, namespace) as (control, chosen),
+        goes_on(chosen, "may have been told to drain, which goes on until hortator resume"),
+    ):
         control.drain(chosen, on_done=lambda group: typer.echo(f"{group} is drained"))
     return EXIT_OK
 
@@ -77,9 +81,8 @@ def resume(
     namespace: Namespace = None,
 ) -> int:
     """Let drained groups take jobs again."""
-    check_choice(groups, everything)
-    with fleet_control(redis_url, namespace) as control:
-        for group in control.tell("resume", control.chosen(groups or (), everything=everything)):
+    with steered(groups, everything, redis_url, namespace) as (control, chosen):
+        for group in control.tell("resume", chosen):
             typer.echo(f"{group} takes jobs again")
     return EXIT_OK
 
@@ -100,8 +103,7 @@ def restart(
 ) -> int:
     """Drain groups and start them again, one after the other, each when the one before is ready."""
     only_with_fleet(fleet_file, hostfile=hostfile, dir=directory, launcher=launcher, ssh=ssh_program)
-    only_without_fleet(fleet_file, redis_url=redis_url, namespace=namespace)
-    check_choice(groups, everything)
+    only_without_fleet(fleet_file, all=everything or None, redis_url=redis_url, namespace=namespace)
     if fleet_file is not None:
         from hortator.cli_steering import restart_fleet
         from hortator.cli_up import check_launcher
@@ -110,12 +112,13 @@ def restart(
         fleet = FleetOnHosts.read(fleet_file, hostfile, directory=directory, ssh=ssh_program)
         fleet.tell_ignored_variables()
         return restart_fleet(fleet, groups or (), launcher=launcher or "ssh")
-    with fleet_control(redis_url, namespace) as control:
-        for number, group in enumerate(control.chosen(groups or (), everything=everything)):
+    with steered(groups, everything, redis_url, namespace, by_file="restart") as (control, chosen):
+        for number, group in enumerate(chosen):
             if number and group not in control.alive():
                 typer.echo(f"{group} is gone: left out", err=True)
                 continue
-            typer.echo(f"{group} is ready again after {control.restart(group):.1f} s")
+            with goes_on([group], "may have been told to restart, which goes on"):
+                typer.echo(f"{group} is ready again after {control.restart(group):.1f} s")
     return EXIT_OK
 
 
@@ -135,27 +138,45 @@ def down(
 ) -> int:
     """Stop groups, all at once: they finish what runs within their grace and hand the rest back."""
     only_with_fleet(fleet_file, hostfile=hostfile, dir=directory, ssh=ssh_program)
-    only_without_fleet(fleet_file, redis_url=redis_url, namespace=namespace)
+    only_without_fleet(fleet_file, all=everything or None, redis_url=redis_url, namespace=namespace)
     if fleet_file is not None:
-        if everything:
-            raise typer.BadParameter("--all is every group of a Redis; with --fleet leave it out: its groups are meant")
         from hortator.cli_steering import down_fleet
 
         fleet = FleetOnHosts.read(fleet_file, hostfile, directory=directory, ssh=ssh_program)
         fleet.tell_ignored_variables()
         return down_fleet(fleet, groups or ())
-    check_choice(groups, everything)
-    with fleet_control(redis_url, namespace) as control:
-        chosen = control.chosen(groups or (), everything=everything)
-        control.stop(chosen, on_done=lambda group: typer.echo(f"{group} is down"))
+    with (
+        steered(groups, everything, redis_url, namespace, by_file="down") as (control, chosen),
+        goes_on(chosen, "may have been told to stop, which goes on"),
+    ):
+        control.stop(list(chosen), on_done=lambda group: said_down(group, chosen))
     return EXIT_OK
 
 
-def check_choice(groups: Sequence[str] | None, everything: bool) -> None:
+def said_down(group: str, left: list[str]) -> None:
+    left.remove(group)
+    typer.echo(f"{group} is down")
+
+
+@contextmanager
+def steered(
+    groups: Sequence[str] | None, everything: bool, redis_url: str | None, namespace: str | None, *, by_file: str = ""
+) -> "Iterator[tuple[FleetControl, list[str]]]":
+    """The control of a Redis, and the groups that are meant, all alive.  `by_file`: one that takes --fleet, too."""
+    check_choice(groups or (), everything, by_file)
+    with fleet_control(redis_url, namespace) as control:
+        yield control, control.chosen(groups or (), everything=everything)
+
+
+def check_choice(groups: Sequence[str], everything: bool, by_file: str) -> None:
     if groups and everything:
         raise typer.BadParameter(f"--all is every group, and {', '.join(groups)} was named too: leave one of them out")
+    if files := [name for name in groups if "/" in name or Path(name).suffix in FLEET_SUFFIXES]:
+        instead = f": hortator {by_file} --fleet {files[0]}" if by_file else "; hortator status lists those that live"
+        raise typer.BadParameter(f"{files[0]} looks like a fleet file, and names of groups are wanted here{instead}")
     if not groups and not everything:
-        raise typer.BadParameter("which groups? Name them as `hortator status` does, or say --all")
+        meant = ", or give --fleet FILE for those of a fleet file" if by_file else ""
+        raise typer.BadParameter(f"which groups? Name them as `hortator status` does, or say --all{meant}")
 
 
 def only_with_fleet(fleet_file: Path | None, **options: object) -> None:
@@ -165,7 +186,8 @@ def only_with_fleet(fleet_file: Path | None, **options: object) -> None:
 
 def only_without_fleet(fleet_file: Path | None, **options: object) -> None:
     for name in (name for name, value in options.items() if value is not None and fleet_file is not None):
-        raise typer.BadParameter(f"--{name.replace('_', '-')} and --fleet: the fleet file says which Redis it is")
+        why = "its groups are meant, unless you name some" if name == "all" else "the fleet file says which Redis it is"
+        raise typer.BadParameter(f"--{name.replace('_', '-')} and --fleet: {why}: leave --{name.replace('_', '-')} out")
 
 
 @contextmanager
@@ -309,10 +331,3 @@ def why(queue: "QueueInfo") -> str | None:
         return None
     some_wait = queue.depth or (queue.running and not queue.groups)
     return f"jobs {'wait' if some_wait else 'would wait'}: {found.text}"
-
-
-def queue_json(queue: "QueueInfo") -> dict[str, Any]:
-    from hortator.producer.hindrance import hindrance
-
-    found = hindrance(queue)
-    return asdict(queue) | {"hindrance": asdict(found) if found else None}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hortator.cli_errors import EXIT_FAILED, fail_line, printable
-from hortator.cli_store import operator, redacted
+from hortator.cli_store import operator, redacted, store_settings
 
 if TYPE_CHECKING:
     from hortator.producer.store import GroupBeat
@@ -90,6 +91,8 @@ class FleetOnHosts:
     directory: Path
     identity: str
     ssh: str
+    options: str = ""
+    """That reach the same hosts and directories, as one types them."""
 
     @classmethod
     def read(
@@ -117,6 +120,11 @@ class FleetOnHosts:
             directory=directory or STATE / state_name(fleet_file.stem, identity),
             identity=identity,
             ssh=ssh or "ssh",
+            options="".join(
+                f" --{name} {shlex.quote(str(value))}"
+                for name, value in (("hostfile", hostfile), ("dir", directory), ("ssh", ssh))
+                if value is not None
+            ),
         )
 
     @cached_property
@@ -147,8 +155,10 @@ class FleetOnHosts:
 
     def alive(self) -> "dict[str, GroupBeat]":
         """Groups that the fleet's Redis knows alive."""
+        from hortator.producer.groups import by_name
+
         with operator(self.fleet.redis_url, self.fleet.namespace) as talk:
-            return {beat.group: beat for queue in talk.queues() for beat in queue.groups}
+            return by_name(talk.queues)
 
     def tell_ignored_variables(self) -> None:
         """Where the shell names another Redis, which commands without a fleet file would ask.  Never its value."""
@@ -199,6 +209,22 @@ class FleetOnHosts:
                 typer.echo(printable(f"{name} {said}: {run[name]}, {found.log}"))
         return run
 
+    def obstacles(self, hosts: Iterable[str]) -> dict[str, str]:
+        """Why no leader could be recorded on these hosts, by host."""
+        answers = self.ask((host, host, {"do": "check"}) for host in hosts)
+        return {answer.host: answer.problem.removeprefix("error: ") for answer in answers if not answer.ok}
+
+    def differs(self, group: "PlannedGroup", found: FoundLeader, launcher: str) -> bool:
+        """Whether it would be started with other settings today."""
+        from hortator.topology.errors import CannotStart
+        from hortator.topology.orders import leader_order
+
+        try:
+            order = leader_order(self.fleet, group, python=self.python, launcher=launcher)
+        except CannotStart:
+            return True
+        return found.leader.settings not in ("", order.settings)
+
     def end(self, leaders: Sequence[FoundLeader]) -> "Iterator[Answer]":
         """End leaders that Redis did not reach; one answer for each, named by its group."""
         specs = {spec.name: spec for spec in self.fleet.models}
@@ -206,11 +232,12 @@ class FleetOnHosts:
             one.leader.group: (specs[one.leader.model].grace_s if one.leader.model in specs else 0) + LAST_WORDS_S
             for one in leaders
         }
+        orders = (
+            (one.leader.group, one.host, {"do": "stop", "group": one.leader.group, "born": one.leader.born})
+            for one in leaders
+        )
         yield from self.ask(
-            (
-                (group := one.leader.group, one.host, {"do": "stop", "group": group, "patience_s": patience_s[group]})
-                for one in leaders
-            ),
+            ((group, host, {**order, "patience_s": patience_s[group]}) for group, host, order in orders),
             timeout_s=ANSWER_S + max(patience_s.values(), default=0),
         )
 
@@ -251,5 +278,18 @@ def leftovers(fleet: FleetOnHosts, inventory: Inventory, alive: "Mapping[str, Gr
         yield f"{name} runs too ({where}), but {fleet.file} has no such group: " + end_with(fleet, name)
 
 
+def over_redis(fleet: "Fleet", command: str, *groups: str) -> str:
+    """A command that steers these groups, as one types it in this shell."""
+    here, there = store_settings(None, None), {"redis_url": fleet.redis_url, "namespace": fleet.namespace}
+    other = {name: said for name, said in there.items() if getattr(here, name) != said}
+    options = (f" --{name.replace('_', '-')} {shlex.quote(redacted(said))}" for name, said in other.items())
+    return f"`hortator {command} {' '.join(groups)}{''.join(options)}`"
+
+
 def end_with(fleet: FleetOnHosts, *groups: str) -> str:
-    return f"`hortator down --fleet {fleet.file} {' '.join(groups)}` ends {'it' if len(groups) == 1 else 'them'}"
+    return f"`{command_of(fleet, 'down', *groups)}` ends {'it' if len(groups) == 1 else 'them'}"
+
+
+def command_of(fleet: FleetOnHosts, command: str, *groups: str) -> str:
+    """As one types it for these groups of this fleet."""
+    return f"hortator {command} --fleet {shlex.quote(str(fleet.file))}{fleet.options} {' '.join(groups)}"

@@ -31,10 +31,14 @@ def leader() -> int:
     match order["do"]:
         case "start":
             print_json(state.start(Order.model_validate(order["order"])).model_dump(mode="json"))
+        case "check":
+            state.check()
+            print_json({})
         case "list":
             print_json({"leaders": [found.model_dump(mode="json") for found in state.leaders()]})
         case "stop":
-            print_json({"ended": state.stop(order["group"], patience_s=float(order["patience_s"]))})
+            born = order.get("born", "")
+            print_json({"ended": state.stop(order["group"], patience_s=float(order["patience_s"]), born=born)})
         case "left":
             print_json({"left": state.left(int(pid) for pid in order["pids"])})
         case "log":

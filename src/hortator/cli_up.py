@@ -1,12 +1,13 @@
 """`hortator up` and `hortator logs`: a fleet is started on its hosts, and read."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hortator.cli_aftermath import tell_unreached, tell_what_runs, told_when_interrupted
 from hortator.cli_errors import EXIT_FAILED, EXIT_OK, fail_line, printable
 from hortator.cli_hosts import (
     Directory,
@@ -14,12 +15,13 @@ from hortator.cli_hosts import (
     FoundLeader,
     Inventory,
     SshProgram,
+    command_of,
     end_with,
     leftovers,
 )
 from hortator.cli_logs import print_logs
 from hortator.cli_plan import Exclude, FleetFile, Hostfile, Include, NumGpus, NumNodes
-from hortator.cli_waiting import wait_ready, where
+from hortator.cli_waiting import wait_for_ends, wait_ready, where
 
 if TYPE_CHECKING:
     from hortator.producer.store import GroupBeat
@@ -71,7 +73,8 @@ def up(
     if launcher == "external":
         print_recipes(fleet, names, style or "torchrun", out)
         return EXIT_OK
-    return start_fleet(fleet, names, launcher, wait=wait)
+    with told_when_interrupted(fleet, names):
+        return start_fleet(fleet, names, launcher, wait=wait)
 
 
 def logs(
@@ -120,7 +123,13 @@ def start_fleet(fleet: FleetOnHosts, names: Sequence[str], launcher: str, *, wai
     from hortator.topology.reach import ssh_advice
 
     check_redis_is_reached(fleet.fleet, leaders_hosts(fleet.plan(), names), here=fleet.road.here)
-    inventory = fleet.inventory()
+    inventory, stopping = wait_for_ends(fleet, names, fleet.inventory())
+    for name in stopping:
+        one = inventory.living[name]
+        fail_line(
+            f"{name} ({one}) still stops after its grace: see {one.leader.log}; {end_with(fleet, name)}", EXIT_FAILED
+        )
+    names = [name for name in names if name not in stopping]
     plan = fleet.plan(inventory.running)
     hosts = leaders_hosts(plan, [name for name in names if name not in inventory.living])
     if lost := {host: inventory.unreached[host] for host in hosts if host in inventory.unreached}:
@@ -136,7 +145,7 @@ def start_fleet(fleet: FleetOnHosts, names: Sequence[str], launcher: str, *, wai
         there = f"{', '.join(others)} {'runs' if len(others) == 1 else 'run'} where the plan has room for it"
         fail_line(f"{name} is not started: {there}; {end_with(fleet, *others)}", EXIT_FAILED)
     started = run_groups(fleet, [one for one in groups if one.name not in blocked], inventory, launcher)
-    well = len(started) == len(names)
+    well = len(started) == len(names) and not stopping
     try:
         if wait and started:
             well = wait_ready(fleet, started) and well
@@ -145,7 +154,7 @@ def start_fleet(fleet: FleetOnHosts, names: Sequence[str], launcher: str, *, wai
     except HortatorError as problem:  # Redis is away: what was started must not be left in silence
         well = not fail_line(problem.message, EXIT_FAILED)
     if not well:
-        tell_what_runs(fleet, started)
+        tell_what_runs(fleet, started, dict.fromkeys(one.host for one in started.values()))
     return EXIT_OK if well else EXIT_FAILED
 
 
@@ -168,7 +177,11 @@ def run_groups(
     living = inventory.living
     for group in groups:
         if group.name in living:
-            typer.echo(f"{group.name} runs already: {living[group.name]}, {living[group.name].leader.log}")
+            found = living[group.name]
+            typer.echo(f"{group.name} runs already: {found}, {found.leader.log}")
+            if fleet.differs(group, found, launcher):
+                with_them = command_of(fleet, "restart", group.name)
+                typer.echo(f"note: {fleet.file} has other settings for it now: `{with_them}` takes them", err=True)
     started = fleet.start([group for group in groups if group.name not in living], launcher)
     return {
         group.name: living.get(group.name) or started[group.name]
@@ -200,20 +213,5 @@ def stranger(fleet: FleetOnHosts, name: str, beat: "GroupBeat", plan: "Plan") ->
     return (
         f"{name} is alive ({where(beat)}), but {fleet.directory} on {planned}, where the plan has it, knows nothing of"
         " it: it was started with another --dir, by somebody else (by hand, systemd, Slurm, Kubernetes), or on a host"
-        f" that these options leave out; {end_with(fleet, name)}"
+        f" that these options leave out, or that directory was removed; {end_with(fleet, name)}"
     )
-
-
-def tell_what_runs(fleet: FleetOnHosts, started: Mapping[str, FoundLeader]) -> None:
-    """After a failure: what is left running, and how to end it."""
-    living = fleet.inventory(dict.fromkeys(one.host for one in started.values())).living
-    if still := {name: one for name, one in living.items() if name in started}:
-        listed = ", ".join(f"{name} ({one})" for name, one in still.items())
-        typer.echo(f"note: these run: {listed}; {end_with(fleet, *still)}, hortator logs says more", err=True)
-
-
-def tell_unreached(inventory: Inventory) -> bool:
-    """Say which hosts did not answer; True if there were any."""
-    for host, problem in inventory.unreached.items():
-        fail_line(f"{host} cannot be asked what runs there: {problem}", EXIT_FAILED)
-    return bool(inventory.unreached)

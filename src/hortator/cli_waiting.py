@@ -1,45 +1,64 @@
 """Waiting until started groups are ready, and saying meanwhile what for."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import typer
 
 from hortator.cli_errors import EXIT_FAILED, fail_line, printable
+from hortator.cli_hosts import LAST_WORDS_S, over_redis
 from hortator.cli_store import operator
 
 if TYPE_CHECKING:
-    from hortator.cli_hosts import FleetOnHosts, FoundLeader
+    from hortator.cli_hosts import FleetOnHosts, FoundLeader, Inventory
     from hortator.producer.store import GroupBeat
 
 POLL_S = 0.5
 LOOK_EVERY_S = 4.0
 SAY_EVERY_S = 10.0
-SILENT_REDIS_S = 30.0
 START_S = 30.0  # beyond its ranks' start: what a leader itself needs
+
+
+def wait_for_ends(fleet: "FleetOnHosts", names: Sequence[str], inventory: "Inventory") -> "tuple[Inventory, list[str]]":
+    """What runs once those of these groups that were told to stop have ended, or have started anew, as a restart does;
+    and those that still stop when the time that their settings give them is over."""
+    from hortator.producer.groups import ENDING, grace_s
+
+    alive = fleet.alive()
+    ending = {name for name in names if name in alive and alive[name].state in ENDING}
+    limit_s = max((grace_s(alive[name]) for name in ending), default=0.0) + LAST_WORDS_S
+    until = time.monotonic() + limit_s
+    said = ""
+    while still := [name for name in names if name in ending and ends(inventory.living.get(name), alive.get(name))]:
+        if said != (said := ", ".join(still)):
+            typer.echo(f"{said} still stops, or starts anew: waiting for its end, at most {limit_s:.0f} s", err=True)
+        if time.monotonic() > until:
+            break
+        time.sleep(2 * POLL_S)
+        inventory, alive = fleet.inventory(), fleet.alive()
+    return inventory, still
+
+
+def ends(found: "FoundLeader | None", beat: "GroupBeat | None") -> bool:
+    """The process is there, and has told of its end, or has taken its leave already."""
+    from hortator.producer.groups import ENDING
+
+    return found is not None and (beat is None or (beat.state in ENDING and is_of(beat, found)))
 
 
 def wait_ready(fleet: "FleetOnHosts", started: "Mapping[str, FoundLeader]") -> bool:
     """Until all are ready, or have failed, or the time for starting is over.  A Redis that is away for a moment is
     waited for, as the groups do; StoreUnavailable if it stays away."""
-    from hortator.producer.errors import StoreUnavailable
+    from hortator.producer.groups import SILENCE_S, by_name
 
     limit_s = max(spec.start_timeout_s for spec in fleet.fleet.models) + START_S
     until = time.monotonic() + limit_s
     awaited = Awaited(fleet, dict(started))
-    answered = time.monotonic()
     with operator(fleet.fleet.redis_url, fleet.fleet.namespace) as talk:
         while awaited.left and time.monotonic() < until:
-            try:
-                beats = {beat.group: beat for queue in talk.queues() for beat in queue.groups}
-                answered = time.monotonic()
-            except StoreUnavailable:
-                if time.monotonic() - answered > SILENT_REDIS_S:
-                    raise
-                beats = {}
-            awaited.look(beats)
+            awaited.look(by_name(talk.queues, patience_s=SILENCE_S))
             time.sleep(POLL_S if awaited.left else 0)
     if awaited.left:
         fail_line(f"not ready after {limit_s:.0f} s: {', '.join(awaited.left)}; see hortator logs", EXIT_FAILED)
@@ -78,8 +97,10 @@ class Awaited:
             del self.left[name]
             typer.echo(f"{name} is ready")
         elif beat.state == "draining":
-            del self.left[name]
-            typer.echo(f"{name} was told to drain and takes nothing: `hortator resume {name}` ends that")
+            back = over_redis(self.fleet.fleet, "resume", name)
+            self._fail(name, f"{name} was told to drain and takes nothing: {back} lets it take jobs again")
+        elif beat.state in ("stopping", "restarting"):
+            self._tell(name, f"{name} was told to {'stop' if beat.state == 'stopping' else 'start anew'}")
         elif beat.info.get("given_up"):
             self._fail(name, f"{name} is down and will not be tried again: {failure}")
         elif beat.info.get("last_failure"):

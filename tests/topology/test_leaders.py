@@ -1,5 +1,6 @@
 """Leaders on their host: started detached, found again, ended.  Any command will do for a leader here."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -60,6 +61,29 @@ def test_one_that_ends_at_once_is_an_error_with_its_last_words(state: StateDirec
     assert state.look("g").pid is None
 
 
+def test_a_full_disk_is_told_before_anything_starts_and_nothing_of_the_try_is_left(
+    state: StateDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: Path, _: str) -> None:
+        file.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as filled:
+        filled.setattr(Path, "write_text", full)
+        with pytest.raises(CannotStart, match="cannot be written: No space left on device"):
+            state.check()
+    assert list(state.directory.iterdir()) == []
+    state.check()
+    assert [file.name for file in state.directory.iterdir()] == ["fleet"]
+
+
+def test_orders_are_alike_whatever_the_password_of_redis() -> None:
+    one, two, three = (
+        order("x", HORTATOR_REDIS_URL=url, A=a).settings for url, a in (("u", "1"), ("v", "1"), ("u", "2"))
+    )
+    assert one == two != three
+
+
 def test_a_later_process_of_the_same_number_is_not_taken_for_the_leader(state: StateDirectory) -> None:
     state.directory.joinpath("g.json").write_text(f'{{"pid": {os.getpid()}, "born": "another boot:1"}}')
     assert state.look("g").pid is None
@@ -71,6 +95,8 @@ def test_one_that_ignores_sigterm_is_killed_when_the_patience_is_over(state: Sta
     assert pid is not None
     while state.tail("g", 1) != ["up"]:
         time.sleep(0.02)
+    assert state.stop("g", patience_s=0.3, born="another boot:1") is False, "only the process that is meant"
+    assert birth(pid) != ""
     began = time.monotonic()
     assert state.stop("g", patience_s=0.3) is True
     assert 0.3 <= time.monotonic() - began < 3

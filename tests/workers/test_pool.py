@@ -198,7 +198,7 @@ def test_the_first_signal_is_celerys_and_the_second_ends_the_waiting(
     handle = pool._on_signal(lambda number, frame: passed_on.append(number))
     handle(signal.SIGTERM, None)
     assert (passed_on, pool._now) == ([signal.SIGTERM], False)
-    assert leader.front.state == "draining"
+    assert leader.front.state == "stopping"
     handle(signal.SIGTERM, None)
     assert (passed_on, pool._now) == ([signal.SIGTERM], True)
 
