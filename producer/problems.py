@@ -3,6 +3,7 @@
 The words never hold the value, which may be a prompt or a password; who knows that it is neither may add it.
 """
 
+import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ def worded(problem: Problem) -> str:
 
 def field_name(location: Iterable[str | int]) -> str:
     """sampling.stop.0; keys that somebody chose are shortened and escaped."""
-    return ".".join(str(part)[:MAX_NAME_CHARS].encode("ascii", "backslashreplace").decode() for part in location)
+    return ".".join(str(part)[:MAX_NAME_CHARS].encode("unicode_escape").decode() for part in location)
 
 
 def text_of(problem: Problem) -> str:
@@ -47,3 +48,10 @@ def text_of(problem: Problem) -> str:
     if problem["type"] == "string_unicode":
         return NO_TEXT
     return str(problem["msg"]).removeprefix("Value error, ")
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """What whoever wrote a name that there is not will have meant."""
+    names = list(known)
+    nearest = difflib.get_close_matches(name[:MAX_NAME_CHARS], names, n=1)
+    return f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(names)}"

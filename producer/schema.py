@@ -4,7 +4,6 @@ Everything here is frozen and versioned.  Readers ignore optional fields they do
 job with another major version on the queue for a worker that speaks it.
 """
 
-import difflib
 import json
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticSerializationError
+
+from .problems import meant
 
 SCHEMA_VERSION = 1
 TASK_NAME = "llm.generate"
@@ -70,9 +71,7 @@ def _unknown_fields(model: type[BaseModel], data: Mapping[str, Any], *where: str
 
 
 def _unknown(model: type[BaseModel], name: str) -> str:
-    nearest = difflib.get_close_matches(name, model.model_fields, n=1)
-    hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(model.model_fields)}"
-    return f"{model.__name__} has no field {name}: {hint}"
+    return f"{model.__name__} has no field {name}: {meant(name, model.model_fields)}"
 
 
 class State(StrEnum):

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from hortator.producer.errors import BadRequest
 from hortator.producer.job import describe
+from hortator.producer.problems import field_name, meant
 from hortator.producer.schema import SCHEMA_VERSION, TASK_NAME, Job, Sampling
 from hortator.producer.sizes import too_many
 
@@ -58,6 +59,8 @@ def job_of(envelope: Envelope, *, model: str) -> Job:
     if fields.setdefault("version", SCHEMA_VERSION) != SCHEMA_VERSION:
         raise BadRequest(f"schema version {fields['version']!r:.40} is not {SCHEMA_VERSION}: it needs another worker")
     loose = {name: fields.pop(name) for name in _SAMPLING_FIELDS & fields.keys()}
+    if "hortator" not in envelope.headers:  # whose producers know the schema: what we do not know is a newer minor's
+        _refuse_unknown(fields)
     if loose:
         given = fields.get("sampling") or {}
         fields["sampling"] = loose | given if isinstance(given, dict) else given
@@ -69,6 +72,16 @@ def job_of(envelope: Envelope, *, model: str) -> Job:
     if job.model != model:
         raise BadRequest(f"the job asks for model {job.model!r} but was sent to the queue of {model!r}")
     return job
+
+
+def _refuse_unknown(fields: dict[str, Any]) -> None:
+    """A typing error of a plain Celery client would be a job that runs otherwise than it was meant."""
+    sampling = fields.get("sampling")
+    known = {"": (*Job.model_fields, *Sampling.model_fields), "sampling.": tuple(Sampling.model_fields)}
+    given = {"": fields, "sampling.": sampling if isinstance(sampling, dict) else {}}
+    for where, names in known.items():
+        for unknown in (name for name in given[where] if name not in names):
+            raise BadRequest(f"{where}{field_name([unknown])}: there is no such keyword; {meant(unknown, names)}")
 
 
 def _open_body(raw: dict[str, Any], properties: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:

@@ -80,6 +80,18 @@ def test_a_failure_reaches_the_stock_client_in_readable_words(worker: Worker, cl
         client.send("x" * 5000).get(timeout=10)
 
 
+def test_a_mistyped_keyword_reaches_the_stock_client_with_the_one_that_was_meant(
+    worker: Worker, client: Client
+) -> None:
+    result = client.app.send_task("llm.generate", kwargs={"prompt": "x", "max_token": 5}, queue=QUEUE)
+    with pytest.raises(Exception, match="bad_request: max_token: there is no such keyword; did you mean max_tokens"):
+        result.get(timeout=20)
+    [status] = worker.store.statuses([result.id])
+    assert status is not None
+    assert status.failure is not None
+    assert status.failure.code == "bad_request"
+
+
 def test_many_jobs_come_back_right(worker: Worker, client: Client) -> None:
     prompts = [f"number {number}" for number in range(60)]
     results = [client.send(prompt, tokens=len(prompt)) for prompt in prompts]

@@ -2,11 +2,14 @@
 
 import base64
 import json
+import time
 from typing import Any
 
 import pytest
 
 from hortator.producer.errors import BadRequest
+from hortator.producer.message import build
+from hortator.producer.schema import Job
 from hortator.workers.envelope import Envelope, job_of, open_envelope
 from tests.workers.messages import message
 
@@ -120,6 +123,49 @@ def test_sampling_parameters_may_stand_beside_the_prompt() -> None:
 def test_a_wrong_job_is_refused_with_the_field_named(kwargs: dict[str, Any], says: str) -> None:
     with pytest.raises(BadRequest, match=says):
         job_of(envelope(**kwargs), model="m")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "says"),
+    [
+        ({"max_token": 5}, "max_token: there is no such keyword; did you mean max_tokens?"),
+        ({"deadline": 5}, "deadline: there is no such keyword; did you mean deadline_s?"),
+        ({"colour": 5}, "colour: there is no such keyword; there are version, model, prompt, "),
+        ({"": 5}, ": there is no such keyword; there are "),
+        ({"x" * 100_000: 5}, "x" * 64 + ": there is no such keyword; there are "),
+        ({"\x1b[2J": 5}, "\\x1b[2J: there is no such keyword"),
+        (
+            {"sampling": {"temprature": 1}},
+            "sampling.temprature: there is no such keyword; did you mean temperature?",
+        ),
+        ({"sampling": {"deadline_s": 1}}, "sampling.deadline_s: there is no such keyword; there are max_tokens, "),
+    ],
+)
+@pytest.mark.parametrize("as_object", [False, True])
+def test_an_unknown_keyword_of_a_plain_client_is_refused_with_the_one_that_was_meant(
+    kwargs: dict[str, Any], says: str, as_object: bool
+) -> None:
+    sent = envelope({"prompt": "x", **kwargs}) if as_object else envelope(prompt="x", **kwargs)
+    with pytest.raises(BadRequest) as refusal:
+        job_of(sent, model="m")
+    assert refusal.value.message.startswith(says)
+
+
+def test_many_unknown_keywords_cost_no_more_than_one() -> None:
+    sent = envelope(prompt="x", **{f"max_token{number}": 1 for number in range(100_000)})
+    started = time.process_time()
+    with pytest.raises(BadRequest, match="max_token0: "):
+        job_of(sent, model="m")
+    assert time.process_time() - started < 1
+
+
+def test_a_newer_producers_fields_are_ignored() -> None:
+    newer = build(Job(model="m", prompt="x"), "id-1")
+    raw = json.loads(newer)
+    args, kwargs, embed = json.loads(base64.b64decode(raw["body"]))
+    kwargs |= {"newer": 1, "sampling": {"max_tokens": 7, "newer": 1}}
+    raw["body"] = base64.b64encode(json.dumps([args, kwargs, embed]).encode()).decode()
+    assert job_of(open_envelope(json.dumps(raw).encode()), model="m").sampling.max_tokens == 7
 
 
 def test_a_refusal_never_repeats_the_prompt() -> None:
