@@ -230,8 +230,43 @@ def test_answers_of_a_file_come_in_its_order(sh: Shell, worker: Worker, tmp_path
 
     later = threading.Thread(target=backwards)
     later.start()
-    assert sh.out("enqueue", "--file", str(file), *MODEL, "--wait").splitlines() == ["answer 0", "answer 1"]
+    assert sh.out("enqueue", "--file", str(file), *MODEL, "--wait").splitlines() == ['"answer 0"', '"answer 1"']
     later.join()
+
+
+def test_a_failed_job_of_a_file_leaves_an_empty_place_and_says_why(sh: Shell, worker: Worker, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('"first"\n\n"second"\n"third"\n')
+
+    def play() -> None:
+        jobs: list[Claimed] = []
+        while len(jobs) < 3:
+            jobs += worker.claim()
+        worker.succeed(jobs[0], ["two\nlines"])
+        worker.fail(jobs[1], "prompt_too_long", "too long")
+        worker.succeed(jobs[2], ["last"])
+
+    later = threading.Thread(target=play)
+    later.start()
+    code, out, err = sh("enqueue", "--file", str(file), *MODEL, "--wait")
+    later.join()
+    assert (code, [json.loads(line) for line in out.splitlines()]) == (1, ["two\nlines", None, "last"])
+    assert err.startswith(f"error: {file}:3: job ")
+    assert "failed (prompt_too_long)" in err
+
+
+def test_a_file_that_is_refused_half_way_tells_the_line_and_what_is_in(
+    sh: Shell, worker: Worker, tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('"first"\n' * 300 + '{"prompt": "x", "model": "never-served"}\n')
+    for wait in (False, True):
+        code, out, err = sh("enqueue", "--file", str(file), *MODEL, *(["--wait"] if wait else []))
+        assert code == 1
+        assert f"{file}:301: " in err
+        ids = {claimed.lease.job_id for _ in range(40) for claimed in worker.claim()}
+        assert ids
+        assert ids <= set((err if wait else out).splitlines())
 
 
 @pytest.mark.parametrize(

@@ -318,3 +318,56 @@ def test_a_reader_of_the_output_may_leave() -> None:
         check=False,
     )
     assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_while_python_imports_is_one_line(newest_redis_url: str) -> None:
+    for wait_s in (0.05, 0.1, 0.15, 0.2, 0.3):
+        with running("status", HORTATOR_REDIS_URL=newest_redis_url) as process:
+            time.sleep(wait_s)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=30)
+        if "hortator/__main__.py" not in said and "Traceback" in said:
+            continue  # Python itself had not begun with us yet
+        assert process.returncode in (0, 130, -signal.SIGINT)
+        assert said in ("", "interrupted\n")
+
+
+def test_ctrl_c_in_a_wait_tells_the_ids(newest_redis_url: str, tmp_path: Path) -> None:
+    (tmp_path / "two.jsonl").write_text('"a"\n"b"\n')
+    with RedisStore(newest_redis_url, timeout_s=5.0) as store:
+        worker = Worker(store)
+        worker.beat()
+        wait = ("enqueue", "--file", str(tmp_path / "two.jsonl"), "--model", "demo", "--wait")
+        with running(*wait, HORTATOR_REDIS_URL=newest_redis_url) as process:
+            ids: list[str] = []
+
+            def both() -> bool:
+                ids.extend(claimed.lease.job_id for claimed in worker.claim())
+                return len(ids) == 2
+
+            wait_for("both jobs", both)
+            process.send_signal(signal.SIGINT)
+            out, said = process.communicate(timeout=30)
+    assert (process.returncode, out) == (130, "")
+    assert said.splitlines()[1:] == [*ids, "interrupted"]
+
+
+@pytest.mark.parametrize("where", [">/dev/full", ">&-"])
+def test_output_that_cannot_be_written_is_one_line_and_loses_no_id(where: str, newest_redis_url: str) -> None:
+    with RedisStore(newest_redis_url, timeout_s=5.0) as store:
+        worker = Worker(store)
+        worker.beat()
+        done = subprocess.run(
+            f"{sys.executable} -m hortator enqueue x --model demo {where}",
+            env=os.environ | {"HORTATOR_REDIS_URL": newest_redis_url},
+            shell=True,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        [claimed] = worker.claim()
+    assert done.returncode == 74
+    assert claimed.lease.job_id in done.stderr.splitlines()
+    assert done.stderr.splitlines()[-1].startswith("error: standard output cannot be written: ")
+    assert "Traceback" not in done.stderr

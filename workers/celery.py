@@ -13,6 +13,7 @@ from kombu import Queue
 from kombu.transport import TRANSPORT_ALIASES
 from pydantic import ValidationError
 
+from hortator.interrupts import leave_at_once
 from hortator.producer.errors import ConfigError
 from hortator.producer.problems import listed
 from hortator.producer.redis_url import kombu_url
@@ -160,6 +161,7 @@ def _become_leader(instance: Any = None, options: Any = None, **_: Any) -> None:
     leader = instance.app
     if not isinstance(leader, App):
         return
+    leave_at_once()  # until Celery handles Ctrl-C itself, soon
     queues = (options or {}).get("queues")
     try:
         leader.serve(queues.split(",") if isinstance(queues, str) else list(queues or []))

@@ -1,11 +1,10 @@
 """The command line: every command by name, and what happens when one fails.
 
 Exit codes: 0 fine; 1 the job failed, is not there or was not taken, or a server cannot be reached; 2 the command, a
-setting or the job itself is wrong; 75 the job is not done yet.
+setting or the job itself is wrong; 74 its output cannot be written; 75 the job is not done yet; 130 Ctrl-C.
 Commands import what they need when they run, so `--help` is quick and a producer needs no torch.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -23,7 +22,9 @@ from hortator import (
     cli_servers,
     cli_up,
 )
-from hortator.cli_errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, explain, fail_line
+from hortator.cli_errors import EXIT_FAILED, EXIT_OK, EXIT_OUTPUT, EXIT_USAGE, explain, fail_line
+from hortator.cli_output import OutputLost, give_up, say
+from hortator.interrupts import EXIT_INTERRUPTED, interrupts
 
 app = typer.Typer(
     name="hortator",
@@ -63,16 +64,24 @@ def run(arguments: Sequence[str]) -> int:
     """The exit code of one command line.  Only bugs come out as exceptions."""
     try:
         code = app(args=list(arguments) or ["--help"], prog_name="hortator", standalone_mode=False)
-        return code if isinstance(code, int) else EXIT_OK
+        sys.stdout.flush()
     except typer.TyperException as wrong_usage:
         return fail_line(wrong_usage.format_message(), EXIT_USAGE)
+    except OutputLost as lost:
+        give_up()
+        return EXIT_FAILED if lost.reader_left else fail_line(str(lost), EXIT_OUTPUT)
     except (KeyboardInterrupt, typer.Abort):
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has left, e.g. `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILED
-    except Exception as error:
-        code = explain(error)
-        if code is None:
-            raise
-        return code
+        code = EXIT_INTERRUPTED
+    except BaseException as error:
+        code = EXIT_INTERRUPTED if interrupts.came else ending(error)
+    if code == EXIT_INTERRUPTED:
+        say("interrupted")
+    return code if isinstance(code, int) else EXIT_OK
+
+
+def ending(error: BaseException) -> int:
+    """The exit code of an error that is expected; raised again if it is a bug."""
+    code = explain(error) if isinstance(error, Exception) else None
+    if code is None:
+        raise error
+    return code

@@ -1,14 +1,15 @@
 """How a command says no: exit codes, and one line on stderr."""
 
-import sys
 from collections.abc import Mapping
 from typing import Any
+
+from hortator.cli_output import say
 
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_OUTPUT = 74  # sysexits' EX_IOERR
 EXIT_NOT_DONE = 75  # sysexits' EX_TEMPFAIL: ask again later
-EXIT_INTERRUPTED = 130
 
 EXTRAS = {
     "fastapi": "api",
@@ -29,7 +30,7 @@ EXTRAS = {
 
 def fail_line(message: str, code: int) -> int:
     """Print one line, whatever the message holds, and hand the exit code back."""
-    print("error: " + " ".join(printable(message).split()), file=sys.stderr)  # noqa: T201
+    say("error: " + " ".join(printable(message).split()))
     return code
 
 

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hortator.cli_errors import EXIT_FAILED, EXIT_NOT_DONE, EXIT_OK, fail_line, printable
+from hortator.cli_sending import PlacedJob, Sent, answer_line, answers, nothing_lost, one_line, send
 from hortator.cli_store import AsJson, Namespace, RedisUrl, Tenant, client, given
 
 if TYPE_CHECKING:
@@ -56,7 +57,10 @@ def enqueue(
     redis_url: RedisUrl = None,
     namespace: Namespace = None,
 ) -> int:
-    """Put prompts in the queue.  Prints their ids, or with --wait their answers."""
+    """Put prompts in the queue.  Prints their ids, or with --wait their answers.
+
+    The answers to --file are a line each, as JSON strings, in the order of the file; null where there is none.
+    """
     sampling = sampling_object(more) | given(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop or None, n=n
     )
@@ -68,16 +72,12 @@ def enqueue(
     if file is not None and idempotency_key is not None:
         raise typer.BadParameter("--idempotency-key is for one prompt; in --file each line has its own")
     if file is None:
-        jobs = [parsed({"prompt": prompt}, common, sampling, where="")]
+        jobs = [PlacedJob(parsed({"prompt": prompt}, common, sampling, where=""), "")]
     else:
         jobs = list(read_jobs(file, common, sampling))
-    with client(redis_url, namespace, tenant) as talk:
-        handles = talk.enqueue_many(jobs)
-        if wait:
-            return answers(talk, handles, as_json=as_json)
-        for handle in handles:
-            typer.echo(json.dumps({"id": handle.id, "duplicate": handle.duplicate}) if as_json else handle.id)
-    return EXIT_OK
+    with client(redis_url, namespace, tenant) as talk, nothing_lost() as sent:
+        send(talk, jobs, sent, told=(lambda: None) if wait else (lambda: sent.print_ids(as_json=as_json)))
+        return print_answers(talk, jobs, sent, as_json=as_json) if wait else EXIT_OK
 
 
 def result(
@@ -147,7 +147,7 @@ def sampling_object(text: str | None) -> dict[str, Any]:
     return found
 
 
-def read_jobs(file: Path, common: dict[str, Any], sampling: dict[str, Any]) -> Iterator["Job"]:
+def read_jobs(file: Path, common: dict[str, Any], sampling: dict[str, Any]) -> Iterator[PlacedJob]:
     """The jobs of a JSON lines file; the options stand for what a line leaves out."""
     from hortator.producer.errors import BadRequest, ConfigError
     from hortator.producer.schema import Job, Sampling
@@ -169,7 +169,7 @@ def read_jobs(file: Path, common: dict[str, Any], sampling: dict[str, Any]) -> I
         if not isinstance(fields, dict):
             raise BadRequest(f"{where}: neither a job (an object) nor a prompt (a string)")
         others |= fields.keys() - Job.model_fields.keys() - Sampling.model_fields.keys()
-        yield parsed(fields, common, sampling, where=where)
+        yield PlacedJob(parsed(fields, common, sampling, where=where), where)
     if others:
         typer.echo(
             f"note: left out of the jobs, which have no such field: {printable(', '.join(sorted(others)))}", err=True
@@ -207,12 +207,16 @@ def known(talk: "Client", job_id: str) -> "JobHandle":
     return handle
 
 
-def answers(talk: "Client", handles: list["JobHandle"], *, as_json: bool) -> int:
+def print_answers(talk: "Client", jobs: Sequence[PlacedJob], sent: Sent, *, as_json: bool) -> int:
     """Wait for all; print in the order of the prompts."""
-    for _ in talk.as_completed(handles):
-        pass
-    codes = [answer(handle, wait_s=None, as_json=as_json) for handle in handles]
-    return max(codes, default=EXIT_OK)
+
+    def show(number: int, handle: "JobHandle") -> int:
+        where = jobs[number].where
+        if as_json or not where:
+            return answer(handle, wait_s=None, as_json=as_json)
+        return answer_line(handle, where)
+
+    return answers(talk, sent, show)
 
 
 def answer(handle: "JobHandle", *, wait_s: float | None, as_json: bool) -> int:
@@ -234,12 +238,18 @@ def answer(handle: "JobHandle", *, wait_s: float | None, as_json: bool) -> int:
 
 def json_answer(handle: "JobHandle", *, wait_s: float | None) -> int:
     """Print the whole status, whatever it is."""
-    from hortator.producer.errors import JobFailed
+    from hortator.producer.errors import JobFailed, UnknownJob
     from hortator.producer.schema import State
 
-    with suppress(JobFailed, TimeoutError):  # the status says it
-        handle.result(timeout_s=wait_s)
-    found = handle.status()
+    try:
+        with suppress(JobFailed, TimeoutError):  # the status says it
+            handle.result(timeout_s=wait_s)
+        found = handle.status()
+    except UnknownJob as gone:  # while it was waited for: each job has its line
+        typer.echo(
+            one_line({"id": handle.id, "state": "unknown", "failure": {"code": gone.code, "message": gone.message}})
+        )
+        return EXIT_FAILED
     typer.echo(found.model_dump_json(exclude_none=True))
     if not found.state.terminal:
         return EXIT_NOT_DONE

@@ -11,6 +11,7 @@ import typer
 
 from hortator.cli_errors import EXIT_FAILED, EXIT_OK, fail_line
 from hortator.cli_store import Namespace, RedisUrl, given, redacted, store_settings, tell_strange_variables
+from hortator.interrupts import hold_until_exec
 
 CELERY_ARGUMENTS = {"allow_extra_args": True}  # those behind "--"
 
@@ -162,7 +163,7 @@ def worker(
     arguments = ["-A", "hortator.workers", "worker", "-Q", settings.queue, "-l", log_level]
     if not any(argument.startswith(("-n", "--hostname")) for argument in context.args):
         arguments += ["-n", f"{settings.group}@%h"]
-    sys.stdout.flush()
+    hold_until_exec()
     os.execve(sys.executable, [sys.executable, "-m", "celery", *arguments, *context.args], environment)  # noqa: S606
 
 
