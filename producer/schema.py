@@ -215,7 +215,9 @@ class Job(Asked):
     version: Literal[1] = 1
     model: ModelName
     prompt: Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT_CHARS)] | None = None
-    token_ids: tuple[TokenId, ...] | None = Field(default=None, min_length=1, max_length=MAX_TOKENS)
+    token_ids: Annotated[tuple[TokenId, ...], Field(fail_fast=True)] | None = Field(
+        default=None, min_length=1, max_length=MAX_TOKENS
+    )
     messages: tuple[Message, ...] | None = Field(default=None, min_length=1, max_length=1024)
     sampling: Sampling = Sampling()
     priority: Priority = Priority.STANDARD

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from hortator.producer.errors import BadRequest
 from hortator.producer.job import describe
 from hortator.producer.schema import SCHEMA_VERSION, TASK_NAME, Job, Sampling
+from hortator.producer.sizes import too_many
 
 MAX_TIME_LIMIT_S = 30 * 86_400
 
@@ -52,6 +53,8 @@ def job_of(envelope: Envelope, *, model: str) -> Job:
     prompt; the model defaults to the queue's.
     """
     fields = _positional(envelope.args) | envelope.kwargs
+    if problem := too_many(fields):
+        raise BadRequest(problem)
     if fields.setdefault("version", SCHEMA_VERSION) != SCHEMA_VERSION:
         raise BadRequest(f"schema version {fields['version']!r:.40} is not {SCHEMA_VERSION}: it needs another worker")
     loose = {name: fields.pop(name) for name in _SAMPLING_FIELDS & fields.keys()}

@@ -190,7 +190,7 @@ class Front:
         if not self._may_claim():
             return ()
         before, idle = self._clock(), not self._live
-        claim = self._claimer.claim(self.room(), idle=idle, crowded=self._crowded)
+        claim = self._claimer.claim(self.room(), idle=idle and self._group_empty, crowded=self._crowded)
         if claim is None:
             return ()
         if claim.mode is ClaimMode.DRAIN:
@@ -202,6 +202,11 @@ class Front:
         self._claimed_at = before
         self._taken.update((claimed.lease.job_id, claimed) for claimed in claim.jobs)
         return claim.jobs
+
+    @property
+    def _group_empty(self) -> bool:
+        """Also of what has ended or left here: a suspect that runs alone is convicted if the group dies."""
+        return self._group.empty and not self._cancels
 
     def _step_aside(self) -> None:
         """The next suspect waits for an empty group: those that have just been cleared go on after it, not before.
@@ -362,7 +367,7 @@ class Front:
         """A suspect that got beyond the point where its group died is cleared, and others may join it."""
         lease = self._claimer.suspect()
         live = self._live.get(lease.job_id) if lease else None
-        if live and live.num_tokens - live.num_inherited >= self._settings.probation_tokens:
+        if live and live.passed(self._settings.probation_tokens):
             self._outbox.clear(live.lease)
             self._claimer.let_join(live.lease)
             live.cleared = True

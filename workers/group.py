@@ -69,6 +69,8 @@ class Group:
         )
         self._ready: Ready | None = None
         self._pipe: Pipe | None = None
+        self._num_submitted = 0  # admissions and cancels, in this epoch
+        self._last: Report | None = None  # of this epoch
         self._closed = False
 
     def start(self) -> None:
@@ -105,6 +107,7 @@ class Group:
             for message in submissions(admit, cancel):
                 pipe.send(message)
                 delivered = True
+            self._num_submitted += len(admit) + len(cancel)
         except PipeBroken as error:
             self._lose_pipe(error.message)
         self._watch_writing()
@@ -142,6 +145,14 @@ class Group:
     def steady(self) -> bool:
         """Ready, and no reason to doubt it: rank 0's pipe is whole, all ranks beat, and we were watching."""
         return self._ready is not None and self._pipe is not None and self._supervisor.steady
+
+    @property
+    def empty(self) -> bool:
+        """Nothing that was submitted is left in the ranks.  What was cancelled is, until rank 0 has said that a plan
+        took the cancel: the group can still die of it."""
+        if self._last is None:
+            return not self._num_submitted
+        return self._last.idle and self._last.taken == self._num_submitted
 
     @property
     def pids(self) -> dict[int, int]:
@@ -184,6 +195,7 @@ class Group:
     def _come_up(self, live: Live) -> Iterator[Event]:
         self._pipe = Pipe(live.sock)
         self._epoll.register(self._pipe.fileno(), select.EPOLLIN)
+        self._num_submitted, self._last = 0, None
         self._ready = Ready(live.epoch, live.info, live.start_s)
         yield self._ready
 
@@ -203,7 +215,9 @@ class Group:
         except PipeBroken as error:
             self._lose_pipe(error.message)
             return []
-        return [Stepped(self._ready.epoch, read_report(message)) for message in messages]
+        reports = [read_report(message) for message in messages]
+        self._last = reports[-1] if reports else self._last
+        return [Stepped(self._ready.epoch, report) for report in reports]
 
     def _flush(self) -> None:
         if self._pipe is not None and self._pipe.unsent:

@@ -15,6 +15,10 @@ class Strand:
     handle: int
     output: Output
     reason: FinishReason | None = None  # why it has ended
+    num_inherited: int = field(init=False)  # tokens of earlier attempts
+
+    def __post_init__(self) -> None:
+        self.num_inherited = len(self.output.token_ids)
 
     def end(self, reason: FinishReason) -> None:
         self.output.finish()
@@ -31,20 +35,27 @@ class Live:
     max_tokens: int  # of each strand
     leased_at: float  # on the front's clock: when the lease was last known to be ours
     cleared: bool = False  # it was a suspect, and has passed its probation
-    num_inherited: int = field(init=False)  # tokens of earlier attempts
+    _num_inherited: int = field(init=False)  # tokens of earlier attempts
     _num_journalled: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.num_inherited = self._num_journalled = self.num_tokens
+        self._num_inherited = self._num_journalled = self.num_tokens
 
     @property
     def num_tokens(self) -> int:
         return sum(len(strand.output.token_ids) for strand in self.strands)
 
+    def passed(self, num_tokens: int) -> bool:
+        """Every answer has ended, or has this many tokens of this attempt: any of them may have died of the next."""
+        return all(
+            strand.reason is not None or len(strand.output.token_ids) - strand.num_inherited >= num_tokens
+            for strand in self.strands
+        )
+
     @property
     def unheard(self) -> bool:
         """The journal has no token of this attempt."""
-        return self._num_journalled == self.num_inherited
+        return self._num_journalled == self._num_inherited
 
     def end_what_is_complete(self) -> None:
         """Strands that an earlier attempt had finished when it died."""

@@ -172,6 +172,7 @@ class Inbox:
 
     def __init__(self) -> None:
         self._entries: deque[Request | int] = deque()
+        self.num_taken = 0  # admissions and cancels that plans were made of, since the start
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -190,6 +191,7 @@ class Inbox:
         num_tokens = 0
         while self._entries and num_tokens < PLAN_TOKENS:
             entry = self._entries.popleft()
+            self.num_taken += 1
             if isinstance(entry, Request):
                 admit[entry.handle] = entry
                 num_tokens += len(entry.prompt) + len(entry.generated)

@@ -197,21 +197,24 @@ class Gain(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Up to this step, since the last report; `idle`: nothing is left in the ranks."""
+    """Up to this step, since the last report.  `taken`: how many admissions and cancels this and earlier plans were
+    made of; `idle`: of these nothing is left in the ranks."""
 
     step: int
     gains: tuple[Gain, ...]
     finished: tuple[tuple[int, Finish], ...]
     faults: tuple[Fault, ...]
     stats: EngineStats
+    taken: int
     idle: bool
 
 
-def report(step: int, output: StepOutput, stats: EngineStats, *, idle: bool) -> Message:
+def report(step: int, output: StepOutput, stats: EngineStats, *, taken: int, idle: bool) -> Message:
     """Everything that the front learns of these steps."""
     message: Message = {
         "step": step,
         "stats": _stats(stats),
+        "taken": taken,
         "idle": idle,
     }
     if output.tokens:
@@ -244,6 +247,7 @@ def read_report(message: Message) -> Report:
         finished=tuple((handle, Finish(finish)) for handle, finish in message.get("finished", ())),
         faults=tuple(Fault(*item) for item in message.get("faults", ())),
         stats=EngineStats(*message["stats"]),
+        taken=message["taken"],
         idle=message["idle"],
     )
 

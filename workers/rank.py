@@ -32,7 +32,7 @@ from .engine.echo import DEFAULT_MODEL_LEN, EchoEngine
 from .engine.step import Engine, EngineInfo
 from .lockstep import Channel, CollectiveFailed, DistributedChannel, Follower, InProcessChannel, LockstepError
 from .pipe import Pipe, PipeBroken
-from .stroke import Leader, Peer
+from .stroke import Leader, Peer, most_untold_steps
 
 if TYPE_CHECKING:
     from hortator.topology.mesh import Mesh
@@ -85,6 +85,7 @@ class RankConfig(BaseModel):
     kv_cache_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
     prefix_caching: bool = True
+    probation_tokens: int = 8
     echo_latency_s: float = 0.0
 
     @property
@@ -228,7 +229,9 @@ def serve(config: RankConfig, control: ControlClient, listener: socket.socket | 
     control.ready(describe(replace(engine.info, details=engine.info.details | spent)))
     if config.rank == 0:
         assert config.pipe_fd is not None
-        Leader(engine, channel, control, Pipe(socket.socket(fileno=config.pipe_fd)), epoch=config.epoch).run()
+        pipe = Pipe(socket.socket(fileno=config.pipe_fd))
+        untold = most_untold_steps(config.probation_tokens)
+        Leader(engine, channel, control, pipe, epoch=config.epoch, most_untold_steps=untold).run()
     else:
         Peer(engine, channel, control, Follower(rank=config.rank, epoch=config.epoch)).run()
 

@@ -19,20 +19,36 @@ REPORT_EVERY_S = 0.05
 """Steps of a well filled group are told together this often (or after one step, if that is longer), unless rows have
 become free that only the front can fill: each message wakes the front, which costs the engine time where they share a
 processor."""
-MOST_UNTOLD_STEPS = 6  # less than a suspect's usual probation: where a group died must be known better than that
+MOST_UNTOLD_STEPS = 6
 
 _NOTHING = StepOutput()
+
+
+def most_untold_steps(probation_tokens: int) -> int:
+    """Of one token a row each, until the next report.  Where a group died must be known better than to a probation's
+    length: else a suspect is cleared on its way to the point where it kills."""
+    return max(1, min(MOST_UNTOLD_STEPS, probation_tokens - 1))
 
 
 class Leader:
     """Rank 0: takes what the front submits, calls every step, reports what it gave."""
 
-    def __init__(self, engine: Engine, channel: Channel, control: ControlClient, pipe: Pipe, *, epoch: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        channel: Channel,
+        control: ControlClient,
+        pipe: Pipe,
+        *,
+        epoch: int,
+        most_untold_steps: int = MOST_UNTOLD_STEPS,
+    ) -> None:
         self._engine = engine
         self._channel = channel
         self._control = control
         self._pipe = pipe
         self._epoch = epoch
+        self._most_untold_steps = most_untold_steps
         self._inbox = Inbox()
         self._step = 1
         self._untold = _NOTHING
@@ -69,7 +85,8 @@ class Leader:
             if self._pipe.unsent:
                 self._pipe.flush()
             return
-        self._pipe.send(report(plan.step, self._untold, self._engine.stats(), idle=idle))
+        taken = self._inbox.num_taken
+        self._pipe.send(report(plan.step, self._untold, self._engine.stats(), taken=taken, idle=idle))
         self._untold, self._told_at, self._told_step = _NOTHING, time.monotonic(), plan.step
 
     def _can_wait(self, plan: StepPlan, output: StepOutput) -> bool:
@@ -78,8 +95,8 @@ class Leader:
             return self._untold == _NOTHING and not plan.admit
         many = 2 * len(output.tokens) >= self._engine.info.max_num_seqs
         nothing_to_do = not output.faults and (not (output.finished or plan.admit) or self._engine.stats().waiting > 0)
-        recent = plan.step - self._told_step < MOST_UNTOLD_STEPS and time.monotonic() - self._told_at < REPORT_EVERY_S
-        return many and nothing_to_do and recent
+        few = plan.step - self._told_step < self._most_untold_steps
+        return many and nothing_to_do and few and time.monotonic() - self._told_at < REPORT_EVERY_S
 
     def _park(self) -> None:
         """Wait for the front while the peers wait for WAKE."""

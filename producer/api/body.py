@@ -11,6 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hortator.producer.problems import NO_TEXT, field_name
+from hortator.producer.sizes import MAX_VALUES, MAX_VALUES_OF_ALL, too_many
 
 from .failures import BodyTooLarge, BodyTooSlow, Malformed, refusal
 
@@ -18,6 +19,7 @@ from .failures import BodyTooLarge, BodyTooSlow, Malformed, refusal
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _NOT_BRACKETS = bytes(sorted(set(range(256)) - set(b"[]{}")))
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+_LONG_NUMBER = re.compile(rb"[0-9]{400}")  # of the largest float 309 stand before its point
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 LINGER_BYTES = 64 * 2**20
 LINGER_S = 2.0
@@ -100,18 +102,25 @@ def parse_object(body: bytes, *, max_depth: int, max_containers: int) -> dict[st
         raise Malformed(f"the body is not UTF-8: byte {problem.start} is wrong") from None
     except json.JSONDecodeError as problem:
         raise Malformed(f"the body is not JSON: {problem.msg} at character {problem.pos}") from None
-    except ValueError:
-        raise Malformed("the body is not JSON: a number has too many digits") from None
     if not isinstance(parsed, dict):
         raise Malformed("the body must be a JSON object")
+    if crowd := too_many(parsed):
+        raise Malformed(crowd)
     if _SURROGATE.search(body) and (where := next(no_text(parsed), None)):
         raise Malformed(f"{field_name(where)}: {NO_TEXT}")
     return parsed
 
 
 def check_shape(body: bytes, *, max_depth: int, max_containers: int) -> None:
-    """Depth and number of objects and arrays, counted without building them."""
-    brackets = _STRING.sub(b"", body).translate(None, _NOT_BRACKETS)
+    """Depth, and number of objects and arrays, of values and keys, counted without building them."""
+    unquoted = _STRING.sub(b"", body)
+    if unquoted.count(b",") > MAX_VALUES_OF_ALL:
+        raise Malformed(f"the body has more than {MAX_VALUES_OF_ALL} values")
+    if unquoted.count(b":") > MAX_VALUES:
+        raise Malformed(f"the body has more than {MAX_VALUES} keys")
+    if _LONG_NUMBER.search(unquoted):
+        raise Malformed("the body is not JSON: a number has too many digits")
+    brackets = unquoted.translate(None, _NOT_BRACKETS)
     if len(brackets) > 2 * max_containers:
         raise Malformed(f"the body has more than {max_containers} objects and arrays")
     depth = max(accumulate((_STEP[bracket] for bracket in brackets), initial=0))

@@ -39,6 +39,11 @@ def parse(raw: bytes) -> dict[str, Any]:
         (b"[" * 1_000, "more than 100"),
         (b'{"a":[' + b"[]," * 101 + b"1]}", "more than 100"),
         (b'{"a":1}{"b":2}', "not JSON"),
+        (b'{"a":0.' + b"3" * 500 + b"}", "too many digits"),
+        (b'{"a":[' + b"1," * 1_100_000 + b"1]}", "more than 1032768 values"),
+        (b'{"a":{' + b",".join(b'"%d":1' % n for n in range(40_000)) + b"}}", "more than 32768 keys"),
+        (b'{"a":{"stop":[' + b"1," * 40_000 + b"1]}}", "a: too many values"),
+        (b'{"token_ids":[' + b"1," * 1_000_000 + b"1]}", "token_ids: 1000001 values"),
     ],
 )
 def test_a_body_is_refused_with_the_reason(raw: bytes, reason: str) -> None:
@@ -82,6 +87,10 @@ def test_eight_hostile_megabytes_cost_no_more_than_their_length(raw: bytes) -> N
     with pytest.raises(Malformed):
         parse(raw)
     assert time.process_time() - began < 30.0, "linear: about a second on a slow machine; quadratic: hours"
+
+
+def test_a_million_token_ids_are_not_too_many() -> None:
+    assert len(parse(b'{"token_ids":[' + b"1," * 999_999 + b"1]}")["token_ids"]) == 1_000_000
 
 
 class Line:

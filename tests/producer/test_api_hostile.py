@@ -126,6 +126,18 @@ def test_an_error_does_not_repeat_what_the_client_wrote(api: Api, body: dict[str
     assert SECRET not in answer.text
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"token_ids": [-1] * 600_000}, {"messages": [1] * 900_000}, {"stop": [1] * 900_000}],
+    ids=["token_ids", "messages", "stop"],
+)
+def test_of_a_million_wrong_values_others_hear_nothing(api: Api, wrong: dict[str, Any]) -> None:
+    raw = json.dumps({"model": "demo"} | wrong, separators=(",", ":")).encode()
+    began = time.process_time()
+    assert api.http.post("/v1/jobs", content=raw, headers=JSON).status_code in (400, 422)
+    assert time.process_time() - began < 3.0, "well below a second; an error of each took ten"
+
+
 def test_a_ten_megabyte_prompt_is_413(api: Api) -> None:
     answer = api.http.post("/v1/jobs", content=b"x" * 10_000_000, headers=JSON)
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")

@@ -34,9 +34,14 @@ def test_a_problem_is_its_field_and_what_is_wrong_with_it(fields: dict[str, obje
 
 
 def test_of_many_problems_eight_are_named() -> None:
-    said = problems_of(token_ids=list(range(-20, 0)), prompt=None)
-    assert said.count("token_ids.") == 8
+    said = problems_of(sampling={"stop": [1] * 20})
+    assert said.count("sampling.stop.") == 8
     assert said.endswith("; and 12 more")
+
+
+def test_of_wrong_token_ids_the_first_is_named_for_there_may_be_a_million() -> None:
+    assert problems_of(token_ids=[1, -1, -2], prompt=None).startswith("token_ids.1: ")
+    assert problems_of(token_ids=[1, -1, -2], prompt=None).count("token_ids") == 1
 
 
 def test_what_may_be_shown_of_a_value_is_for_the_caller_to_say() -> None:

@@ -45,6 +45,24 @@ def slow_echo(config: RankConfig, _mesh: object) -> SlowEcho:
     return SlowEcho(misbehaves=config.last_rank, max_num_seqs=config.max_num_seqs, max_model_len=config.max_model_len)
 
 
+class LatePoison(EchoEngine):
+    """One token per job and step, 1 ms a step.  A prompt "!late030!" aborts once one of its answers has 30 tokens."""
+
+    def execute(self) -> StepOutput:
+        time.sleep(0.001)
+        for row in self._speaking.values():
+            said = bytes(row.request.prompt)
+            if said.startswith(b"!late") and row.position >= int(said[5:8]):
+                os.abort()
+        return super().execute()
+
+
+def late_poison(config: RankConfig, _mesh: object) -> LatePoison:
+    """The factory that `engine` names."""
+    assert config.max_model_len is not None
+    return LatePoison(max_num_seqs=config.max_num_seqs, max_model_len=config.max_model_len, tokens_per_step=1)
+
+
 METER = "ENGINE_METER_FILE"
 
 

@@ -3,14 +3,17 @@
 import base64
 import json
 import pickle
+import signal
 import threading
 import time
 
 import pytest
 import redis as redis_py
 
+from hortator.producer import Sampling
 from hortator.producer.errors import UnknownJob
 from hortator.producer.schema import State
+from hortator.producer.store import ReleaseReason
 from tests.together.fleet import ECHO, Fleet, assert_all_right, wait_for
 
 FIVE = ["alpha;", "beta;", "gamma;", "delta;", "epsilon;"]
@@ -53,6 +56,21 @@ def test_a_poison_prompt_ends_after_two_crashes_and_harms_nobody(fleet: Fleet) -
     assert leader.epoch() == first_epoch + 2, "exactly two groups died"
 
 
+def test_a_prompt_that_kills_a_full_group_after_some_tokens_is_not_cleared_on_its_way_there(fleet: Fleet) -> None:
+    leader = fleet.worker(
+        "one", engine="tests.together.engines:late_poison", tensor_parallel_size=1, max_num_seqs=4, probation_tokens=2
+    )
+    first_epoch = leader.ready().epoch()
+    innocents = dict(zip(fleet.enqueue(FIVE[:2], max_tokens=2000), FIVE, strict=False))
+    fleet.progressed(list(innocents))
+    [poison] = fleet.enqueue(["!late021!"], sampling=Sampling(max_tokens=500, n=2))
+    failure = fleet.finished([poison])[poison].failure
+    assert failure is not None
+    assert failure.code == "poison"
+    assert leader.ready(after_epoch=first_epoch + 1).epoch() == first_epoch + 2, "exactly two groups died"
+    assert_all_right(fleet.finished(list(innocents)), innocents, 2000)
+
+
 def test_a_prompt_that_hangs_a_rank_ends_like_poison(fleet: Fleet) -> None:
     leader = fleet.worker("one", stall_timeout_s=2).ready()
     first_epoch = leader.epoch()
@@ -64,6 +82,21 @@ def test_a_prompt_that_hangs_a_rank_ends_like_poison(fleet: Fleet) -> None:
     assert failure.code == "poison"
     assert_all_right({i: done[i] for i in innocents}, innocents, 60)
     assert leader.ready(after_epoch=first_epoch + 1).epoch() == first_epoch + 2
+
+
+def test_an_innocent_suspect_is_not_convicted_for_a_hang_whose_client_cancelled_it(fleet: Fleet) -> None:
+    leader = fleet.worker("one", stall_timeout_s=4).ready()
+    [hang] = fleet.enqueue(["please !hang! here"])
+    wait_for("a rank that hangs", leader.running)
+    leader.signal(signal.SIGSTOP)  # for a moment, else it claims the suspect itself
+    [suspect] = fleet.enqueue(["innocent;"], max_tokens=20)
+    [claimed] = fleet.store.claim(ECHO, owner="another", limit=1, lease_s=30, idle=True).jobs
+    fleet.store.release([claimed.lease], reason=ReleaseReason.CRASHED)
+    leader.signal(signal.SIGCONT)
+    assert fleet.client.job(hang).cancel() is State.RUNNING
+    done = fleet.finished([hang, suspect])
+    assert done[hang].state is State.CANCELLED
+    assert_all_right({suspect: done[suspect]}, {suspect: "innocent;"}, 20)
 
 
 CANARY: list[str] = []

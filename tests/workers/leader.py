@@ -32,7 +32,7 @@ class Clock:
 
 def stepped(step: int, output: StepOutput, stats: EngineStats, *, epoch: int = 1) -> Stepped:
     """What the front gets of it through the pipe."""
-    return Stepped(epoch, read_report(report(step, output, stats, idle=False)))
+    return Stepped(epoch, read_report(report(step, output, stats, taken=0, idle=False)))
 
 
 class FakeGroup:
@@ -48,6 +48,7 @@ class FakeGroup:
         self.messages = 0
         self.steady = True
         self.rank_0_gone = False
+        self.empty = True
 
     def submit(self, *, admit: Sequence[Request] = (), cancel: Sequence[int] = ()) -> bool:
         if self.rank_0_gone:

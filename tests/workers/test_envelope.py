@@ -109,7 +109,13 @@ def test_sampling_parameters_may_stand_beside_the_prompt() -> None:
         ({"prompt": "\ud800"}, "prompt"),
         ({"prompt": "x", "version": 2}, "schema version 2 is not 1"),
         ({"prompt": "x", "model": "other"}, "asks for model 'other'"),
+        ({"token_ids": [1, -1, -1]}, "^token_ids.1: [^;]*$"),
+        ({"token_ids": [1] * 1_000_001}, "token_ids: 1000001 values"),
+        ({"messages": [1] * 40_000}, "messages: too many values"),
+        ({"prompt": "x", "stop": [[], [1] * 40_000]}, "stop: too many values"),
+        ({"prompt": "x", "metadata": {str(n): 1 for n in range(40_000)}}, "metadata: too many values"),
     ],
+    ids=lambda value: repr(value)[:40],
 )
 def test_a_wrong_job_is_refused_with_the_field_named(kwargs: dict[str, Any], says: str) -> None:
     with pytest.raises(BadRequest, match=says):

@@ -610,6 +610,22 @@ def test_a_suspect_runs_alone_until_it_is_past_the_point_of_the_crash() -> None:
     assert leader.group.admitted[-1].handle != first, "the next suspect does not wait for the end of the first"
 
 
+def test_a_suspect_of_several_answers_runs_alone_until_each_has_passed_that_point_or_ended() -> None:
+    leader = Leader(probation_tokens=3)
+    leader.run(n=3)
+    leader.down()
+    leader.ready(epoch=2)
+    leader.turn(after_s=0.1)
+    first, second, third = (request.handle for request in leader.group.admitted[-3:])
+    for of, tokens, finish in ((first, "abcdef", None), (second, "a", Finish.LENGTH), (third, "ab", None)):
+        leader.step(tokens, of=of, finish=finish)
+    leader.turn(after_s=0.1)
+    assert leader.redis.calls.count("clear") == 0
+    leader.step("c", of=third)
+    leader.turn(after_s=0.1)
+    assert leader.redis.calls.count("clear") == 1
+
+
 def test_many_long_suspects_cost_a_short_run_each_and_then_go_on_together() -> None:
     jobs = 4
     leader = Leader(probation_tokens=2)
@@ -715,6 +731,21 @@ def test_a_busy_group_is_left_alone_when_another_takes_the_suspect() -> None:
     assert leader.gone_ == []
     leader.run(job_id="next")
     assert leader.status("next").state is State.RUNNING
+
+
+def test_a_suspect_waits_until_the_engine_has_let_go_of_what_was_cancelled() -> None:
+    leader = Leader()
+    leader.run()
+    suspect_elsewhere(leader)
+    leader.group.empty = False
+    leader.store.cancel(["id-1"])
+    for _ in range(20):
+        leader.turn(after_s=0.1)
+    assert leader.front.num_live == 0
+    assert leader.status("suspect").state is State.QUEUED
+    leader.group.empty = True
+    leader.turn(after_s=0.1)
+    assert leader.status("suspect").state is State.RUNNING
 
 
 def test_a_refused_suspect_does_not_keep_the_group_waiting() -> None:

@@ -67,6 +67,19 @@ def test_many_requests_run_together_and_a_cancel_frees_its_row(driver: Driver) -
     assert [driver.said(handle) for handle in handles] == [b"%d" % n * 20 for n in range(10)]
 
 
+def test_a_group_is_empty_only_once_rank_0_has_taken_what_was_cancelled(driver: Driver) -> None:
+    wait_for("an empty group", lambda: bool(driver.turn(0.01)) or driver.group.empty)
+    endless = driver.busy()
+    assert not driver.group.empty
+    driver.group.submit(cancel=[endless])
+    assert not driver.group.empty
+    driver.until(Stepped, lambda _: driver.group.empty)
+    never = driver.submit(max_tokens=1_000_000)
+    driver.group.submit(cancel=[never])
+    assert not driver.group.empty, "the last report is of what was before"
+    driver.until(Stepped, lambda _: driver.group.empty)
+
+
 def test_a_long_prompt_travels_like_a_short_one(driver: Driver) -> None:
     prompt = bytes(range(1, 256)) * 400
     assert driver.answer(prompt, 300) == (prompt * 2)[:300]

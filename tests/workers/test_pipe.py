@@ -98,10 +98,10 @@ def test_submissions_arrive_as_sent(admit: list[Request], cancel: list[int]) -> 
     assert [handle for _, some in arrived for handle in some] == cancel
 
 
-@given(st.integers(0, 2**40), outputs, st.booleans())
-def test_reports_arrive_as_sent_request_by_request(step: int, output: StepOutput, idle: bool) -> None:
-    arrived = read_report(carry(report(step, output, STATS, idle=idle)))
-    assert (arrived.step, arrived.stats, arrived.idle) == (step, STATS, idle)
+@given(st.integers(0, 2**40), outputs, st.integers(0, 2**40), st.booleans())
+def test_reports_arrive_as_sent_request_by_request(step: int, output: StepOutput, taken: int, idle: bool) -> None:
+    arrived = read_report(carry(report(step, output, STATS, taken=taken, idle=idle)))
+    assert (arrived.step, arrived.stats, arrived.taken, arrived.idle) == (step, STATS, taken, idle)
     assert (arrived.finished, arrived.faults) == (output.finished, output.faults)
     for handle in range(8):
         assert tokens_of(handle, arrived) == [token for token in output.tokens if token.handle == handle]

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, cast
 
 import pytest
@@ -30,7 +31,7 @@ from hortator.workers.rank import (
     load_engine,
     read_description,
 )
-from hortator.workers.stroke import LINGER_S, MOST_UNTOLD_STEPS, Leader, Peer
+from hortator.workers.stroke import LINGER_S, MOST_UNTOLD_STEPS, Leader, Peer, most_untold_steps
 
 CONFIG: dict[str, Any] = {
     "rank": 0,
@@ -84,7 +85,7 @@ class Recorder(EchoEngine):
 class Ranks:
     """A leader and a peer, each a thread, and the front's end of the pipe."""
 
-    def __init__(self, max_num_seqs: int = 64) -> None:
+    def __init__(self, max_num_seqs: int = 64, most_untold_steps: int = MOST_UNTOLD_STEPS) -> None:
         ours, theirs = socket.socketpair()
         self.front, self.pipe = Pipe(ours), Pipe(theirs)
         channel = InProcessChannel()
@@ -93,7 +94,8 @@ class Ranks:
         self.control = FakeControl(self.peer_control)
         self.errors: list[Exception] = []
         peer_channel = channel.peer()
-        leader = Leader(self.engines[0], channel, self.control.as_client(), self.pipe, epoch=1)
+        control = self.control.as_client()
+        leader = Leader(self.engines[0], channel, control, self.pipe, epoch=1, most_untold_steps=most_untold_steps)
         follower = Follower(rank=1, epoch=1)
         peer = Peer(self.engines[1], peer_channel, self.peer_control.as_client(), follower)
         self.leader_thread = threading.Thread(target=self._guard(leader.run), daemon=True)
@@ -176,6 +178,18 @@ def test_a_full_group_tells_of_several_steps_at_once_and_loses_none(full_ranks: 
     assert sum(len(report.finished) for report in reports) == 2
 
 
+@pytest.mark.parametrize(("probation_tokens", "most"), [(1, 1), (2, 1), (4, 3), (8, MOST_UNTOLD_STEPS)])
+def test_a_full_group_leaves_fewer_steps_untold_than_a_suspect_must_pass(
+    probation_tokens: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stroke, "REPORT_EVERY_S", 60.0)
+    ranks = Ranks(max_num_seqs=2, most_untold_steps=most_untold_steps(probation_tokens))
+    ranks.submit(b"abc", b"xyz", max_tokens=60)
+    told = [read_report(message).step for message in ranks.until_idle()]
+    ranks.close()
+    assert max(after - before for before, after in pairwise(told)) == most
+
+
 def test_ends_wait_for_the_next_report_while_others_wait_for_their_rows(
     full_ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,16 +201,17 @@ def test_ends_wait_for_the_next_report_while_others_wait_for_their_rows(
 
 
 def test_who_joins_a_group_in_which_others_wait_for_a_row_makes_no_report_of_its_own(
-    full_ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(stroke, "REPORT_EVERY_S", 60.0)
-    monkeypatch.setattr(stroke, "MOST_UNTOLD_STEPS", 10**6)
-    full_ranks.submit(b"a", b"b", b"c", max_tokens=10**6)
+    ranks = Ranks(max_num_seqs=2, most_untold_steps=10**6)
+    ranks.submit(b"a", b"b", b"c", max_tokens=10**6)
     for handle in range(3, 13):
-        full_ranks.submit(b"x", max_tokens=1, first=handle)
-        full_ranks.await_joined(handle)
-    full_ranks.submit(cancel=(0, 1, 2))
-    reports = [read_report(message) for message in full_ranks.until_idle()]
+        ranks.submit(b"x", max_tokens=1, first=handle)
+        ranks.await_joined(handle)
+    ranks.submit(cancel=(0, 1, 2))
+    reports = [read_report(message) for message in ranks.until_idle()]
+    ranks.close()
     assert sum(len(report.finished) for report in reports) == 10, "those cancelled get no word"
     assert len(reports) <= 5, "not one for each of the ten"
 
