@@ -15,17 +15,22 @@ ENDING = ("stopping", "restarting")
 """States of a group that hears nothing more in this life."""
 
 
-def by_name(look: Callable[[], Sequence[QueueInfo]], *, patience_s: float = 0.0) -> dict[str, GroupBeat]:
-    """As the groups last said of themselves; `look` is a store's or a client's `queues`.
+def by_name(
+    look: Callable[[], Sequence[QueueInfo]], *, patience_s: float = 0.0, on_away: Callable[[str], None] | None = None
+) -> dict[str, GroupBeat]:
+    """As the groups last said of themselves; `look` is a store's or a client's `queues`, `on_away` hears what a Redis
+    that is waited for says.
 
     Raises StoreUnavailable if Redis stays away for longer than `patience_s`."""
     until = time.monotonic() + patience_s
     while True:
         try:
             return {beat.group: beat for queue in look() for beat in queue.groups}
-        except StoreUnavailable:
+        except StoreUnavailable as problem:
             if time.monotonic() >= until:
                 raise
+            if on_away is not None:
+                on_away(problem.message)
             time.sleep(POLL_S)
 
 

@@ -256,6 +256,27 @@ def test_two_fleets_whose_files_have_one_name_have_nothing_to_do_with_each_other
     assert run(["down", "--fleet", str(tmp_path / "x" / "fleet.toml")]) == 0
 
 
+def test_leaders_of_the_fleet_as_it_was_before_its_namespace_changed_are_told(
+    tmp_path: Path, newest_redis_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "hosts").write_text("127.0.0.1 slots=2\n")
+    text = FLEET.format(redis=newest_redis_url, max_num_seqs=8).replace('"cpu"', '"auto"')
+    file, pids, said = tmp_path / "fleet.toml", [], []
+    for namespace in ("was:", "is:"):
+        file.write_text(f'namespace = "{namespace}"\n{text}')
+        assert run(["up", str(file)]) == 0
+        out, err = capsys.readouterr()
+        pids.append(out.split("pid ")[1].split()[0])
+        said.append(err)
+    for namespace in ("is:", "was:"):
+        file.write_text(f'namespace = "{namespace}"\n{text}')
+        assert run(["down", "--fleet", str(file)]) == 0
+    assert said[0] == ""
+    assert said[1].startswith("warning: echo-0 of another fleet (redis://")
+    assert f"namespace=was:) has GPUs of echo-0: pid {pids[0]}, " in said[1]
+
+
 def test_a_fleet_that_shrank_or_moved_says_what_runs_beyond_it_and_ends_it_when_told(sh: Shell) -> None:
     file = sh.directory / "f.toml"
     one = file.read_text()

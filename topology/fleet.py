@@ -31,6 +31,7 @@ from pydantic_core import ErrorDetails
 from hortator.ceilings import MAX_BYTES, Lifetime
 
 from .address import address_problem, canonical, python_problem, shown, unbracketed, user_problem
+from .elsewhere import OTHER_PLACES, PLACES, RULES
 from .errors import BadFleet
 from .groupsettings import GroupSettings
 from .plainyaml import BadYaml, read_yaml
@@ -232,7 +233,7 @@ _READERS: dict[str, Callable[[str], Any]] = {".toml": _read_toml, ".yaml": read_
 def _check_environment(fleet: Fleet, source: Path) -> None:
     """A setting whose place is elsewhere would be overruled in silence."""
     for name in fleet.environment:
-        if elsewhere := _OTHER_PLACES.get(name.upper()):
+        if elsewhere := OTHER_PLACES.get(name.upper()):
             raise BadFleet(f"{source}: environment.{name}: {elsewhere}")
 
 
@@ -323,9 +324,9 @@ def _worded(problem: ErrorDetails) -> str:
 def _unknown_key(location: tuple[int | str, ...]) -> str:
     table = _table_at(location[:-1])
     unknown = str(location[-1])
-    if table is ModelSpec and (elsewhere := _PLACES.get(unknown)):
+    if table is ModelSpec and (elsewhere := PLACES.get(unknown)):
         return elsewhere
-    if table is ModelSpec and unknown in _RULES:
+    if table is ModelSpec and unknown in RULES:
         return (
             f"it is the same for all who use this Redis, producers too: HORTATOR_{unknown.upper()} in [environment],"
             " and in theirs"
@@ -337,38 +338,6 @@ def _unknown_key(location: tuple[int | str, ...]) -> str:
 
 
 _NO_MODELS = "there are none: add at least one [[models]] table with name and path"
-_RULES = frozenset(
-    {
-        *("journal_ttl_s", "idempotency_ttl_s", "require_known_model", "max_queued_per_model", "max_queued_per_tenant"),
-        *("max_message_bytes", "max_letters", "max_letters_bytes", "max_attempts", "default_deadline_s"),
-        "memory_headroom",
-    }
-)
-_IN_SSH = "how hosts are reached is said under [ssh]"
-_OTHER_PLACES = {
-    "HORTATOR_MODEL": "a model's queue is its 'name'",
-    "HORTATOR_MODEL_PATH": "a model's directory is its 'path'",
-    "HORTATOR_GROUP": "groups are named by model and replica: leave it out",
-    "HORTATOR_REDIS_URL": "it is the same for all models: put it at the top of the file",
-    "HORTATOR_NAMESPACE": "it is the same for all models: put it at the top of the file",
-    "HORTATOR_HOSTS": "the plan decides where a group runs: leave it out",
-    "HORTATOR_FRONT_RANKS": "the plan decides where a group runs: leave it out",
-    "HORTATOR_LAUNCHER": "it is an option of the command: hortator up --launcher",
-    "HORTATOR_RANK_VARIABLES": "every rank gets what stands in [environment]: leave it out",
-    "HORTATOR_REMOTE_PYTHON": "it is 'python', at the top of the file",
-    "HORTATOR_SSH_USER": f"{_IN_SSH}, as user",
-    "HORTATOR_SSH_PORT": f"{_IN_SSH}, as port",
-    "HORTATOR_SSH_IDENTITY_FILE": f"{_IN_SSH}, as identity_file",
-    "HORTATOR_SSH_KNOWN_HOSTS_FILE": f"{_IN_SSH}, as known_hosts_file",
-    "HORTATOR_SSH_CONNECT_TIMEOUT_S": f"{_IN_SSH}, as connect_timeout_s",
-}
-"""Of settings that the leader is told by whoever starts it."""
-_PLACES = {name.removeprefix(OWN_PREFIX).lower(): place for name, place in _OTHER_PLACES.items()} | {
-    "control_host": "the plan decides where a group runs: leave it out",
-    "control_port": "ports are chosen when a group starts: leave it out",
-    "store_port": "ports are chosen when a group starts: leave it out",
-    "num_gpus": "a replica takes tensor_parallel_size x pipeline_parallel_size GPUs: leave it out",
-}
 
 
 def _table_at(location: tuple[int | str, ...]) -> type[Table]:

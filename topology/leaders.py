@@ -96,6 +96,14 @@ class Leaders(BaseModel):
     """A host's answer: all that it knows of."""
 
     leaders: tuple[Leader, ...]
+    neighbours: "tuple[Neighbour, ...]" = ()
+
+
+class Neighbour(BaseModel):
+    """A living leader of another fleet; `fleet`: its Redis and namespace."""
+
+    fleet: str
+    leader: Leader
 
 
 class Ended(BaseModel):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from .deepspeed import check_hosts
+from .errors import CannotStart
 from .fleet import Fleet
 from .leaders import Order, Seat
 from .plan import PlannedGroup
@@ -18,6 +19,7 @@ def leader_order(fleet: Fleet, group: PlannedGroup, *, python: Path, launcher: s
         check_variables(fleet.rank_variables, launcher=launcher)
         if launcher == "deepspeed":
             check_hosts(seat.host for seat in group.hosts)
+            check_secret(fleet)
     seats = [{"host": seat.host, "devices": seat.devices} for seat in group.hosts]
     place = {
         "REDIS_URL": fleet.redis_url,  # where the commands look, whatever the host's own environment names
@@ -40,6 +42,15 @@ def leader_order(fleet: Fleet, group: PlannedGroup, *, python: Path, launcher: s
         model=spec.name,
         seats=tuple(Seat(host=seat.host, devices=seat.devices) for seat in group.hosts),
     )
+
+
+def check_secret(fleet: Fleet) -> None:
+    """Keepers that DeepSpeed starts show that they belong to the group.  Raises CannotStart."""
+    if "HORTATOR_SECRET_FILE" not in fleet.environment:
+        raise CannotStart(
+            "launcher=deepspeed: environment.HORTATOR_SECRET_FILE is missing in the fleet file: make a file with"
+            " `openssl rand -hex 32`, chmod 600, at the same path on every host, and name it there"
+        )
 
 
 def celery_command(python: Path, *, queue: str, group: str, quiet: bool = False) -> tuple[str, ...]:

@@ -2,12 +2,23 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from .errors import DoesNotFit
 from .fleet import Fleet
 from .ground import Shapes
 from .hostfilter import HostSlots
 from .plan import Plan, PlannedGroup, Seats, make_plan
+
+
+class Place(Protocol):
+    """Devices of one host, wherever they are told."""
+
+    @property
+    def host(self) -> str: ...
+    @property
+    def devices(self) -> tuple[int, ...]: ...
+
 
 Running = Mapping[str, tuple[Seats, ...]]
 
@@ -34,7 +45,7 @@ def overlaps(group: PlannedGroup, running: Running) -> list[str]:
     return [name for name, seats in running.items() if name != group.name and wanted & slots_of(seats)]
 
 
-def slots_of(seats: Sequence[Seats]) -> set[tuple[str, int]]:
+def slots_of(seats: Sequence[Place]) -> set[tuple[str, int]]:
     return {(seat.host, device) for seat in seats for device in seat.devices}
 
 

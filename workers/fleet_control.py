@@ -90,8 +90,8 @@ class FleetControl:
             heard |= self._ask(command, missing)
         if missing:
             raise GroupFailed(
-                f"{', '.join(missing)} did not answer within {REPLY_TIMEOUT_S:g} s: it may be draining, which ends"
-                " by itself; else its leader is stuck, or cut off from Redis (hortator status, hortator logs)"
+                f"{', '.join(missing)} did not answer within {REPLY_TIMEOUT_S:g} s: the leader is stuck, or cut off"
+                " from Redis; hortator logs FLEET shows what it says, hortator down --fleet FLEET ends it on its host"
             )
         return heard
 

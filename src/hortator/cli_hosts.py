@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hortator.topology.errand import Answer
     from hortator.topology.fleet import Fleet
     from hortator.topology.hostfilter import HostSlots
-    from hortator.topology.leaders import Leader
+    from hortator.topology.leaders import Leader, Neighbour
     from hortator.topology.plan import Plan, PlannedGroup, Seats
     from hortator.topology.road import Road
 
@@ -64,6 +64,8 @@ class Inventory:
 
     found: tuple[FoundLeader, ...]
     unreached: Mapping[str, str] = field(default_factory=dict)
+    neighbours: "tuple[Neighbour, ...]" = ()
+    """Living leaders of other fleets."""
 
     @cached_property
     def living(self) -> dict[str, FoundLeader]:
@@ -179,13 +181,15 @@ class FleetOnHosts:
 
         asked = list(hosts) if hosts is not None else [host.address for host in self.hosts]
         found, unreached = [], {}
+        neighbours: list[Neighbour] = []
         for answer in self.ask((host, host, {"do": "list"}) for host in asked):
             said = read_answer(answer, Leaders)
             if isinstance(said, str):
                 unreached[answer.host] = said.removeprefix("error: ")
             else:
                 found += [FoundLeader(place_of(leader, answer.host, asked), leader) for leader in said.leaders]
-        return Inventory(tuple(found), unreached)
+                neighbours += said.neighbours
+        return Inventory(tuple(found), unreached, tuple(neighbours))
 
     def start(self, groups: "Sequence[PlannedGroup]", launcher: str) -> dict[str, FoundLeader]:
         """Start leaders, say what became of each; those that run."""

@@ -24,7 +24,8 @@ def register(app: typer.Typer) -> None:
 
 def leader() -> int:
     """Start, find, stop or read the leaders of this host: an order as JSON on stdin."""
-    from hortator.topology.leaders import Order, StateDirectory
+    from hortator.topology.leaders import Leaders, Order, StateDirectory
+    from hortator.topology.neighbours import neighbours
 
     order = json.loads(sys.stdin.buffer.readline())
     state = StateDirectory(Path(order["directory"]), order["fleet"])
@@ -35,7 +36,8 @@ def leader() -> int:
             state.check()
             print_json({})
         case "list":
-            print_json({"leaders": [found.model_dump(mode="json") for found in state.leaders()]})
+            found = Leaders(leaders=tuple(state.leaders()), neighbours=tuple(neighbours(state.directory)))
+            print_json(found.model_dump(mode="json"))
         case "stop":
             born = order.get("born", "")
             print_json({"ended": state.stop(order["group"], patience_s=float(order["patience_s"]), born=born)})

@@ -9,7 +9,7 @@ from hortator.cli_aftermath import tell_unreached, tell_what_runs, told_when_int
 from hortator.cli_errors import EXIT_FAILED, EXIT_OK, fail_line, printable
 from hortator.cli_fleet import fleet_control
 from hortator.cli_hosts import FleetOnHosts, Inventory, leftovers
-from hortator.cli_up import leaders_hosts, stranger, taken
+from hortator.cli_up import crowded, leaders_hosts, stranger, taken
 from hortator.cli_waiting import wait_ready
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ def restart_one(fleet: FleetOnHosts, name: str, inventory: Inventory, launcher: 
     for answer in fleet.end([inventory.living[name]] if name in inventory.living else []):
         if not answer.ok:
             return not fail_line(f"{name}: {answer.problem}", EXIT_FAILED)
+    for line in crowded(fleet, [group], inventory):
+        typer.echo(printable(f"warning: {line}"), err=True)
     started = fleet.start([group], launcher)
     if not started:
         typer.echo(f"note: {name} is down, and was not started again: mend that, then hortator up", err=True)

@@ -1,7 +1,7 @@
 """`hortator up` and `hortator logs`: a fleet is started on its hosts, and read."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -144,6 +144,8 @@ def start_fleet(fleet: FleetOnHosts, names: Sequence[str], launcher: str, *, wai
     for name, others in blocked.items():
         there = f"{', '.join(others)} {'runs' if len(others) == 1 else 'run'} where the plan has room for it"
         fail_line(f"{name} is not started: {there}; {end_with(fleet, *others)}", EXIT_FAILED)
+    for line in crowded(fleet, [one for one in groups if one.name not in inventory.living], inventory):
+        typer.echo(printable(f"warning: {line}"), err=True)
     started = run_groups(fleet, [one for one in groups if one.name not in blocked], inventory, launcher)
     well = len(started) == len(names) and not stopping
     try:
@@ -168,6 +170,21 @@ def taken(group: "PlannedGroup", inventory: Inventory) -> list[str]:
     from hortator.topology.pinning import overlaps
 
     return overlaps(group, inventory.running)
+
+
+def crowded(fleet: FleetOnHosts, groups: "Sequence[PlannedGroup]", inventory: Inventory) -> Iterator[str]:
+    """A line for each leader of another fleet on GPUs that these groups would get."""
+    from hortator.topology.pinning import slots_of
+
+    for group in (one for one in groups if one.device != "cpu"):
+        for other in inventory.neighbours:
+            if slots_of(group.hosts) & slots_of(other.leader.seats):
+                name, log = other.leader.group, other.leader.log
+                yield (
+                    f"{name} of another fleet ({other.fleet}) has GPUs of {group.name}: pid {other.leader.pid}, {log};"
+                    f" if it is what this one was before {fleet.file} named another Redis or namespace, end it by"
+                    " hortator down with the file as it was"
+                )
 
 
 def run_groups(

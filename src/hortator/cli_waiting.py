@@ -58,7 +58,7 @@ def wait_ready(fleet: "FleetOnHosts", started: "Mapping[str, FoundLeader]") -> b
     awaited = Awaited(fleet, dict(started))
     with operator(fleet.fleet.redis_url, fleet.fleet.namespace) as talk:
         while awaited.left and time.monotonic() < until:
-            awaited.look(by_name(talk.queues, patience_s=SILENCE_S))
+            awaited.look(by_name(talk.queues, patience_s=SILENCE_S, on_away=awaited.tell_away))
             time.sleep(POLL_S if awaited.left else 0)
     if awaited.left:
         fail_line(f"not ready after {limit_s:.0f} s: {', '.join(awaited.left)}; see hortator logs", EXIT_FAILED)
@@ -105,6 +105,9 @@ class Awaited:
             self._fail(name, f"{name} is down and will not be tried again: {failure}")
         elif beat.info.get("last_failure"):
             self._tell(name, f"{name} is {beat.state}: {failure}")
+
+    def tell_away(self, problem: str) -> None:
+        self._tell("", f"{printable(problem)}; waiting for it")
 
     def _tell(self, name: str, text: str) -> None:
         if self.told.get(name) != text:

@@ -111,6 +111,17 @@ def test_what_decides_which_code_runs_is_passed_on_over_ssh_alone(fleet: Fleet) 
         made("torchrun", fleet)
 
 
+def test_deepspeeds_keepers_need_a_secret_before_anything_starts(fleet: Fleet) -> None:
+    with pytest.raises(
+        CannotStart, match=r"environment.HORTATOR_SECRET_FILE is missing in the fleet file: make a file"
+    ):
+        leader_order(fleet, planned(fleet), python=PYTHON, launcher="deepspeed")
+    named = parse_fleet(FLEET.replace('NCCL_DEBUG = "INFO"', 'HORTATOR_SECRET_FILE = "/s"'))
+    told = leader_order(named, planned(named), python=PYTHON, launcher="deepspeed").environment
+    assert (told["HORTATOR_LAUNCHER"], told["HORTATOR_SECRET_FILE"]) == ("deepspeed", "/s")
+    leader_order(fleet, planned(fleet, slots=4), python=PYTHON, launcher="deepspeed")
+
+
 def test_a_group_on_one_host_needs_no_launcher(fleet: Fleet) -> None:
     assert leader_order(fleet, planned(fleet, slots=4), python=PYTHON).environment["HORTATOR_LAUNCHER"] == "local"
 
