@@ -319,8 +319,9 @@ for i, step in ipairs(STEPS) do
   total = total + left[i]
 end
 if total == 0 then
-  for _, field in ipairs(insist('HKEYS', own .. 'depth:' .. model)) do
-    if field:sub(1, 1) == '!' then redis.call('HDEL', own .. 'depth:' .. model, field) end -- no message is left
+  local empty = redis.call('LLEN', suspects) == 0
+  for _, field in ipairs(insist('HKEYS', own .. 'depth:' .. model)) do -- no message is left, nor a job of a lost record
+    if empty or field:sub(1, 1) == '!' then redis.call('HDEL', own .. 'depth:' .. model, field) end
   end
   return reply('together', false, token)
 end

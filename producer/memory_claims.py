@@ -79,6 +79,8 @@ class Claims:
         if not any(left.values()):
             queue.dead = 0
             queue.left.clear()
+            if not queue.suspects:
+                queue.queued.clear()
         jobs: list[Claimed] = []
         rows = examined = num_bytes = 0
         most_examined = min(limit, CLAIM_JOBS) + MAX_REFUSED
