@@ -38,6 +38,7 @@ T = TypeVar("T")
 MAX_JOBS_PER_CALL = 250
 MAX_BYTES_PER_CALL = 2**20
 MAX_IDS_PER_CALL = 500
+STATUSES_BYTES = 2**20  # of one reply's results: what a producer's patience for one answer is enough for
 
 
 class Calls:
@@ -103,7 +104,19 @@ class Calls:
         return self._by_ids("cancel", job_ids, tenant, lambda _, state: State(state.decode()))
 
     def statuses(self, job_ids: Sequence[str], tenant: str | None) -> Iterator[Call[list[Status | None]]]:
-        return self._by_ids("statuses", job_ids, tenant, replies.status)
+        """As many calls as the size of the results asks for: each is told of the first ones that fit in a reply."""
+        told = 0
+
+        def read(some: Sequence[str], reply: list[Any]) -> list[Status | None]:
+            nonlocal told
+            told += len(reply)
+            return replies.each(some[: len(reply)], replies.status, reply)
+
+        while told < len(job_ids):
+            some = job_ids[told : told + MAX_IDS_PER_CALL]
+            ids = [job_id if message.is_job_id(job_id) else "" for job_id in some]
+            args = [tenant or "", STATUSES_BYTES, *ids]
+            yield self._call("statuses", args, functools.partial(read, some))
 
     def ended(self, job_ids: Sequence[str], tenant: str | None) -> Iterator[Call[list[str]]]:
         return self._by_some("ended", job_ids, tenant, lambda ids, reply: [ids[place] for place in reply])
@@ -208,7 +221,13 @@ class Calls:
         return self._call("letter", [letter_id], replies.one_letter)
 
     def replay(self, letter_ids: Sequence[str]) -> Call[list[str]]:
-        return self._call("replay", list(letter_ids), replies.replayed)
+        once = list(dict.fromkeys(letter_ids))
+
+        def read(reply: list[Any]) -> list[str]:
+            job_ids = dict(zip(once, replies.replayed(reply), strict=True))
+            return [job_ids[letter_id] for letter_id in letter_ids]
+
+        return self._call("replay", once, read)
 
     def _call(self, name: str, args: Sequence[Any], parse: Callable[[Any], T]) -> Call[T]:
         rules = self.rules

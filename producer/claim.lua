@@ -325,6 +325,7 @@ for i, step in ipairs(STEPS) do
 end
 if total == 0 then
   forget_left(model)
+  if redis.call('LLEN', suspects) == 0 then redis.call('DEL', own .. 'depth:' .. model) end -- also jobs of a lost record
   return reply('together', false, token)
 end
 

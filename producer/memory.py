@@ -293,10 +293,10 @@ class MemoryStore:
 
     def replay(self, letter_ids: Sequence[str]) -> list[str]:
         with self._lock:
-            letters = [self._whole_letter(letter_id) for letter_id in letter_ids]
-            for kept in letters:
+            letters = {letter_id: self._whole_letter(letter_id) for letter_id in letter_ids}
+            for kept in letters.values():
                 self._replay(kept)
-            return [kept.letter.job_id or "" for kept in letters]
+            return [letters[letter_id].letter.job_id or "" for letter_id in letter_ids]
 
     def _whole_letter(self, letter_id: str) -> Kept:
         kept = self._records.letters.find(letter_id)

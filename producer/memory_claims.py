@@ -78,6 +78,8 @@ class Claims:
         left = {step: len(queue.lists[step]) for step in STEPS}
         if not any(left.values()):
             queue.left.clear()
+            if not queue.suspects:
+                queue.queued.clear()
         jobs: list[Claimed] = []
         rows = examined = num_bytes = 0
         most_examined = min(limit, CLAIM_JOBS) + MAX_REFUSED

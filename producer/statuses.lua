@@ -6,11 +6,12 @@
 -- | celery-task-meta-{id}      | string | read: the result text lives there, once |
 -- | all of record.lua's finish |        | for overdue jobs                        |
 --
--- args: tenant ('' for any), then ids
--- reply for each: '' if it does not exist for the tenant, or
+-- args: tenant ('' for any), bytes of results at which to stop, then ids
+-- reply for each, or for the first few, at least one: '' if it does not exist for the tenant, or
 --   state model tenant attempt free enqueued claimed first finished tokens metadata code error deadline result
 local found = {}
-for i = 2, num_args do
+local bytes, most = 0, tonumber(arg(2))
+for i = 3, num_args do
   local id = arg(i)
   local key = own .. 'job:' .. id
   local function record()
@@ -31,6 +32,8 @@ for i = 2, num_args do
     end
     if v[1] == 'succeeded' then v[15] = peek('GET', namespace .. 'celery-task-meta-' .. id) end
     found[#found + 1] = v
+    bytes = bytes + #(v[15] or '')
+    if bytes >= most then break end
   end
 end
 return found

@@ -135,7 +135,7 @@ def test_a_redis_that_is_away_when_a_command_begins_is_said_at_once(
     assert time.monotonic() - begun < 5
 
 
-def test_a_tail_bears_with_a_restart_of_redis(sh: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tail_says_that_redis_is_away_and_bears_with_its_restart(sh: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     with EmbeddedRedis() as server, RedisStore(server.url, timeout_s=5.0) as store:
         monkeypatch.setenv("HORTATOR_REDIS_URL", server.url)
         monkeypatch.delenv("HORTATOR_TIMEOUT_S")
@@ -154,8 +154,11 @@ def test_a_tail_bears_with_a_restart_of_redis(sh: Shell, monkeypatch: pytest.Mon
 
         later = threading.Timer(0.3, outage)
         later.start()
-        assert sh.out("tail", job_id) == "a b"
+        code, out, err = sh("tail", job_id)
         later.join()
+        assert (code, out.strip()) == (0, "a b")
+        assert err.startswith("waiting up to 30 s: Redis at 127.0.0.1:")
+        assert err.count("\n") == 1
 
 
 def test_a_misspelt_variable_is_told_before_another_redis_is_asked(sh: Shell, monkeypatch: pytest.MonkeyPatch) -> None:

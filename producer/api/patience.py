@@ -1,6 +1,7 @@
 """How long a request waits: for the store, and for a client that may have left."""
 
 import asyncio
+import functools
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -17,6 +18,7 @@ from .seam import AsyncStore
 T = TypeVar("T")
 
 TICKS = 5
+STATUSES_AT_A_TIME = 25
 SLOTS = 16  # calls at a time, each on a connection of its own
 SLOWEST_LINK_BYTES_PER_S = 20e6  # a large prompt may take longer than the patience for a small one
 
@@ -66,7 +68,12 @@ class PatientStore:
         return await self._in_turn(lambda: self._store.cancel(job_ids, tenant=tenant))
 
     async def statuses(self, job_ids: Sequence[str], *, tenant: str | None = None) -> list[Status | None]:
-        return await self._in_turn(lambda: self._store.statuses(job_ids, tenant=tenant))
+        """Asked and read in pieces, each of which has its own time: the results of many jobs may be megabytes."""
+        found: list[Status | None] = []
+        for start in range(0, len(job_ids), STATUSES_AT_A_TIME):
+            some = job_ids[start : start + STATUSES_AT_A_TIME]
+            found += await self._in_turn(functools.partial(self._store.statuses, some, tenant=tenant))
+        return found
 
     async def ended(self, job_ids: Sequence[str], *, tenant: str | None = None) -> list[str]:
         return await self._in_turn(lambda: self._store.ended(job_ids, tenant=tenant))

@@ -8,6 +8,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 import typer
 
+from hortator.cli_output import say
+
 if TYPE_CHECKING:
     from hortator.producer.client import Client
     from hortator.producer.settings import StoreSettings
@@ -19,6 +21,7 @@ Tenant = Annotated[str, typer.Option("--tenant", help="whose jobs")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON, one object a line")]
 Namespace = Annotated[str | None, typer.Option("--namespace", help="default: HORTATOR_NAMESPACE, else none")]
 OPERATOR_TIMEOUT_S = 2.0
+PATIENCE_S = 30.0  # how long a command that waits bears with a Redis that is away
 
 
 def store_settings(redis_url: str | None, namespace: str | None) -> "StoreSettings":
@@ -41,8 +44,15 @@ def client(
     tell_strange_variables()
     from hortator.producer.client import Client
 
-    with Client(redis_url, namespace=namespace, tenant=tenant, timeout_s=timeout_s) as opened:
+    with Client(
+        redis_url, namespace=namespace, tenant=tenant, timeout_s=timeout_s, patience_s=PATIENCE_S, on_outage=tell_outage
+    ) as opened:
         yield opened
+
+
+def tell_outage(error: Exception) -> None:
+    """Whoever waits hears at once that what he waits for cannot come now."""
+    say(f"waiting up to {PATIENCE_S:.0f} s: {error}")
 
 
 def operator(redis_url: str | None, namespace: str | None) -> AbstractContextManager["Client"]:

@@ -101,3 +101,15 @@ def test_other_errors_pass_as_they_are() -> None:
 
     with pytest.raises(KeyError):
         asyncio.run(scenario())
+
+
+def test_each_piece_of_many_statuses_has_its_own_time() -> None:
+    """Reading the results of each takes a while."""
+
+    class Large(Slow):
+        async def statuses(self, job_ids: list[str], *, tenant: str | None = None) -> list[Status | None]:
+            self.delay_s = 0.02 * len(job_ids)
+            return await super().statuses(job_ids, tenant=tenant)
+
+    found = asyncio.run(patient(Large(0.0), 1.0).statuses(["x"] * 100))
+    assert found == [None] * 100

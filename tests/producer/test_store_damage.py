@@ -500,3 +500,12 @@ def test_a_job_whose_record_was_lost_is_kept_as_a_dead_letter_although_others_we
     redis_rig.redis.delete(*(redis_rig.names.job(job_id) for job_id in ids[:2]))
     assert prompts_of(redis_rig.claim()) == ["waits"]
     assert [prompt_of(letter.message) for letter in redis_rig.letters()] == ["lost"]
+
+
+def test_a_record_that_was_lost_keeps_no_place_in_its_tenants_limit(redis_rig: RedisRig) -> None:
+    redis_rig.rule(max_queued_per_tenant=1)
+    [job_id] = redis_rig.enqueue("a")
+    redis_rig.redis.set(redis_rig.names.job(job_id), "x")
+    redis_rig.claim()
+    redis_rig.claim()
+    assert len(redis_rig.enqueue("b")) == 1

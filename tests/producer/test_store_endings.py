@@ -2,9 +2,12 @@
 
 from dataclasses import replace
 
+import pytest
+
+from hortator.producer import calls
 from hortator.producer.schema import State
 from hortator.producer.store import ReleaseReason, Verdict
-from tests.producer.rig import Rig, done, foreign, job, tokens
+from tests.producer.rig import RedisRig, Rig, done, foreign, job, tokens
 
 
 def test_the_last_tokens_are_journalled_with_the_outcome(rig: Rig) -> None:
@@ -281,3 +284,26 @@ def test_an_id_whose_record_has_expired_may_be_used_again(rig: Rig) -> None:
 def test_a_journal_never_outlives_its_record(rig: Rig) -> None:
     rig.rule(result_ttl_s=60, journal_ttl_s=3600)
     assert rig.store.rules.journal_ttl_s == 60  # type: ignore[attr-defined]
+
+
+def test_the_results_of_many_jobs_are_told_in_order_however_large_they_are(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "STATUSES_BYTES", 3000)
+    ids = rig.enqueue(*"abcdefghij")
+    leases = [one.lease for one in rig.claim().jobs]
+    rig.store.commit([done(lease, text=lease.job_id * 100) for lease in leases[:8]])
+    statuses = rig.store.statuses([*ids, "unknown", ids[0]])
+    assert [status and status.id for status in statuses] == [*ids, None, ids[0]]
+    assert [status.result.text for status in statuses if status and status.result] == [
+        job_id * 100 for job_id in [*(lease.job_id for lease in leases[:8]), ids[0]]
+    ]
+
+
+def test_one_reply_holds_a_bounded_part_of_the_results(redis_rig: RedisRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "STATUSES_BYTES", 3000)
+    ids = redis_rig.enqueue(*"abcdefgh")
+    redis_rig.store.commit([done(one.lease, text="x" * 1000) for one in redis_rig.claim().jobs])
+    store = redis_rig.another()
+    told = [len(store._run(call)) for call in store._calls.statuses(ids, None)]
+    assert (sum(told), max(told)) == (8, 3)

@@ -351,3 +351,11 @@ def test_replaying_a_letter_of_a_job_that_runs_adds_nothing(rig: Rig) -> None:
     assert rig.store.replay([letter_id]) == [job_id]
     assert rig.claim().jobs == ()
     assert rig.state(job_id) is State.RUNNING
+
+
+def test_a_letter_that_is_named_twice_is_replayed_once(rig: Rig) -> None:
+    rig.push(b"junk")
+    rig.claim()
+    [letter] = rig.store.dead_letters()
+    assert rig.store.replay([letter.letter_id] * 2) == ["", ""]
+    assert rig.depth() == 1
