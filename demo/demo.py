@@ -38,6 +38,39 @@ CELERY_PROMPT, CELERY_ANSWER = "25+17=", "42"
 console = Console()
 
 
+class Stop:
+    """Ctrl-C or SIGTERM unwinds, so that nothing is left running: once, and not while a process is being made that
+    nobody knows yet."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self._held = False
+        self._pending = 0
+
+    def __call__(self, number: int, _: object) -> None:
+        if self._held:
+            self._pending = number
+            return
+        for one in self.SIGNALS:
+            signal.signal(one, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        self._held = True
+        yield
+        self._held = False
+
+    def deliver(self) -> None:
+        """What came meanwhile."""
+        if self._pending:
+            self(self._pending, None)
+
+
+stop = Stop()
+
+
 @dataclass(frozen=True)
 class Question:
     """One line of the prompts file."""
@@ -62,9 +95,10 @@ def read_questions(file: Path) -> list[Question]:
 @contextmanager
 def running(name: str, argv: list[str], env: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A child process of its own group, asked to stop by SIGTERM at the end, and killed if it does not."""
-    with log.open("wb") as out:
+    with log.open("wb") as out, stop.held():
         process = subprocess.Popen(argv, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
     try:
+        stop.deliver()
         yield process
     finally:
         if process.poll() is None:
@@ -157,14 +191,22 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def forget_settings() -> None:
+    """Of the user's shell, which are for other fleets: this one's are all here."""
+    for name in [name for name in os.environ if name.startswith("HORTATOR_")]:
+        del os.environ[name]
+
+
 def main() -> int:
     """Exit code 0 when every answer is right and nothing is left running."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=Path, default=HERE / "prompts.jsonl")
     parser.add_argument("--tp", type=int, default=2, help="ranks of the model group")
     args = parser.parse_args()
+    forget_settings()
     questions = read_questions(args.prompts)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwind, so that nothing is left running
+    for number in Stop.SIGNALS:
+        signal.signal(number, stop)
 
     with ExitStack() as stack:
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hortator-demo-")))
