@@ -1,4 +1,4 @@
-"""The heart of a leader: jobs between the store and the engine.  Knows nothing of Celery, and never waits.
+"""Jobs between the store and the engine, in the leader.  Knows nothing of Celery, and never waits.
 
     take -> open -> admit -> (engine) -> on_events -> flush          tick: renew, deadlines, beat, sweep
 

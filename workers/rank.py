@@ -12,12 +12,12 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from enum import IntEnum
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+import hortator
 from hortator.producer.errors import ConfigError, HortatorError
 from hortator.topology.codeprint import code_digest
 from hortator.topology.control import listen
@@ -186,7 +186,7 @@ def fingerprint_of(config: RankConfig) -> dict[str, str]:
     """What has to be the same on all ranks, by name.  For the paged engine this reads the model's files."""
     same = config.model_dump(mode="json", include=_SHARED_FIELDS)
     fingerprint = {name: str(value) for name, value in same.items()}
-    fingerprint |= {"hortator": version("hortator"), "code": code_digest()}
+    fingerprint |= {"hortator": hortator.__version__, "code": code_digest()}
     if config.engine != "echo" or config.world_size > 1:
         import torch
 
